@@ -1,0 +1,20 @@
+"""Near-data compute of mixture-of-experts layers in host memory. Usable alone: never imports monde or torch."""
+
+from hostcompute.bank import ExpertBank, PendingForward
+from hostcompute.pool import make_pool, shared_pool
+from hostcompute.probe import compute_peak, read_bandwidth
+from hostcompute.spec import Activation, ActivationKind, DType, ExpertSpec, RoutedCounts
+
+__all__ = [
+    "Activation",
+    "ActivationKind",
+    "DType",
+    "ExpertBank",
+    "ExpertSpec",
+    "PendingForward",
+    "RoutedCounts",
+    "compute_peak",
+    "make_pool",
+    "read_bandwidth",
+    "shared_pool",
+]

@@ -1,0 +1,1 @@
+"""Backends of ExpertBank: native (C++), numba, reference (NumPy float64)."""

@@ -1,0 +1,233 @@
+"""ExpertBank: one layer's experts in host memory, and the arithmetic next to them."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import weakref
+from typing import Any
+
+from hostcompute.arrays import HostArray, as_host_array, empty_like, row_major
+from hostcompute.backends.base import ExpertWeights, Pending
+from hostcompute.backends.select import BackendChoice, choose
+from hostcompute.spec import ExpertSpec, RoutedCounts
+
+_FLOATS = ("f32", "bf16", "f16")
+
+
+class ExpertBank:
+    """One layer's experts; computes the routed pairs it is asked for.
+
+    spec: shape and arithmetic. backend: "auto" (native, else numba), "native", "numba" or "reference".
+    pool: from `make_pool` (default: the process's own). isa: force one instruction set of the native backend.
+    `bank.choice` says which backend and ISA run and why.
+
+        bank = ExpertBank(ExpertSpec(num_experts=8, d_model=64, d_ffn=128))
+        bank.load(0, gate=gate_FD, up=up_FD, down=down_DF)
+        y_TD = bank.forward(x_TD, topk_ids_TK, topk_weights_TK)
+
+    Arrays are NumPy, torch (CPU) or DLPack; x and out are f32, bf16 or f16, ids int32 or int64, weights any
+    float. Pairs with weight 0 or an id outside [0, E) contribute nothing.
+    Errors: ValueError for shapes and types, KeyError for an expert that was never loaded,
+    RuntimeError after close() or when a pending forward is waited for in a forked child.
+    """
+
+    def __init__(
+        self, spec: ExpertSpec, backend: str = "auto", pool: Any = None, isa: str | None = None
+    ) -> None:
+        self.spec = spec
+        self.choice: BackendChoice = choose(backend, isa)
+        self._backend = self.choice.build(spec, pool)
+        self._loaded: set[int] = set()
+        self._closed = False
+        self.last_counts: RoutedCounts | None = None  # what the latest `forward` did
+
+    # ---- weights ----
+    def load(
+        self,
+        expert_id: int,
+        *,
+        up: Any,
+        down: Any,
+        gate: Any = None,
+        up_bias: Any = None,
+        down_bias: Any = None,
+        gate_bias: Any = None,
+    ) -> None:
+        """Take one expert: gate_FD, up_FD, down_DF and biases gate_F, up_F, down_D. Replaces an earlier one.
+
+        Any strides will do, so interleaved and transposed checkpoints are views. Not concurrent with forward.
+        The native backend packs a copy; numba refers to matrices that have the bank's type and rows of unit
+        stride, so those must not change afterwards.
+
+        Errors: ValueError on shapes, on biases in a bank without them, and on NaN or infinite weights.
+        """
+        self._check_open("load")
+        E, D, F = self.spec.num_experts, self.spec.d_model, self.spec.d_ffn
+        if not 0 <= expert_id < E:
+            raise ValueError(f"[load] expert_id: expected 0..{E - 1}, got {expert_id}")
+        if (gate is not None) != self.spec.gated:
+            wanted = "an array" if self.spec.gated else "None"
+            raise ValueError(f"[load] gate: expected {wanted} as spec.gated={self.spec.gated}")
+        shapes = {
+            "gate": (F, D),
+            "up": (F, D),
+            "down": (D, F),
+            "gate_bias": (F,),
+            "up_bias": (F,),
+            "down_bias": (D,),
+        }
+        given = {
+            "gate": gate,
+            "up": up,
+            "down": down,
+            "gate_bias": gate_bias,
+            "up_bias": up_bias,
+            "down_bias": down_bias,
+        }
+        arrays: dict[str, Any] = {}
+        for name, value in given.items():
+            if value is None:
+                continue
+            array = as_host_array(value, f"[load] {name}")
+            if array.shape != shapes[name]:
+                raise ValueError(f"[load] {name}: expected shape {shapes[name]}, got {array.shape}")
+            if array.dtype not in _FLOATS:
+                raise ValueError(f"[load] {name}: expected one of {_FLOATS}, got {array.dtype}")
+            if name.endswith("_bias") and not self.spec.has_bias:
+                raise ValueError(
+                    f"[load] {name}: this bank keeps no biases; build it with ExpertSpec(has_bias=True)"
+                )
+            arrays[name] = array
+        self._backend.load(expert_id, ExpertWeights(**arrays))
+        self._loaded.add(expert_id)
+
+    def export(self, expert_id: int) -> ExpertWeights:
+        """A row-major copy of one expert, in the bank's storage type; what `load` took, bit for bit."""
+        self._check_open("export")
+        self._check_loaded({expert_id}, "export")
+        return self._backend.export(expert_id)
+
+    def release(self, expert_id: int) -> None:
+        """Forget one expert and give its memory back. Not concurrent with forward."""
+        self._check_open("release")
+        self._loaded.discard(expert_id)
+        self._backend.release(expert_id)
+
+    # ---- compute ----
+    def forward(self, x_TD: Any, topk_ids_TK: Any, topk_weights_TK: Any, out: Any = None) -> Any:
+        """y_TD = sum over k of weight_Tk * expert[id_Tk](x_T), in fp32, rounded once to out's type.
+
+        `out` is by default a new array like x.
+        """
+        arrays, out = self._check_batch(x_TD, topk_ids_TK, topk_weights_TK, out)
+        self.last_counts = self._backend.forward(*arrays)
+        return out
+
+    def submit(self, x_TD: Any, topk_ids_TK: Any, topk_weights_TK: Any, out: Any = None) -> PendingForward:
+        """Start a forward and return at once; the arrays must not change until `wait`."""
+        arrays, out = self._check_batch(x_TD, topk_ids_TK, topk_weights_TK, out)
+        return PendingForward(self._backend.submit(*arrays), out, arrays)
+
+    # ---- life ----
+    @property
+    def loaded_experts(self) -> frozenset[int]:
+        return frozenset(self._loaded)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Host bytes held for weights, padding included."""
+        return 0 if self._closed else self._backend.resident_bytes
+
+    def close(self) -> None:
+        """Give the memory back. Any later use raises RuntimeError; closing twice is fine."""
+        if not self._closed:
+            self._closed = True
+            self._loaded.clear()
+            self._backend.close()
+
+    def __enter__(self) -> ExpertBank:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # ---- checks ----
+    def _check_open(self, op: str) -> None:
+        if self._closed:
+            raise RuntimeError(f"[{op}] this ExpertBank was closed; build a new one")
+
+    def _check_loaded(self, expert_ids: set[int], op: str) -> None:
+        missing = sorted(expert_ids - self._loaded)
+        if missing:
+            raise KeyError(f"[{op}] experts {missing} were never loaded into this bank; call load() first")
+
+    def _check_batch(self, x: Any, ids: Any, weights: Any, out: Any) -> tuple[tuple[HostArray, ...], Any]:
+        self._check_open("forward")
+        if out is None:
+            out = empty_like(x, "[forward] out")
+        arrays = tuple(
+            as_host_array(value, f"[forward] {name}")
+            for name, value in (("x", x), ("topk_ids", ids), ("topk_weights", weights), ("out", out))
+        )
+        x_a, ids_a, weights_a, out_a = arrays
+        if len(x_a.shape) != 2 or x_a.shape[1] != self.spec.d_model:
+            raise ValueError(f"[forward] x: expected shape (T, {self.spec.d_model}), got {x_a.shape}")
+        if len(ids_a.shape) != 2 or ids_a.shape[0] != x_a.shape[0]:
+            raise ValueError(f"[forward] topk_ids: expected shape ({x_a.shape[0]}, K), got {ids_a.shape}")
+        if weights_a.shape != ids_a.shape:
+            raise ValueError(f"[forward] topk_weights: expected shape {ids_a.shape}, got {weights_a.shape}")
+        if out_a.shape != x_a.shape:
+            raise ValueError(f"[forward] out: expected shape {x_a.shape}, got {out_a.shape}")
+        if ids_a.dtype not in ("i32", "i64"):
+            raise ValueError(f"[forward] topk_ids: expected i32 or i64, got {ids_a.dtype}")
+        for name, array in (("x", x_a), ("topk_weights", weights_a), ("out", out_a)):
+            if array.dtype not in _FLOATS:
+                raise ValueError(f"[forward] {name}: expected one of {_FLOATS}, got {array.dtype}")
+        if not out_a.has_unit_stride_rows:
+            raise ValueError(f"[forward] out: expected rows of unit stride, got strides {out_a.strides}")
+        return (row_major(x_a, x_a.dtype), ids_a, weights_a, out_a), out
+
+
+class PendingForward:
+    """A forward under way; keeps its arrays alive until it is done.
+
+    One that is dropped, or still under way when the interpreter leaves, is waited for, because it writes to
+    `out`; what it raised is lost with it.
+    """
+
+    def __init__(self, pending: Pending, out: Any, keep_alive: tuple[HostArray, ...]) -> None:
+        self._pending, self._out, self._keep_alive = pending, out, keep_alive
+        self._pid = os.getpid()
+        self.counts: RoutedCounts | None = None
+        _under_way.add(self)
+
+    def done(self) -> bool:
+        return self._pending.done()
+
+    def wait(self) -> Any:
+        """Block until the result is there and return it."""
+        if os.getpid() != self._pid:
+            raise RuntimeError(
+                "[wait] this forward was submitted before a fork; only the parent can wait for it"
+            )
+        self.counts = self._pending.wait()
+        return self._out
+
+    def finish(self) -> None:
+        """Wait without the result: for a forward that nobody asks for any more."""
+        with contextlib.suppress(Exception):
+            self.wait()
+
+    def __del__(self) -> None:
+        self.finish()
+
+
+_under_way: weakref.WeakSet[PendingForward] = weakref.WeakSet()
+
+
+@atexit.register
+def _finish_all() -> None:
+    for pending in list(_under_way):
+        pending.finish()

@@ -1,0 +1,36 @@
+"""The thread pool that banks share."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from hostcompute import env
+from hostcompute.topology import choose_cores
+
+# How long threads look for the next layer's work, yielding their core, before they sleep. Waking a sleeping thread
+# cost 50 to 300 us on virtual machines; a decode step comes back per layer within a millisecond or two.
+SPIN_S = 2e-3
+
+_shared: Any = None
+_guard = threading.Lock()
+
+
+def make_pool(num_threads: int | None = None) -> Any:
+    """A native pool of pinned threads (default: one for every core this process may use).
+
+    Errors: ValueError for an impossible number of threads, ImportError without the native module.
+    """
+    from hostcompute import _native
+
+    cores = choose_cores(num_threads)
+    return _native.Pool([core.cpu_id for core in cores], [core.node_id for core in cores], SPIN_S)
+
+
+def shared_pool() -> Any:
+    """The process's pool, made at first use with MONDE_NUM_THREADS threads or one for every core."""
+    global _shared
+    with _guard:
+        if _shared is None:
+            _shared = make_pool(env.num_threads())
+        return _shared

@@ -1,0 +1,73 @@
+"""Which cores this process may use, and on which NUMA node each lies."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+_NODES = Path("/sys/devices/system/node")
+_CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+@dataclass(frozen=True)
+class Core:
+    """A logical CPU and its NUMA node, both numbered as the pool counts them (nodes from 0, without gaps)."""
+
+    cpu_id: int
+    node_id: int
+
+
+def parse_cpu_list(text: str) -> list[int]:
+    """'0-3,8' -> [0, 1, 2, 3, 8], as the kernel writes CPU lists."""
+    cpus: list[int] = []
+    for part in text.strip().split(","):
+        if part:
+            first, _, last = part.partition("-")
+            cpus.extend(range(int(first), int(last or first) + 1))
+    return cpus
+
+
+def allowed_cores() -> list[Core]:
+    """The cores of this process's affinity mask, grouped by node."""
+    allowed = sorted(os.sched_getaffinity(0))
+    node_of: dict[int, int] = {}
+    for path in sorted(_NODES.glob("node[0-9]*/cpulist")):
+        node_of.update(dict.fromkeys(parse_cpu_list(path.read_text()), int(path.parent.name[4:])))
+    used = sorted({node_of.get(cpu, 0) for cpu in allowed})
+    return sorted(
+        (Core(cpu, used.index(node_of.get(cpu, 0))) for cpu in allowed),
+        key=lambda core: (core.node_id, core.cpu_id),
+    )
+
+
+def quota_cpus() -> float:
+    """CPUs' worth of time that the container grants (cgroup v2), infinity without a limit.
+
+    More threads than that are stopped in turn by the scheduler, which ruins every barrier.
+    """
+    try:
+        quota, period = _CGROUP_QUOTA.read_text().split()
+    except (OSError, ValueError):
+        return math.inf
+    return math.inf if quota == "max" else int(quota) / int(period)
+
+
+def choose_cores(num_threads: int | None) -> list[Core]:
+    """One core a thread: all that are allowed and paid for, or `num_threads` spread evenly over the nodes.
+
+    Errors: ValueError for fewer than one thread or more than there are cores.
+    """
+    cores = allowed_cores()
+    if num_threads is None:
+        num_threads = max(
+            1, min(len(cores), math.ceil(quota_cpus())) if quota_cpus() < math.inf else len(cores)
+        )
+    if not 1 <= num_threads <= len(cores):
+        raise ValueError(
+            f"num_threads: expected 1..{len(cores)} (the cores this process may use), got {num_threads}"
+        )
+    picked = [cores[i * len(cores) // num_threads] for i in range(num_threads)]
+    used = sorted({core.node_id for core in picked})
+    return [Core(core.cpu_id, used.index(core.node_id)) for core in picked]

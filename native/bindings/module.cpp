@@ -1,0 +1,202 @@
+// Python's view of the runtime. No arithmetic here: arguments become records, errors become exceptions.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+
+#include "../runtime/probe.h"
+#include "../runtime/submit.h"
+
+namespace nb = nanobind;
+using namespace monde;
+
+namespace {
+
+// hostcompute.arrays.HostArray as (address, shape, strides, dtype name).
+using Array = std::tuple<uintptr_t, std::vector<int64_t>, std::vector<int64_t>, std::string>;
+
+unsigned char* address(const Array& array) { return reinterpret_cast<unsigned char*>(std::get<0>(array)); }
+int64_t extent(const Array& array, int axis) { return std::get<1>(array).at(axis); }
+int64_t stride(const Array& array, int axis) { return std::get<2>(array).at(axis); }
+
+DType dtype(const std::string& name) {
+  if (name == "f32") return DType::kF32;
+  if (name == "bf16") return DType::kBF16;
+  if (name == "f16") return DType::kF16;
+  throw std::invalid_argument("element type: expected f32, bf16 or f16, got " + name);
+}
+
+DType dtype(const Array& array) { return dtype(std::get<3>(array)); }
+
+const Isa& isa_named(const std::string& name) {
+  const Isa* found[kMaxIsas];
+  const int count = available_isas(found);
+  std::string names;
+  for (int i = 0; i < count; ++i) {
+    if (name == found[i]->name) return *found[i];
+    names += (i ? ", " : "") + std::string(found[i]->name);
+  }
+  throw std::invalid_argument("ISA " + name + " is not one this machine can run; it has " + names);
+}
+
+ActivationKind activation_kind(const std::string& name) {
+  const struct {
+    const char* name;
+    ActivationKind kind;
+  } kinds[] = {{"silu", ActivationKind::kSilu},
+               {"gelu_tanh", ActivationKind::kGeluTanh},
+               {"gelu_erf", ActivationKind::kGeluErf},
+               {"relu", ActivationKind::kRelu},
+               {"relu2", ActivationKind::kRelu2},
+               {"swiglu_clamp", ActivationKind::kSwigluClamp},
+               {"swiglu_alpha", ActivationKind::kSwigluAlpha},
+               {"swiglu_post_clamp", ActivationKind::kSwigluPostClamp},
+               {"swiglu_softcap", ActivationKind::kSwigluSoftcap}};
+  for (const auto& entry : kinds)
+    if (name == entry.name) return entry.kind;
+  throw std::invalid_argument("activation: unknown kind " + name);
+}
+
+MatrixView view(const std::optional<Array>& array) {
+  if (!array) return {};
+  const bool is_vector = std::get<1>(*array).size() == 1;
+  if (is_vector) return {address(*array), 1, extent(*array, 0), 0, stride(*array, 0), dtype(*array)};
+  return {address(*array), extent(*array, 0), extent(*array, 1), stride(*array, 0), stride(*array, 1), dtype(*array)};
+}
+
+ForwardArgs forward_args(const Array& x, const Array& ids, const Array& weights, const Array& out) {
+  for (const Array* array : {&x, &out})
+    if (extent(*array, 0) > 0 && stride(*array, 1) != 1 && extent(*array, 1) > 1)
+      throw std::invalid_argument(
+          "[forward] x and out: expected unit stride in the last dimension; make them contiguous");
+  ForwardArgs args{};
+  args.x = address(x);
+  args.x_dtype = dtype(x);
+  args.num_tokens = extent(x, 0);
+  args.x_row_stride = stride(x, 0);
+  args.ids = address(ids);
+  args.ids_are_64_bit = std::get<3>(ids) == "i64";
+  args.num_topk = extent(ids, 1);
+  args.ids_row_stride = stride(ids, 0);
+  args.ids_column_stride = stride(ids, 1);
+  args.weights = address(weights);
+  args.weights_dtype = dtype(weights);
+  args.weights_row_stride = stride(weights, 0);
+  args.weights_column_stride = stride(weights, 1);
+  args.out = address(out);
+  args.out_dtype = dtype(out);
+  args.out_row_stride = stride(out, 0);
+  return args;
+}
+
+std::vector<std::string> available_isa_names() {
+  const Isa* found[kMaxIsas];
+  std::vector<std::string> names;
+  const int count = available_isas(found);
+  for (int i = 0; i < count; ++i) names.emplace_back(found[i]->name);
+  return names;
+}
+
+nb::tuple counts_tuple(const ForwardCounts& counts) {
+  return nb::make_tuple(counts.num_pairs, counts.num_experts, counts.weight_bytes);
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  // Threads may outlive the interpreter's teardown order; a leak report there tells users nothing.
+  nb::set_leak_warnings(false);
+
+  m.def("available_isas", &available_isa_names, "ISAs this machine can run, best first.");
+
+  nb::class_<Pool>(m, "Pool")
+      .def(nb::init<std::vector<int>, std::vector<int>, double>(), nb::arg("cpus"), nb::arg("nodes"), nb::arg("spin_s"))
+      .def_prop_ro("num_threads", &Pool::num_threads)
+      .def_prop_ro("num_nodes", &Pool::num_nodes);
+
+  nb::class_<Pending>(m, "Pending").def("done", &Pending::done).def("wait", [](const Pending& pending) {
+    ForwardCounts counts;
+    {
+      nb::gil_scoped_release release;
+      counts = pending.wait();
+    }
+    return counts_tuple(counts);
+  });
+
+  nb::class_<Bank>(m, "Bank")
+      .def(
+          "__init__",
+          [](Bank* self, int num_experts, int d_model, int d_ffn, bool gated, bool has_bias, const std::string& type,
+             const std::string& activation, float limit, float alpha, const std::string& isa,
+             std::shared_ptr<Pool> pool) {
+            const BankShape shape{
+                num_experts, d_model, d_ffn, gated, has_bias, dtype(type), {activation_kind(activation), limit, alpha}};
+            new (self) Bank(shape, isa_named(isa), std::move(pool));
+          },
+          nb::arg("num_experts"), nb::arg("d_model"), nb::arg("d_ffn"), nb::arg("gated"), nb::arg("has_bias"),
+          nb::arg("dtype"), nb::arg("activation"), nb::arg("limit"), nb::arg("alpha"), nb::arg("isa"), nb::arg("pool"))
+      .def(
+          "load",
+          [](Bank& bank, int expert, const std::optional<Array>& gate, const Array& up, const Array& down,
+             const std::optional<Array>& gate_bias, const std::optional<Array>& up_bias,
+             const std::optional<Array>& down_bias) {
+            const ExpertSource source{view(gate),      view(up),      view(down),
+                                      view(gate_bias), view(up_bias), view(down_bias)};
+            nb::gil_scoped_release release;
+            bank.load(expert, source);
+          },
+          nb::arg("expert"), nb::arg("gate").none(), nb::arg("up"), nb::arg("down"), nb::arg("gate_bias").none(),
+          nb::arg("up_bias").none(), nb::arg("down_bias").none())
+      .def("release", &Bank::release)
+      .def("export_matrix",
+           [](const Bank& bank, int expert, const std::string& name, uintptr_t to) {
+             nb::gil_scoped_release release;
+             bank.export_matrix(expert, name, reinterpret_cast<unsigned char*>(to));
+           })
+      .def("bias_address", [](const Bank& bank, int expert,
+                              const std::string& name) { return reinterpret_cast<uintptr_t>(bank.bias(expert, name)); })
+      .def("forward",
+           [](Bank& bank, const Array& x, const Array& ids, const Array& weights, const Array& out) {
+             const ForwardArgs args = forward_args(x, ids, weights, out);
+             ForwardCounts counts;
+             {
+               nb::gil_scoped_release release;
+               counts = bank.forward(args);
+             }
+             return counts_tuple(counts);
+           })
+      .def_prop_ro("resident_bytes", &Bank::resident_bytes)
+      .def_prop_ro("memory_range", [](const Bank& bank) {
+        return nb::make_tuple(reinterpret_cast<uintptr_t>(bank.arena().data()), bank.arena().num_bytes());
+      });
+
+  m.def(
+      "submit",
+      [](std::shared_ptr<Bank> bank, const Array& x, const Array& ids, const Array& weights, const Array& out) {
+        const ForwardArgs args = forward_args(x, ids, weights, out);
+        nb::gil_scoped_release release;
+        return submit_queue().submit(std::move(bank), args);
+      },
+      "Starts a forward; the arrays must stay alive and unchanged until wait().");
+
+  m.def(
+      "read_bytes_per_s",
+      [](Pool& pool, const std::string& isa, size_t num_bytes, bool huge_pages, int repeats) {
+        return read_bytes_per_s(pool, isa_named(isa), num_bytes, huge_pages, repeats);
+      },
+      nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "read_bytes_per_s_of",
+      [](Pool& pool, const std::string& isa, uintptr_t data, size_t num_bytes, int repeats) {
+        return read_bytes_per_s_of(pool, isa_named(isa), reinterpret_cast<const unsigned char*>(data), num_bytes,
+                                   repeats);
+      },
+      nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "peak_flops_per_s", [](Pool& pool, const std::string& isa) { return peak_flops_per_s(pool, isa_named(isa)); },
+      nb::call_guard<nb::gil_scoped_release>());
+}

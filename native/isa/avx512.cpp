@@ -1,0 +1,18 @@
+#define MONDE_ISA monde_avx512
+#define MONDE_SIMD "../simd/avx512.h"
+#include "../kernels/body.h"
+#include "isa.h"
+
+namespace monde {
+
+const Isa kAvx512 = {
+    "avx512",
+    MONDE_ISA::kernels_of<MONDE_ISA::VectorMultiply<MONDE_ISA::F32ByF32>>(),
+    MONDE_ISA::kernels_of<MONDE_ISA::VectorMultiply<MONDE_ISA::F32ByBF16>>(),
+    MONDE_ISA::kernels_of<MONDE_ISA::VectorMultiply<MONDE_ISA::F32ByF16>>(),
+    {},
+    &MONDE_ISA::read_bytes,
+    &MONDE_ISA::vector_peak<MONDE_ISA::F32ByF32>,
+};
+
+}  // namespace monde

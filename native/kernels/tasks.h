@@ -1,0 +1,77 @@
+// What the kernels are asked to do, as raw pointers: the only types that cross between ISA files and the rest.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "../layout.h"
+
+namespace monde {
+
+enum class ActivationKind : int {
+  kSilu,
+  kGeluTanh,
+  kGeluErf,
+  kRelu,
+  kRelu2,
+  kSwigluClamp,
+  kSwigluAlpha,
+  kSwigluPostClamp,
+  kSwigluSoftcap,
+};
+
+struct Activation {
+  ActivationKind kind;
+  float limit;
+  float alpha;
+};
+
+// The rows of one forward that go to one expert, and that expert's memory.
+struct ExpertGroup {
+  const unsigned char* in_panels;    // ExpertLayout order
+  const unsigned char* down_panels;  // null biases mean zero; biases are padded to kLanes
+  const float* gate_bias;
+  const float* up_bias;
+  const float* down_bias;
+  int num_rows;
+  int first_row;  // into row_token, row_weight, and (times the padded K) into the activation blocks
+};
+
+// A forward's arrays. Element type of the activation blocks is the kernel's: f32 or bf16.
+struct Batch {
+  const unsigned char* x;  // [num_tokens, d_model]
+  ptrdiff_t x_row_stride;  // elements
+  DType x_dtype;
+  unsigned char* out;  // [num_tokens, d_model]
+  ptrdiff_t out_row_stride;
+  DType out_dtype;
+  int num_tokens;
+  const int* row_token;     // token of each routed row, grouped by expert
+  const float* row_weight;  // router weight of each routed row
+  const ExpertGroup* groups;
+  int num_groups;
+  unsigned char* x_blocks;  // routed rows of x in blocks, K = D
+  unsigned char* h_blocks;  // hidden rows in blocks, K = F
+};
+
+// One ISA's kernels for one (activation element, weight element) pair. Panel ranges are [begin, end).
+struct Kernels {
+  int activation_itemsize_bytes;  // 4: f32 blocks, 2: bf16 blocks
+  // Rows [row_begin, row_end) of a group, row_begin a multiple of kBlockRows: x -> x_blocks.
+  void (*gather)(const ExpertLayout&, const Batch&, const ExpertGroup&, int row_begin, int row_end);
+  // h_blocks[:, panels] = act(gate, up) for every row of the group.
+  void (*gate_up)(const ExpertLayout&, const Activation&, const Batch&, const ExpertGroup&, int panel_begin,
+                  int panel_end);
+  // out[:, columns of panels] = sum over groups, in order; y_scratch holds num_tokens * 16 * (end - begin) floats.
+  void (*down)(const ExpertLayout&, const Batch&, int panel_begin, int panel_end, float* y_scratch);
+};
+
+// One instruction set. Entries are null where an element combination has no special kernel.
+struct Isa {
+  const char* name;
+  Kernels f32_by_f32, f32_by_bf16, f32_by_f16;
+  Kernels bf16_by_bf16;                               // gather == nullptr: use f32_by_bf16
+  float (*read)(const void* data, size_t num_bytes);  // the plain read test: loads every byte once
+  double (*peak)(int num_iterations);  // runs the widest multiply-add from registers or L1, returns operations done
+};
+
+}  // namespace monde

@@ -1,0 +1,90 @@
+// One layer's experts in host memory, and a forward over them.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "../isa/isa.h"
+#include "arena.h"
+#include "pack.h"
+#include "pool.h"
+
+namespace monde {
+
+struct BankShape {
+  int num_experts, d_model, d_ffn;
+  bool gated, has_bias;
+  DType dtype;
+  Activation activation;
+};
+
+// Six arrays of one expert; a null `data` means absent. Biases are vectors: num_rows 1.
+struct ExpertSource {
+  MatrixView gate, up, down, gate_bias, up_bias, down_bias;
+};
+
+// A forward's arguments. Strides count elements; ids are int64 or int32.
+struct ForwardArgs {
+  const unsigned char* x;
+  DType x_dtype;
+  int64_t num_tokens, x_row_stride;
+  const unsigned char* ids;
+  bool ids_are_64_bit;
+  int64_t num_topk, ids_row_stride, ids_column_stride;
+  const unsigned char* weights;
+  DType weights_dtype;
+  int64_t weights_row_stride, weights_column_stride;
+  unsigned char* out;
+  DType out_dtype;
+  int64_t out_row_stride;
+};
+
+struct ForwardCounts {
+  int64_t num_pairs = 0, num_experts = 0, weight_bytes = 0;
+};
+
+class Bank {
+ public:
+  Bank(const BankShape& shape, const Isa& isa, std::shared_ptr<Pool> pool);
+
+  // Copies one expert into panels, on all threads. Errors: std::invalid_argument for a non-finite weight.
+  void load(int expert, const ExpertSource& source);
+  void release(int expert);
+  bool loaded(int expert) const { return experts_[expert].loaded; }
+
+  // Row-major copies in the bank's type: matrices "gate" [F, D], "up" [F, D], "down" [D, F].
+  void export_matrix(int expert, const std::string& name, unsigned char* to) const;
+  // Null when the bank keeps no such bias. Valid until release.
+  const float* bias(int expert, const std::string& name) const;
+
+  // Errors: std::out_of_range naming an expert that was asked for and never loaded.
+  ForwardCounts forward(const ForwardArgs& args);
+
+  const BankShape& shape() const { return shape_; }
+  const Isa& isa() const { return isa_; }
+  const Arena& arena() const { return arena_; }
+  int64_t resident_bytes() const;
+
+ private:
+  struct Expert {
+    bool loaded = false;
+    std::vector<float> biases;  // gate [F_pad], up [F_pad], down [D_pad]
+  };
+  struct Plan;
+
+  unsigned char* expert_data(int expert) const { return arena_.data() + size_t(expert) * expert_stride_bytes_; }
+  const Kernels& kernels_for(DType x_dtype) const;
+  void check_loaded(const ForwardArgs& args) const;
+  ForwardCounts forward_chunk(const ForwardArgs& args, int64_t token_begin, int num_tokens, Pool::Lease& lease);
+
+  const BankShape shape_;
+  const ExpertLayout layout_;
+  const Isa& isa_;
+  const std::shared_ptr<Pool> pool_;
+  const size_t expert_stride_bytes_;
+  Arena arena_;
+  std::vector<Expert> experts_;
+};
+
+}  // namespace monde

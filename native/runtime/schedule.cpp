@@ -1,0 +1,79 @@
+#include "schedule.h"
+
+#include <algorithm>
+
+namespace monde {
+namespace {
+
+// Rows up to which reading an expert's weights takes longer than multiplying by them, roughly, on every ISA measured.
+constexpr int kMemoryBoundRows = 4;
+
+// Units per thread below which one slow thread would be felt at the end of a phase.
+constexpr int kUnitsPerThread = 8;
+
+// A unit reads its activation rows once for all its panels: wide units save that traffic, narrow ones balance better.
+int panels_per_unit(int num_rows, int64_t total_panels, int num_threads) {
+  const int by_reuse = num_rows <= kBlockRows ? 1 : num_rows <= 2 * kBlockRows ? 2 : num_rows <= 4 * kBlockRows ? 4 : 8;
+  const int64_t by_balance = std::max<int64_t>(1, total_panels / (int64_t(kUnitsPerThread) * num_threads));
+  return int(std::min<int64_t>(by_reuse, by_balance));
+}
+
+}  // namespace
+
+int panel_share(int num_panels, int thread, int num_threads) { return int(int64_t(num_panels) * thread / num_threads); }
+
+int schedule_gate_up(const ExpertLayout& layout, const ExpertGroup* groups, int num_groups, const ThreadMap& threads,
+                     Segment* segments, int* range_begin) {
+  int num_segments = 0, unit = 0, node_begin = 0;
+  while (node_begin < threads.num_threads) {
+    int node_end = node_begin;
+    while (node_end < threads.num_threads && threads.node_of_thread[node_end] == threads.node_of_thread[node_begin])
+      ++node_end;
+    const int panel_begin = panel_share(layout.num_f_panels, node_begin, threads.num_threads);
+    const int panel_end = panel_share(layout.num_f_panels, node_end, threads.num_threads);
+    const int first_segment = num_segments;
+    double node_cost = 0;
+    for (int g = 0; g < num_groups && panel_begin < panel_end; ++g) {
+      Segment& segment = segments[num_segments++];
+      segment = {unit, g, panel_begin, panel_end, 0, 0};
+      segment.panels_per_unit =
+          panels_per_unit(groups[g].num_rows, int64_t(num_groups) * (panel_end - panel_begin), node_end - node_begin);
+      const int units = (panel_end - panel_begin + segment.panels_per_unit - 1) / segment.panels_per_unit;
+      segment.unit_cost = float(segment.panels_per_unit) * float(std::max(groups[g].num_rows, kMemoryBoundRows));
+      node_cost += double(units) * segment.unit_cost;
+      unit += units;
+    }
+    // Walk the node's units and hand each thread the next equal share of cost.
+    int thread = node_begin;
+    double cost = 0;
+    range_begin[thread++] = first_segment < num_segments ? segments[first_segment].first_unit : unit;
+    for (int s = first_segment; s < num_segments; ++s) {
+      const int units_end = s + 1 < num_segments ? segments[s + 1].first_unit : unit;
+      const double segment_cost = double(units_end - segments[s].first_unit) * segments[s].unit_cost;
+      while (thread < node_end) {
+        const double wanted = node_cost * (thread - node_begin) / (node_end - node_begin);
+        if (wanted >= cost + segment_cost) break;
+        range_begin[thread++] = segments[s].first_unit + int((wanted - cost) / segments[s].unit_cost);
+      }
+      cost += segment_cost;
+    }
+    while (thread < node_end) range_begin[thread++] = unit;
+    node_begin = node_end;
+  }
+  range_begin[threads.num_threads] = unit;
+  return num_segments;
+}
+
+const Segment& segment_of(const Segment* segments, int num_segments, int unit) {
+  const Segment* after = std::upper_bound(segments, segments + num_segments, unit,
+                                          [](int u, const Segment& s) { return u < s.first_unit; });
+  return after[-1];
+}
+
+int down_panels_per_unit(const ExpertLayout& layout, int num_rows, int num_groups, int num_threads) {
+  if (num_rows <= kMemoryBoundRows * num_groups) return 1;
+  // Half the balance of gate-up units: every unit costs the same here.
+  return std::clamp(layout.num_d_panels / (kUnitsPerThread / 4 * num_threads), 2, 8);
+}
+
+}  // namespace monde

@@ -1,0 +1,36 @@
+// Cutting a forward into units and dealing them to threads, balanced by cost. Pure: no threads, no weights.
+#pragma once
+#include "../kernels/tasks.h"
+
+namespace monde {
+
+// A run of equally expensive units: panels [panel_begin, panel_end) of one group, `panels_per_unit` at a time.
+struct Segment {
+  int first_unit;
+  int group;
+  int panel_begin, panel_end;
+  int panels_per_unit;
+  float unit_cost;
+};
+
+struct ThreadMap {
+  int num_threads;
+  const int* node_of_thread;  // ascending
+};
+
+// Panels of `num_panels` that belong to thread range [begin, end) of num_threads: the NUMA share of a matrix.
+int panel_share(int num_panels, int thread, int num_threads);
+
+// Gate-up units of every group, NUMA node by node. Returns the number of segments (at most groups * nodes) and sets
+// range_begin[num_threads + 1].
+int schedule_gate_up(const ExpertLayout& layout, const ExpertGroup* groups, int num_groups, const ThreadMap& threads,
+                     Segment* segments, int* range_begin);
+
+// Which segment holds `unit`.
+const Segment& segment_of(const Segment* segments, int num_segments, int unit);
+
+// Column panels a down unit takes. Every unit reads all hidden rows once, so wide units save traffic when rows are
+// many.
+int down_panels_per_unit(const ExpertLayout& layout, int num_rows, int num_groups, int num_threads);
+
+}  // namespace monde

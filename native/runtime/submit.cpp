@@ -1,0 +1,68 @@
+#include "submit.h"
+
+#include <unistd.h>
+
+namespace monde {
+
+ForwardCounts Pending::wait() const {
+  while (!done()) done_.wait(0, std::memory_order_acquire);
+  if (error_) std::rethrow_exception(error_);
+  return counts_;
+}
+
+std::shared_ptr<Pending> SubmitQueue::submit(std::shared_ptr<Bank> bank, const ForwardArgs& args) {
+  auto pending = std::make_shared<Pending>();
+  {
+    std::lock_guard<std::mutex> guard(mutex_);
+    if (!thread_.joinable()) thread_ = std::thread([this] { work(); });
+    jobs_.push_back({std::move(bank), args, pending});
+  }
+  changed_.notify_one();
+  return pending;
+}
+
+void SubmitQueue::work() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  for (;;) {
+    changed_.wait(lock, [this] { return stop_ || !jobs_.empty(); });
+    if (jobs_.empty()) return;
+    Job job = std::move(jobs_.front());
+    jobs_.pop_front();
+    lock.unlock();
+    try {
+      job.pending->counts_ = job.bank->forward(job.args);
+    } catch (...) {
+      job.pending->error_ = std::current_exception();
+    }
+    // Before the waiter knows: dropping the last reference may need the interpreter, which may leave once all is done.
+    job.bank.reset();
+    job.pending->done_.store(1, std::memory_order_release);
+    job.pending->done_.notify_all();
+    job = {};
+    lock.lock();
+  }
+}
+
+SubmitQueue::~SubmitQueue() {
+  {
+    std::lock_guard<std::mutex> guard(mutex_);
+    stop_ = true;
+  }
+  changed_.notify_one();
+  if (thread_.joinable()) thread_.join();
+}
+
+SubmitQueue& submit_queue() {
+  // Never destroyed: in a forked child the parent's thread cannot be joined, and at exit jobs may still run.
+  static std::mutex renewing;
+  static SubmitQueue* queue = nullptr;
+  static pid_t owner = 0;
+  std::lock_guard<std::mutex> guard(renewing);
+  if (owner != getpid()) {
+    queue = new SubmitQueue;
+    owner = getpid();
+  }
+  return *queue;
+}
+
+}  // namespace monde
