@@ -1,0 +1,118 @@
+"""What a user may ask for: sizes, devices, backends. Parsed and validated here, and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from monde.sizes import format_bytes, parse_size_bytes
+
+QUANT_METHOD = "monde"
+CPU_BACKENDS = ("auto", "native", "numba", "reference")
+
+Size = int | str | None
+
+
+def machine_memory_bytes() -> int:
+    """Memory of this machine, or of the container around this process where that is less."""
+    total_bytes = int(psutil.virtual_memory().total)
+    for limit_file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            text = Path(limit_file).read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            total_bytes = min(total_bytes, int(text))
+    return total_bytes
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """Upper limits in bytes, never exceeded. None: what the machine has free when loading starts."""
+
+    gpu_bytes: int | None
+    host_bytes: int | None
+
+    def explain(self) -> str:
+        gpu = "free GPU memory" if self.gpu_bytes is None else format_bytes(self.gpu_bytes)
+        host = "free host memory" if self.host_bytes is None else format_bytes(self.host_bytes)
+        return f"GPU: {gpu}; host: {host}"
+
+
+class MondeConfig(QuantizationConfigMixin):
+    """How to run a mixture-of-experts model; also the `quantization_config` of `from_pretrained`.
+
+    gpu_memory, host_memory: "16GiB", "500MB" or bytes. gpu_memory covers dense weights, KV cache, workspace
+        and resident experts; host_memory the experts on the host. Default: what is free when loading starts.
+    max_memory: accelerate's form of the same, {0: "10GiB", "cpu": "60GiB"}; give one form or the other.
+    device: where the dense weights run, "cuda:0" or "cpu"; default the first GPU, else the CPU. On "cpu" a
+        gpu_memory above 0 makes the CPU a stand-in for the GPU: resident experts take the GPU's code path.
+    cpu_backend: "auto" (native, else numba), "native", "numba" or "reference".
+    num_threads: threads of the host kernels; default all physical cores.
+    nllb_upstream_routing: NLLB-MoE as transformers runs it, on experts 0 and 1 alone; default is the routing
+        that its router asks for.
+    max_context, max_batch: the longest sequence and largest batch that gpu_memory must leave room for.
+
+    Errors: ValueError with the remedy for sizes that cannot be read, are negative or exceed the machine.
+    """
+
+    def __init__(
+        self,
+        gpu_memory: Size = None,
+        host_memory: Size = None,
+        max_memory: Mapping[int | str, int | str] | None = None,
+        device: str | None = None,
+        cpu_backend: str = "auto",
+        num_threads: int | None = None,
+        max_context: int = 4096,
+        max_batch: int = 1,
+        nllb_upstream_routing: bool = False,
+        quant_method: str = QUANT_METHOD,
+    ) -> None:
+        self.quant_method = quant_method  # type: ignore[assignment]
+        if max_memory is not None:
+            gpu_memory, host_memory = _from_max_memory(max_memory, gpu_memory, host_memory)
+        self.gpu_memory = None if gpu_memory is None else parse_size_bytes(gpu_memory, "gpu_memory")
+        self.host_memory = None if host_memory is None else parse_size_bytes(host_memory, "host_memory")
+        if self.host_memory is not None and self.host_memory > machine_memory_bytes():
+            wanted, have = format_bytes(self.host_memory), format_bytes(machine_memory_bytes())
+            raise ValueError(f"host_memory: {wanted} is more than this machine's {have}; ask for less")
+        self.device = device
+        if cpu_backend not in CPU_BACKENDS:
+            raise ValueError(f"cpu_backend: expected one of {', '.join(CPU_BACKENDS)}, got {cpu_backend!r}")
+        self.cpu_backend = cpu_backend
+        self.num_threads = _positive("num_threads", num_threads) if num_threads is not None else None
+        self.max_context = _positive("max_context", max_context)
+        self.max_batch = _positive("max_batch", max_batch)
+        self.nllb_upstream_routing = nllb_upstream_routing
+
+    @property
+    def budget(self) -> MemoryBudget:
+        return MemoryBudget(self.gpu_memory, self.host_memory)
+
+    def explain(self) -> str:
+        """One line for logs."""
+        return f"device {self.device or 'auto'}; {self.budget.explain()}; host backend {self.cpu_backend}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+
+def _from_max_memory(max_memory: Mapping[int | str, int | str], gpu: Size, host: Size) -> tuple[Size, Size]:
+    if gpu is not None or host is not None:
+        raise ValueError("max_memory: give either max_memory or gpu_memory and host_memory, not both")
+    unknown = [key for key in max_memory if key not in (0, "0", "cpu")]
+    if unknown:
+        raise ValueError(f'max_memory: expected the keys 0 (the GPU) and "cpu", got {unknown}')
+    return max_memory.get(0, max_memory.get("0")), max_memory.get("cpu")
+
+
+def _positive(name: str, value: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+    return value

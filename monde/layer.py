@@ -1,0 +1,52 @@
+"""One mixture-of-experts layer, the whole story: split -> submit -> combine. Start reading here.
+
+Letters are explained in `monde.core`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hostcompute import ExpertSpec
+from monde.core import NOT_MINE, Placement, RoutedBatch, Split
+from monde.executors.gpu import GpuExecutor, slot_of
+from monde.executors.host import HostExecutor
+
+
+class MoELayer:
+    """The experts of one layer. The model's own router has decided already; shared experts stay in the model.
+
+    device is None where no expert of the layer has a slot. `host` is present always, and holds the others.
+    """
+
+    def __init__(
+        self, spec: ExpertSpec, placement: Placement, host: HostExecutor, device: GpuExecutor | None = None
+    ) -> None:
+        self.spec, self.placement = spec, placement
+        self.host, self.device = host, device
+        self.num_calls = 0
+
+    def forward(self, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
+        """y_TD = sum over k of weight_Tk * expert[id_Tk](x_T), summed in fp32, rounded once to x's type."""
+        self.num_calls += 1
+        split = self.split(RoutedBatch(x_TD, topk_ids_TK, topk_weights_TK))
+        parts = sum(share is not None for share in (split.host, split.device))
+        out_dtype = x_TD.dtype if parts == 1 else torch.float32
+        # The host computes when waited for: copies leave first, the device gets its work, the host starts.
+        on_host = self.host.submit(split.host, out_dtype) if split.host is not None else None
+        on_device = None
+        if split.device is not None and self.device is not None:
+            on_device = self.device.submit(split.device, out_dtype)
+        ys = [pending.wait() for pending in (on_host, on_device) if pending is not None]
+        return ys[0] if parts == 1 else (ys[0] + ys[1]).to(x_TD.dtype)
+
+    def split(self, batch: RoutedBatch) -> Split:
+        """Resident experts to the device, the rest to the host; decided by the placement alone."""
+        if self.device is None:
+            return Split(device=None, host=batch)
+        if self.placement.num_resident == self.spec.num_experts:
+            return Split(device=batch, host=None)
+        resident_TK = slot_of(self.device.slot_of_expert_E1, batch.topk_ids_TK) >= 0
+        host_ids_TK = batch.topk_ids_TK.masked_fill(resident_TK, NOT_MINE)
+        return Split(device=batch, host=RoutedBatch(batch.x_TD, host_ids_TK, batch.topk_weights_TK))

@@ -1,0 +1,51 @@
+"""`monde.from_pretrained`: a folder or hub id in, a running model out."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, PreTrainedModel
+
+from monde.config import MondeConfig
+
+_SETTINGS = frozenset(inspect.signature(MondeConfig).parameters) - {"quant_method"}
+
+
+def from_pretrained(path_or_id: str, **kwargs: Any) -> PreTrainedModel:
+    """Load a model whose experts monde runs; `model.monde` is the Engine.
+
+    kwargs: those of MondeConfig, and those of transformers' from_pretrained (dtype, revision, token, ...).
+    The class is the one that config.json names, e.g. Qwen3MoeForCausalLM; dtype defaults to the checkpoint's.
+
+    Errors: CheckpointError for damaged or incomplete checkpoints; UnsupportedModelError; BudgetError, before
+    any weight is read; ValueError for pre-quantised checkpoints; OSError where the path or id does not exist.
+    """
+    config = MondeConfig(**{name: kwargs.pop(name) for name in _SETTINGS & kwargs.keys()})
+    hub = {
+        name: kwargs[name]
+        for name in ("revision", "token", "cache_dir", "trust_remote_code", "subfolder")
+        if name in kwargs
+    }
+    model_config = kwargs.pop("config", None) or AutoConfig.from_pretrained(path_or_id, **hub)
+    quantised = getattr(model_config, "quantization_config", None)
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        raise ValueError(
+            f"{path_or_id} is quantised ({method}); monde runs bf16, fp16 and fp32 checkpoints; load one"
+        )
+    model: PreTrainedModel = model_class(model_config).from_pretrained(
+        path_or_id, config=model_config, quantization_config=config, **kwargs
+    )
+    return model
+
+
+def model_class(config: Any) -> Any:
+    """The class that config.json names where transformers has it, else the auto class for text."""
+    for name in getattr(config, "architectures", None) or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    return (
+        transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+    )

@@ -1,0 +1,80 @@
+"""`monde.offload`: hand the experts of a model that is already loaded to monde."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from monde.config import MondeConfig
+from monde.engine import Engine
+from monde.models.dense import speed_up_dense
+from monde.models.experts import find_experts
+from monde.models.fill import ProgressBar, fill_layer, load_report
+from monde.models.memory import PeakMemory
+from monde.models.sizing import plan_for, resolve_device
+
+
+def offload(model: PreTrainedModel, config: MondeConfig | None = None, **settings: Any) -> PreTrainedModel:
+    """Hand the experts of `model` to monde, in place, and return the model; `model.monde` is the Engine.
+
+    settings are those of MondeConfig. Experts move layer by layer: no more than one layer exists twice.
+    `state_dict` and `save_pretrained` give the original weights back exactly; a deep copy shares the experts.
+
+    Errors: UnsupportedModelError for models without experts or of unknown families; BudgetError;
+    ValueError for a model that is offloaded already, quantised, on the meta device or spread over devices by
+    accelerate, and for NaN in weights. The model is unchanged after an error.
+    """
+    config = _config(config, settings)
+    _check_offloadable(model)
+    start_s = time.perf_counter()
+    modules = find_experts(model)
+    device = resolve_device(config)
+    plan = plan_for(model, modules, config, device)
+    with PeakMemory() as peak:
+        engine = Engine(config, [module.spec for module in modules], plan, device)
+        bar = ProgressBar(engine)
+        try:
+            for layer_idx, module in enumerate(modules):
+                fill_layer(engine, layer_idx, module, module, bar)
+                module.take_parameters()
+        except Exception:
+            for layer_idx, module in enumerate(modules):
+                if module.taken:
+                    module.put_back(engine, layer_idx)
+            engine.close()
+            raise
+        finally:
+            bar.close()
+        for layer_idx, module in enumerate(modules):
+            module.attach(engine, layer_idx)
+        model.to(device)  # type: ignore[arg-type]
+        model.eval()
+        engine.load_report = load_report(plan, time.perf_counter() - start_s, peak.stop())
+    model.monde = engine  # type: ignore[assignment]
+    speed_up_dense(model, device)
+    return model
+
+
+def _config(config: MondeConfig | None, settings: dict[str, Any]) -> MondeConfig:
+    if config is not None and settings:
+        raise ValueError("offload: give either config= or single settings, not both")
+    return config if config is not None else MondeConfig(**settings)
+
+
+def _check_offloadable(model: Any) -> None:
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"offload: expected a transformers model, got {type(model).__name__}")
+    if isinstance(getattr(model, "monde", None), Engine):
+        raise ValueError("offload: monde runs this model already; load it again to change its settings")
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(
+            "offload: the model is quantised; load it in bf16, fp16 or fp32 without quantization_config"
+        )
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        raise ValueError(
+            'offload: accelerate spread this model over devices; load it with device_map="cpu" first'
+        )
+    if any(param.is_meta for param in model.parameters()):
+        raise ValueError("offload: the model has no weights (meta device); use monde.from_pretrained instead")

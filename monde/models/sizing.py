@@ -1,0 +1,116 @@
+"""How large a model is: the numbers that the memory plan adds up, from shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from hostcompute import ExpertSpec
+from monde.config import MondeConfig
+from monde.models.experts import ExpertsModule
+from monde.planning.budget import LayerSize, MemoryPlan, ModelSize, plan_memory
+from monde.sizes import format_bytes
+
+# Live at the peak of one decoder layer, in fp32 vectors of the model dim per token: residual, normalised
+# input, query, key, value, attention output, and the routed result of device and host.
+_LIVE_VECTORS = 8
+_GPU_SHARE = 0.9  # of what is free: the rest covers the CUDA context's growth and the allocator's fragments
+
+
+def resolve_device(config: MondeConfig) -> torch.device:
+    """The device of the dense weights. Errors: ValueError when it is absent."""
+    if config.device is None:
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(config.device)
+    except RuntimeError as error:
+        raise ValueError(f'device: expected "cpu" or "cuda:0", got {config.device!r}') from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f'device: expected "cpu" or "cuda:0", got {config.device!r}')
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(
+                f'device: {config.device} was asked for and this machine has no usable GPU; use device="cpu"'
+            )
+        device = torch.device("cuda", device.index or 0)
+    return device
+
+
+def plan_for(
+    model: nn.Module, modules: Sequence[ExpertsModule], config: MondeConfig, device: torch.device
+) -> MemoryPlan:
+    """What goes where under the budget. Errors: BudgetError, ValueError for a budget above the machine."""
+    on_gpu = device.type == "cuda"
+    held_bytes = {"cuda": 0, "cpu": 0, "meta": 0}
+    for tensor in (*model.parameters(), *model.buffers()):
+        held_bytes[tensor.device.type] = held_bytes.get(tensor.device.type, 0) + tensor.nbytes
+    gpu_bytes = config.gpu_memory
+    if on_gpu:
+        total_bytes = torch.cuda.get_device_properties(device).total_memory
+        if gpu_bytes is None:
+            gpu_bytes = int((torch.cuda.mem_get_info(device)[0] + held_bytes["cuda"]) * _GPU_SHARE)
+        elif gpu_bytes > total_bytes:
+            wanted, have = format_bytes(gpu_bytes), format_bytes(total_bytes)
+            raise ValueError(f"gpu_memory: {wanted} is more than the {have} of {device}; ask for less")
+    host_bytes = config.host_memory
+    if host_bytes is None:
+        host_bytes = int(psutil.virtual_memory().available) + held_bytes["cpu"]
+    return plan_memory(model_size(model, modules, config), on_gpu, gpu_bytes or 0, host_bytes)
+
+
+def model_size(model: nn.Module, modules: Sequence[ExpertsModule], config: MondeConfig) -> ModelSize:
+    """The sizes of `model` at the longest context and largest batch of `config`."""
+    expert_names = {module.full_name(param) for module in modules for param in module.param_names()}
+    dense = [p for name, p in model.named_parameters() if name not in expert_names]
+    dense_bytes = sum(t.nbytes for t in (*dense, *model.buffers()))
+    itemsize_bytes = max((p.element_size() for p in dense), default=4)
+    text_config: Any = model.config.get_text_config()  # type: ignore[operator,union-attr]
+    d_model = max(module.spec.d_model for module in modules)
+    return ModelSize(
+        dense_bytes=dense_bytes,
+        kv_bytes_per_token=_kv_values_per_token(text_config) * itemsize_bytes,
+        act_bytes_per_token=4 * _LIVE_VECTORS * d_model,
+        logits_bytes=4 * config.max_batch * (getattr(text_config, "vocab_size", None) or 0),
+        staging_bytes_per_token=(itemsize_bytes + 4) * d_model,
+        num_tokens=config.max_context * config.max_batch,
+        layers=tuple(_layer_size(module.spec) for module in modules),
+    )
+
+
+def _layer_size(spec: ExpertSpec) -> LayerSize:
+    bias_values = (spec.num_matrices - 1) * spec.d_ffn + spec.d_model if spec.has_bias else 0
+    return LayerSize(spec.num_experts, spec.expert_bytes + bias_values * spec.dtype.itemsize_bytes)
+
+
+def _kv_values_per_token(text_config: Any) -> int:
+    """Keys and values of all layers for one token; every layer is taken for one with full attention."""
+    if text_config.is_heterogeneous:
+        return sum(map(_kv_values_of_layer, text_config.per_layer_config))
+    return _first(text_config, "num_hidden_layers", "num_layers", default=1) * _kv_values_of_layer(
+        text_config
+    )
+
+
+def _kv_values_of_layer(config: Any) -> int:
+    """Keys and values of one layer for one token."""
+    first = partial(_first, config)
+    num_heads = first("num_attention_heads", "num_heads", "n_heads", default=1)
+    hidden = first("hidden_size", "d_model")
+    # Multi-head latent attention caches expanded keys and values, for all heads.
+    key_dim, value_dim = first("qk_head_dim"), first("v_head_dim")
+    if key_dim and value_dim:
+        return num_heads * (key_dim + value_dim)
+    num_kv_heads = first("num_key_value_heads", default=num_heads)
+    return num_kv_heads * 2 * first("head_dim", default=hidden // num_heads)
+
+
+def _first(config: Any, *names: str, default: int = 0) -> int:
+    """The first of these settings that is a positive number."""
+    return int(
+        next((v for v in (getattr(config, n, None) for n in names) if isinstance(v, int) and v), default)
+    )

@@ -1,0 +1,82 @@
+"""The memory plan: never over budget, as many residents as fit, and errors whose numbers are right."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from monde.planning.budget import BudgetError, LayerSize, MemoryPlan, ModelSize, plan_memory
+
+sizes = st.builds(
+    ModelSize,
+    dense_bytes=st.integers(0, 1000),
+    kv_bytes_per_token=st.integers(0, 5),
+    act_bytes_per_token=st.integers(0, 5),
+    logits_bytes=st.integers(0, 100),
+    staging_bytes_per_token=st.integers(0, 5),
+    num_tokens=st.integers(1, 50),
+    layers=st.lists(st.builds(LayerSize, st.integers(1, 9), st.integers(1, 99)), min_size=1, max_size=5).map(
+        tuple
+    ),
+)
+budgets = st.integers(0, 5000)
+
+
+def plan(size: ModelSize, on_gpu: bool, gpu_bytes: int, host_bytes: int) -> MemoryPlan | None:
+    try:
+        return plan_memory(size, on_gpu, gpu_bytes, host_bytes)
+    except BudgetError:
+        return None
+
+
+@given(sizes, st.booleans(), budgets, budgets)
+def test_never_over_budget(size: ModelSize, on_gpu: bool, gpu_bytes: int, host_bytes: int) -> None:
+    made = plan(size, on_gpu, gpu_bytes, host_bytes)
+    if made is not None:
+        assert made.gpu_used_bytes <= gpu_bytes
+        assert made.host_used_bytes <= host_bytes
+        assert made.slots_bytes + made.host_expert_bytes == size.expert_bytes
+        pairs = list(zip(made.num_resident_L, size.layers, strict=True))
+        assert all(0 <= n <= layer.num_experts for n, layer in pairs)
+        # No room is left for one more expert anywhere, and layers differ by one unless one is full or too
+        # large.
+        free_bytes = gpu_bytes - made.gpu_used_bytes
+        assert all(n == layer.num_experts or layer.expert_bytes > free_bytes for n, layer in pairs)
+        assert "experts" in made.explain()
+
+
+@given(sizes, st.booleans(), budgets, budgets)
+def test_the_smallest_budget_is_what_the_error_says(
+    size: ModelSize, on_gpu: bool, gpu_bytes: int, host_bytes: int
+) -> None:
+    if plan(size, on_gpu, gpu_bytes, host_bytes) is not None:
+        return
+    with pytest.raises(BudgetError) as caught:
+        plan_memory(size, on_gpu, gpu_bytes, host_bytes)
+    smallest, message = caught.value.smallest_bytes, str(caught.value)
+    assert str(smallest) in message
+    if "gpu_memory of" in message:
+        assert smallest > gpu_bytes
+        assert plan(size, on_gpu, smallest, 10**9) is not None
+        assert plan(size, on_gpu, smallest - 1, 10**9) is None
+    else:
+        assert smallest > host_bytes
+        assert plan(size, on_gpu, gpu_bytes, smallest) is not None
+        assert plan(size, on_gpu, gpu_bytes, smallest - 1) is None
+
+
+def test_experts_are_spread_evenly() -> None:
+    size = ModelSize(100, 1, 1, 0, 1, 10, (LayerSize(8, 10),) * 3)
+    assert plan_memory(size, True, 120 + 50, 10**6).num_resident_L == (2, 2, 1)
+
+
+def test_the_arithmetic_is_in_the_error() -> None:
+    size = ModelSize(3 * 2**20, 1024, 512, 0, 64, 1024, (LayerSize(8, 2**20),) * 2)
+    with pytest.raises(BudgetError) as error:
+        plan_memory(size, True, 2**20, 2**30)
+    assert str(error.value) == (
+        "gpu_memory of 1 MiB is short by 3.5 MiB: dense weights 3 MiB + KV cache of 1024 tokens 1 MiB "
+        "+ workspace 512 KiB = 4.5 MiB. Give at least gpu_memory=4718592, "
+        'lower max_context or max_batch, or use device="cpu".'
+    )

@@ -1,0 +1,87 @@
+"""MondeConfig: what it takes, what it refuses, and with which words."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from accelerate.utils.modeling import convert_file_size_to_int
+from hypothesis import given
+from hypothesis import strategies as st
+
+import monde
+from monde.config import machine_memory_bytes
+from monde.sizes import format_bytes, parse_size_bytes
+
+
+@given(st.integers(0, 5000), st.sampled_from(["KB", "MB", "GB", "KiB", "MiB", "GiB"]))
+def test_sizes_parse_as_accelerate_does(number: int, unit: str) -> None:
+    assert parse_size_bytes(f"{number}{unit}", "x") == convert_file_size_to_int(f"{number}{unit}")
+
+
+@pytest.mark.parametrize("size", ["12 bananas", "", "GiB", "-3GiB", "1.5", "16 G B", "nan", 1.5, True, [1]])
+def test_unreadable_sizes(size: Any) -> None:
+    with pytest.raises(ValueError, match=r'gpu_memory: cannot read .* as a size; write it as "16GiB"'):
+        monde.MondeConfig(gpu_memory=size)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gpu_memory": -1}, "gpu_memory: expected a size of at least 0, got -1"),
+        ({"host_memory": machine_memory_bytes() + 1}, "more than this machine's"),
+        ({"max_memory": {0: "1GiB"}, "gpu_memory": 1}, "not both"),
+        ({"max_memory": {1: "1GiB"}}, "expected the keys 0"),
+        ({"cpu_backend": "cuda"}, "cpu_backend: expected one of auto, native, numba, reference"),
+        ({"num_threads": 0}, "num_threads: expected a whole number of at least 1"),
+        ({"max_context": "4k"}, "max_context: expected a whole number"),
+        ({"max_batch": -2}, "max_batch: expected a whole number"),
+    ],
+)
+def test_refused_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        monde.MondeConfig(**settings)
+
+
+def test_unknown_setting() -> None:
+    with pytest.raises(TypeError, match="gpu_memroy"):
+        monde.MondeConfig(gpu_memroy="1GiB")  # type: ignore[call-arg]
+
+
+def test_max_memory() -> None:
+    config = monde.MondeConfig(max_memory={0: "1GiB", "cpu": "2GiB"})
+    assert (config.gpu_memory, config.host_memory) == (2**30, 2**31)
+
+
+def test_survives_its_dictionary() -> None:
+    config = monde.MondeConfig(gpu_memory="3MiB", device="cpu", num_threads=2)
+    assert monde.MondeConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+
+
+def test_explain() -> None:
+    assert monde.MondeConfig(gpu_memory="1.5GiB").explain() == (
+        "device auto; GPU: 1.5 GiB; host: free host memory; host backend auto"
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (2**40, "1 TiB")]
+)
+def test_format_bytes(num_bytes: int, text: str) -> None:
+    assert format_bytes(num_bytes) == text
+
+
+def test_importing_monde_is_cheap() -> None:
+    code = "import sys, monde; print(sorted({'torch', 'transformers', 'cupy'} & set(sys.modules)))"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        == "[]\n"
+    )
+
+
+def test_public_names_exist() -> None:
+    assert all(getattr(monde, name) is not None for name in monde.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        monde.nothing  # noqa: B018

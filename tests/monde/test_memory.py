@@ -1,0 +1,53 @@
+"""Loading never holds the experts twice, measured."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MEGABYTE = 10**6
+
+# A fresh process, so that memory freed by other tests does not hide growth.
+_LOAD = """
+import sys, monde
+model = monde.from_pretrained(sys.argv[1], device="cpu", cpu_backend=sys.argv[2])
+report = model.monde.load_report
+bank_bytes = sum(layer.host.bank.resident_bytes for layer in model.monde.layers)
+print(report.peak_host_bytes, report.expert_bytes, bank_bytes)
+"""
+
+_MAKE = """
+import sys, torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+torch.set_default_dtype(torch.bfloat16)
+config = Qwen3MoeConfig(
+    vocab_size=256, hidden_size=512, intermediate_size=512, moe_intermediate_size=256, num_hidden_layers=8,
+    num_attention_heads=8, num_key_value_heads=2, head_dim=64, num_experts=32, num_experts_per_tok=4,
+)
+Qwen3MoeForCausalLM(config).save_pretrained(sys.argv[1], max_shard_size="64MB")
+"""
+
+
+def _python(code: str, *args: object) -> str:
+    command = [sys.executable, "-c", code, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("medium")
+    _python(_MAKE, folder)
+    return folder
+
+
+def test_loading_holds_experts_once(folder: Path) -> None:
+    peak_bytes, expert_bytes, bank_bytes = map(int, _python(_LOAD, folder, "auto").split())
+    assert expert_bytes == 8 * 32 * 3 * 512 * 256 * 2
+    assert bank_bytes >= expert_bytes
+    # Besides the banks: one layer's pages of the checkpoint, dense weights, thread stacks and Python's own
+    # growth.
+    layer_bytes, dense_bytes = expert_bytes // 8, 20 * MEGABYTE
+    assert peak_bytes <= bank_bytes + layer_bytes + dense_bytes + 60 * MEGABYTE
