@@ -1,0 +1,184 @@
+"""`monde bench`: how fast, next to whom."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from datetime import UTC, datetime
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from monde.cli.options import (
+    BackendName,
+    BackendOption,
+    DeviceOption,
+    DTypeName,
+    DTypeOption,
+    GpuMemoryOption,
+    HostMemoryOption,
+    LoadOptions,
+    ModelArgument,
+    OutputFormat,
+    ThreadsOption,
+    load_tokenizer,
+)
+
+if TYPE_CHECKING:
+    from monde.cli.records import BenchReport, BenchTest, ModelFacts
+
+
+def bench(
+    model: ModelArgument,
+    n_prompt: Annotated[
+        str, typer.Option("--n-prompt", "-p", help="Prompt lengths to time, comma-separated; 0 for none.")
+    ] = "512",
+    n_gen: Annotated[
+        str, typer.Option("--n-gen", "-n", help="Numbers of tokens to generate, comma-separated; 0 for none.")
+    ] = "128",
+    n_depth: Annotated[
+        str, typer.Option("--n-depth", "-d", help="Tokens in the KV cache before the clock starts.")
+    ] = "0",
+    batch: Annotated[str, typer.Option("--batch", "-b", help="Sequences at once.")] = "1",
+    repetitions: Annotated[
+        int, typer.Option("--repetitions", "-r", min=1, help="Timed rounds, after one untimed.")
+    ] = 5,
+    output: Annotated[
+        OutputFormat, typer.Option("--output", "-o", help="Format on standard output.")
+    ] = OutputFormat.MD,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Measure next to it, taking turns: transformers (as it comes), "
+            "transformers:eager, :grouped_mm, :batched_mm, or :best for all three. Repeatable."
+        ),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the result: a .png, .svg or .pdf file.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Text to feed.", show_default="shipped literature")
+    ] = None,
+    random_tokens: Annotated[
+        bool, typer.Option("--random-tokens", help="Feed random tokens; they distort routing.")
+    ] = False,
+    gpu_memory: GpuMemoryOption = None,
+    host_memory: HostMemoryOption = None,
+    device: DeviceOption = None,
+    dtype: DTypeOption = DTypeName.AUTO,
+    backend: BackendOption = BackendName.AUTO,
+    threads: ThreadsOption = None,
+) -> None:
+    """Time prompts (pp512) and generation (tg128): tokens/s, TTFT, TPOT, bytes moved, memory speed.
+
+    Options that take several values time every combination. Runners take turns within each repetition,
+    after an untimed round and a check that they choose the same tokens.
+
+    [bold]Examples[/bold]
+
+      monde bench assets/moe-3m
+
+      monde bench MODEL -p 128,512 -n 64 -d 0,1024 -b 1,4 -r 3 -o json > result.json
+
+      monde bench MODEL --baseline transformers:best --plot speed.png
+    """
+    tests = parse_tests(n_prompt, n_gen, n_depth, batch)
+    from monde.cli.baselines import parse_baselines
+
+    baselines = parse_baselines(baseline or [])
+    if plot is not None:
+        from monde.cli.plot import check_plot
+
+        check_plot(plot)
+    options = LoadOptions(model, gpu_memory, host_memory, device, dtype, backend, threads)
+    report = run(options, tests, baselines, repetitions, text, random_tokens)
+    from monde.cli.report import render
+
+    typer.echo(render(report, output))
+    if plot is not None:
+        from monde.cli.plot import draw
+
+        draw(report, plot)
+        typer.echo(f"monde: plot saved to {plot}", err=True)
+
+
+def run(
+    options: LoadOptions,
+    tests: list[BenchTest],
+    baselines: list[str],
+    repetitions: int,
+    text: Path | None,
+    random_tokens: bool,
+) -> BenchReport:
+    """Load, check and measure; progress on standard error."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from monde.cli.baselines import load_transformers
+    from monde.cli.machine import Machine, read_ceiling
+    from monde.cli.measure import measure, num_rounds
+    from monde.cli.records import BenchReport
+    from monde.cli.runners import load_monde, model_facts
+    from monde.cli.texts import token_source
+
+    tokenizer = load_tokenizer(options.model)
+    facts = model_facts(options)
+    check_lengths(tests, facts)
+    source = token_source(tokenizer, facts.vocab_size, text, random_tokens)
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    runners = [load_monde(options)]
+    if baselines:
+        runners += load_transformers(options, facts, baselines)
+    columns = (TextColumn("{task.description:<42}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=num_rounds(len(runners), len(tests), repetitions))
+        results = measure(
+            runners,
+            tests,
+            source,
+            repetitions,
+            exact=facts.dtype == "float32",
+            progress=lambda what: bar.update(task, advance=1, description=what),
+        )
+    return BenchReport(
+        command=shlex.join(["monde", *sys.argv[1:]]),
+        started=started,
+        machine=Machine.here(),
+        model=facts,
+        text=source.origin,
+        read_ceiling_bytes_per_s=read_ceiling(options.num_threads),
+        results=tuple(results),
+    )
+
+
+def parse_tests(n_prompt: str, n_gen: str, n_depth: str, batch: str) -> list[BenchTest]:
+    """Every combination of the comma-separated values. Errors: ValueError for anything but whole numbers."""
+    from monde.cli.records import BenchTest
+
+    depths, batches = _counts(n_depth, "-d", 0), _counts(batch, "-b", 1)
+    shapes = [(p, 0) for p in _counts(n_prompt, "-p", 0)] + [(0, n) for n in _counts(n_gen, "-n", 0)]
+    tests = [BenchTest(p, n, d, b) for (p, n), d, b in product(shapes, depths, batches) if p or n]
+    if not tests:
+        raise ValueError("-p 0 -n 0 leaves nothing to time; give -p or -n a number above 0")
+    return tests
+
+
+def _counts(text: str, option: str, least: int) -> list[int]:
+    values = []
+    for part in text.split(","):
+        if not part.strip().isdecimal() or int(part) < least:
+            raise ValueError(
+                f"{option} {text}: expected whole numbers from {least} up, with commas between, as in 128,512"
+            )
+        values.append(int(part))
+    return list(dict.fromkeys(values))
+
+
+def check_lengths(tests: list[BenchTest], facts: ModelFacts) -> None:
+    """Errors: ValueError when a test is longer than the model's positions."""
+    longest = max(tests, key=lambda test: test.num_positions)
+    if facts.num_positions is not None and longest.num_positions > facts.num_positions:
+        raise ValueError(
+            f"{longest.name} needs {longest.num_positions} positions, {facts.name} has "
+            f"{facts.num_positions}; lower -p, -n or -d"
+        )

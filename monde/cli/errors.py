@@ -1,0 +1,53 @@
+"""What a user sees when something is wrong: one line that names the remedy, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from hostcompute import env
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+USER_ERRORS = (ValueError, OSError, RuntimeError, ImportError)
+
+# Typer carries click inside since 0.20 and beside it before; its exceptions are reached through a public one.
+_UsageError: Any = typer.BadParameter.__base__
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error on a single line; libraries like to spread theirs over several."""
+    message = error.format_message() if isinstance(error, _UsageError) else str(error)
+    return " ".join(message.split()) or type(error).__name__
+
+
+class OneLineErrors(TyperGroup):
+    """A command group that reports users' mistakes in one line. MONDE_DEBUG=1 keeps the traceback."""
+
+    def main(self, args: Sequence[str] | None = None, **extra: Any) -> Any:  # type: ignore[override]
+        extra["standalone_mode"] = False
+        try:
+            code = super().main(args, **extra)
+        except _UsageError as error:
+            hint = f" (see `{error.ctx.command_path} --help`)" if getattr(error, "ctx", None) else ""
+            _fail(one_line(error).rstrip(".") + hint)
+        except BrokenPipeError:  # the reader of our output went away, as in `monde bench ... | head -1`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except USER_ERRORS as error:
+            if env.debug():
+                raise
+            _fail(one_line(error))
+        except (KeyboardInterrupt, typer.Abort):
+            sys.exit(EXIT_INTERRUPTED)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> None:
+    print(f"monde: error: {message}", file=sys.stderr)
+    sys.exit(EXIT_USER_ERROR)

@@ -1,0 +1,112 @@
+"""`monde generate`: text out."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from monde.cli.options import (
+    BackendName,
+    BackendOption,
+    DeviceOption,
+    DTypeName,
+    DTypeOption,
+    GpuMemoryOption,
+    HostMemoryOption,
+    LoadOptions,
+    ModelArgument,
+    ThreadsOption,
+    load_tokenizer,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[
+        str,
+        typer.Argument(
+            metavar="PROMPT", help="The text to continue; - reads it from standard input.", show_default=False
+        ),
+    ],
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", min=1, help="Stop after this many tokens.")
+    ] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Makes sampling repeatable; matters above temperature 0.")] = 0,
+    gpu_memory: GpuMemoryOption = None,
+    host_memory: HostMemoryOption = None,
+    device: DeviceOption = None,
+    dtype: DTypeOption = DTypeName.AUTO,
+    backend: BackendOption = BackendName.AUTO,
+    threads: ThreadsOption = None,
+) -> None:
+    """Continue PROMPT, word by word on standard output.
+
+    Timing and what runs where go to standard error, so the text can be piped.
+
+    [bold]Examples[/bold]
+
+      monde generate assets/moe-3m "It is a truth universally acknowledged"
+
+      monde generate Qwen/Qwen3-30B-A3B "The moon" --gpu-memory 16GiB -n 64 --temperature 0.7 --seed 1
+
+      monde generate ./my-model - --device cpu < prompt.txt
+    """
+    options = LoadOptions(model, gpu_memory, host_memory, device, dtype, backend, threads)
+    tokenizer = load_tokenizer(model)
+    if tokenizer is None:
+        raise ValueError(
+            f"{model} has no tokenizer to read PROMPT with; put tokenizer.json next to config.json"
+        )
+    text = sys.stdin.read() if prompt == "-" else prompt
+    inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+    if inputs["input_ids"].shape[1] == 0:
+        raise ValueError("PROMPT is empty; give at least one word to continue")
+
+    from transformers import set_seed
+
+    loaded: Any = options.load_with_monde()
+    set_seed(seed)
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    )
+    streamer = timed_streamer(tokenizer)
+    loaded.generate(**inputs.to(loaded.device), max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
+    typer.echo(_summary(streamer.token_times_s, loaded.monde), err=True)
+
+
+def timed_streamer(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """A text streamer that also notes when the prompt went in and each token came out, as `token_times_s`."""
+    from transformers import TextStreamer
+
+    class TimedStreamer(TextStreamer):
+        def __init__(self) -> None:
+            super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            self.token_times_s: list[float] = []
+
+        def put(self, value: Any) -> None:
+            self.token_times_s.append(time.perf_counter())
+            super().put(value)  # type: ignore[no-untyped-call]
+
+    return TimedStreamer()
+
+
+def _summary(token_times_s: list[float], engine: Any) -> str:
+    """The first time is the prompt's, each further one a token's."""
+    num_tokens = len(token_times_s) - 1
+    first_s = token_times_s[1] - token_times_s[0]
+    line = f"monde: first token after {first_s:.3f} s"
+    if num_tokens > 1:
+        tokens_per_s = (num_tokens - 1) / (token_times_s[-1] - token_times_s[1])
+        line += f", then {tokens_per_s:.1f} tokens/s over {num_tokens} tokens"
+    report, choice = engine.load_report, engine.host_choice
+    return (
+        f"{line}; {report.num_resident_experts} of {report.num_experts} experts on the GPU, "
+        f"the others on the host ({choice.name}, {choice.isa}); loaded in {report.seconds_s:.1f} s"
+    )

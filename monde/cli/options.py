@@ -1,0 +1,127 @@
+"""The options that `generate` and `bench` share, and what they load."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class DTypeName(StrEnum):
+    AUTO = "auto"
+    BF16 = "bf16"
+    FP16 = "fp16"
+    FP32 = "fp32"
+
+
+class BackendName(StrEnum):
+    AUTO = "auto"
+    NATIVE = "native"
+    NUMBA = "numba"
+    REFERENCE = "reference"
+
+
+class OutputFormat(StrEnum):
+    MD = "md"
+    CSV = "csv"
+    JSON = "json"
+    JSONL = "jsonl"
+
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A model folder or a hub id.", show_default=False)
+]
+GpuMemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Limit for the GPU: dense weights, KV cache, workspace and resident experts, as 16GiB."
+    ),
+]
+HostMemoryOption = Annotated[
+    str | None, typer.Option(help="Limit for the experts kept in host memory, as 100GiB.")
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(help="Where dense weights run: cuda:0 or cpu.", show_default="the first GPU, else cpu"),
+]
+DTypeOption = Annotated[DTypeName, typer.Option(help="Weights; auto is the checkpoint's own.")]
+BackendOption = Annotated[BackendName, typer.Option(help="Kernels for the experts on the host.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option("--threads", "-t", min=1, help="CPU threads.", show_default="all physical cores")
+]
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How to load a model; None leaves a choice to monde."""
+
+    model: str
+    gpu_memory: str | None = None
+    host_memory: str | None = None
+    device: str | None = None
+    dtype: DTypeName = DTypeName.AUTO
+    backend: BackendName = BackendName.AUTO
+    num_threads: int | None = None
+
+    def torch_dtype(self) -> Any:
+        """What from_pretrained takes as `dtype`."""
+        import torch
+
+        named = {DTypeName.BF16: torch.bfloat16, DTypeName.FP16: torch.float16, DTypeName.FP32: torch.float32}
+        return named.get(self.dtype, "auto")
+
+    def load_with_monde(self) -> PreTrainedModel:
+        """Errors: ValueError or OSError, naming the remedy, when the model cannot be had or does not fit."""
+        import torch
+
+        from monde.models.loading import from_pretrained
+
+        check_model(self.model)
+        if self.num_threads is not None:
+            torch.set_num_threads(self.num_threads)
+        return from_pretrained(
+            self.model,
+            gpu_memory=self.gpu_memory,
+            host_memory=self.host_memory,
+            device=self.device,
+            cpu_backend=self.backend.value,
+            num_threads=self.num_threads,
+            dtype=self.torch_dtype(),
+        )
+
+
+def check_model(model: str) -> None:
+    """Errors: ValueError when MODEL reads as a folder that is not there or holds no model."""
+    folder = Path(model).expanduser()
+    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") > 1
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(
+                f"{model} holds no config.json; give a folder written by save_pretrained, or a hub id"
+            )
+    elif folder.exists():
+        raise ValueError(f"{model} is a file; give the folder that holds config.json, or a hub id")
+    elif looks_like_path:
+        raise ValueError(
+            f"{model}: no such folder; give a folder with config.json, or a hub id such as Qwen/Qwen3-30B-A3B"
+        )
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase | None:
+    """The model's tokenizer, or None when its folder holds none."""
+    from transformers import AutoTokenizer
+
+    check_model(model)
+    folder = Path(model).expanduser()
+    if folder.is_dir() and not any(
+        (folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")
+    ):
+        return None
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model)
+    return tokenizer

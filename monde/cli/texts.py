@@ -1,0 +1,71 @@
+"""The tokens that a benchmark feeds: real text, because random tokens route unlike anything a user runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class TokenSource:
+    """A long row of token ids, and where they come from in words."""
+
+    tokens_N: Tensor
+    origin: str
+
+    def window(self, index: int, batch: int, length: int) -> Tensor:
+        """Batch `index`: int64 [batch, length], sequences from far apart in the text; it wraps at the end."""
+        num_tokens = self.tokens_N.numel()
+        starts_B = (
+            (torch.arange(batch) + batch * index) * 9973 * 7
+        )  # 9973: prime, so that windows rarely meet
+        positions = (starts_B[:, None] + torch.arange(length)[None, :]) % num_tokens
+        return self.tokens_N[positions]
+
+
+def token_source(
+    tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, text_file: Path | None, random_tokens: bool
+) -> TokenSource:
+    """Text as the model's tokenizer reads it; random ids when asked for, or when there is no tokenizer.
+
+    Errors: ValueError when the text cannot be read or has ids beyond the model's vocabulary.
+    """
+    if random_tokens or (tokenizer is None and text_file is None):
+        why = "asked for" if random_tokens else "the model has no tokenizer"
+        tokens_N = torch.randint(vocab_size, (1 << 17,), generator=torch.Generator().manual_seed(_SEED))
+        return TokenSource(tokens_N, f"random tokens ({why})")
+    if tokenizer is None:
+        raise ValueError(
+            "--text needs a tokenizer; put tokenizer.json next to config.json, or use --random-tokens"
+        )
+    text, origin = _read(text_file)
+    tokens_N = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+    if tokens_N.numel() < 2:
+        raise ValueError(f"--text {origin}: holds no text; give a file of a few pages")
+    if int(tokens_N.max()) >= vocab_size:
+        raise ValueError(
+            f"the tokenizer has ids up to {int(tokens_N.max())}, the model a vocabulary of {vocab_size}; "
+            "put the model's own tokenizer in its folder, or use --random-tokens"
+        )
+    return TokenSource(tokens_N, origin)
+
+
+def _read(text_file: Path | None) -> tuple[str, str]:
+    if text_file is None:
+        return (files("monde.cli") / "text" / "literature.txt").read_text(
+            encoding="utf-8"
+        ), "literature (shipped)"
+    try:
+        return text_file.read_text(encoding="utf-8"), text_file.name
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--text {text_file}: cannot be read as UTF-8 text ({error})") from error

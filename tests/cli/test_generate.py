@@ -1,0 +1,41 @@
+"""`monde generate`: the text, sampling, standard input."""
+
+from __future__ import annotations
+
+import torch
+
+from tests.cli.conftest import MODEL, Monde
+
+PROMPT = "It is a truth universally acknowledged, that"
+
+
+def test_text_is_what_transformers_generates(monde: Monde) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
+    tokens = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    outcome = monde("generate", MODEL, PROMPT, "-n", 24, "--dtype", "fp32")
+    assert outcome.exit_code == 0, outcome.stderr
+    assert outcome.stdout.strip() == tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    assert "tokens/s" in outcome.stderr
+
+
+def test_a_seed_repeats_a_sample(monde: Monde) -> None:
+    def sample(seed: int) -> str:
+        return monde("generate", MODEL, PROMPT, "-n", 16, "--temperature", 1.0, "--seed", seed).stdout
+
+    assert sample(1) == sample(1)
+    assert sample(1) != sample(2)
+
+
+def test_prompt_from_standard_input(monde: Monde) -> None:
+    by_argument = monde("generate", MODEL, PROMPT, "-n", 8, "--dtype", "fp32").stdout
+    assert monde("generate", MODEL, "-", "-n", 8, "--dtype", "fp32", stdin=PROMPT).stdout == by_argument
+
+
+def test_one_token(monde: Monde) -> None:
+    outcome = monde("generate", MODEL, PROMPT, "-n", 1)
+    assert outcome.exit_code == 0
+    assert "first token after" in outcome.stderr

@@ -1,0 +1,127 @@
+"""The command itself: version, help, info, and one line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hostcompute.backends.select import choose
+from tests.cli.conftest import MODEL, Monde
+
+ROOT = MODEL.parents[1]
+
+
+def shell(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, as a user runs it."""
+    command = [sys.executable, "-m", "monde.cli", *map(str, arguments)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, check=False)
+
+
+def test_version(monde: Monde) -> None:
+    outcome = monde("--version")
+    assert outcome.exit_code == 0
+    assert outcome.stdout.startswith("monde 0.")
+
+
+@pytest.mark.parametrize("command", ["generate", "bench", "info"])
+def test_help_teaches_by_example(monde: Monde, command: str) -> None:
+    outcome = monde(command, "--help")
+    assert outcome.exit_code == 0
+    assert f"monde {command}" in outcome.stdout.split("Examples")[1]
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys; from monde.cli.main import app; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_info_says_which_backend_and_why(monde: Monde) -> None:
+    outcome = monde("info")
+    assert outcome.exit_code == 0
+    choice = choose()
+    assert f"{choice.name}, {choice.isa}: {choice.why}" in outcome.stdout
+    assert "cuda" in outcome.stdout
+    assert "huge pages" in outcome.stdout
+
+
+MISTAKES = {
+    "no such folder": (("bench", "./nowhere"), "no such folder"),
+    "a file": (("bench", MODEL / "config.json"), "is a file"),
+    "no config": (("generate", ROOT / "assets", "Hi"), "no config.json"),
+    "unknown option": (("bench", MODEL, "--fast"), "--fast"),
+    "missing argument": (("bench",), "MODEL"),
+    "unknown command": (("serf",), "serf"),
+    "empty prompt": (("generate", MODEL, ""), "PROMPT is empty"),
+    "bananas": (("generate", MODEL, "Hi", "--host-memory", "12 bananas"), "12 bananas"),
+    "more than the machine": (("generate", MODEL, "Hi", "--host-memory", "900TiB"), "host_memory"),
+    "less than the model": (("generate", MODEL, "Hi", "--host-memory", "1KiB"), "host_memory"),
+    "nothing to time": (("bench", MODEL, "-p", 0, "-n", 0), "nothing to time"),
+    "not a number": (("bench", MODEL, "-p", "12,x"), "-p 12,x"),
+    "negative": (("bench", MODEL, "-b", "0"), "-b 0"),
+    "too long": (("bench", MODEL, "-p", 5000), "has 1024"),
+    "unknown format": (("bench", MODEL, "-o", "xml"), "xml"),
+    "unknown baseline": (("bench", MODEL, "--baseline", "vllm"), "--baseline vllm"),
+    "unknown way": (("bench", MODEL, "--baseline", "transformers:magic"), "grouped_mm"),
+    "plot suffix": (("bench", MODEL, "--plot", "speed.doc"), ".png"),
+    "plot folder": (("bench", MODEL, "--plot", "nowhere/speed.png"), "nowhere"),
+    "text missing": (("bench", MODEL, "--text", "nowhere.txt"), "nowhere.txt"),
+    "no such device": (("generate", MODEL, "Hi", "--device", "abacus"), "abacus"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line(monde: Monde, mistake: str) -> None:
+    arguments, remedy = MISTAKES[mistake]
+    outcome = monde(*arguments)
+    lines = [line for line in outcome.stderr.splitlines() if line.startswith("monde: error:")]
+    assert outcome.exit_code == 2
+    assert len(lines) == 1, outcome.stderr
+    assert outcome.stderr.splitlines()[-1] == lines[0]
+    assert remedy in lines[0]
+    assert "Traceback" not in outcome.stderr
+    assert outcome.stdout == ""
+
+
+def test_a_model_without_tokenizer_cannot_read_a_prompt(monde: Monde, bare_model: Path) -> None:
+    outcome = monde("generate", bare_model, "Hi")
+    assert outcome.exit_code == 2
+    assert "no tokenizer" in outcome.stderr
+
+
+def test_a_dense_model_is_refused(monde: Monde, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    outcome = monde("bench", tmp_path, "-p", 8, "-n", 2, "-r", 1)
+    assert outcome.exit_code == 2
+    assert "monde: error:" in outcome.stderr.splitlines()[-1]
+
+
+def test_from_a_shell() -> None:
+    done = shell("bench", MODEL, "-p", 8, "-n", 2, "-r", 1, "-t", 1, "-o", "json")
+    assert done.returncode == 0, done.stderr
+    assert [record["test"] for record in json.loads(done.stdout)] == ["pp8", "tg2"]
+
+
+def test_a_mistake_from_a_shell_has_no_traceback_unless_asked_for() -> None:
+    done = shell("bench", "./nowhere")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("monde: error:")
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" in shell("bench", "./nowhere", MONDE_DEBUG="1").stderr
+
+
+def test_an_instruction_set_that_is_absent_is_an_error() -> None:
+    done = shell("info", MONDE_CPU_ISA="z80")
+    assert done.returncode == 2
+    assert done.stderr.startswith("monde: error: MONDE_CPU_ISA")
+    assert "z80" in done.stderr
