@@ -1,4 +1,5 @@
 #define MONDE_ISA monde_amx_bf16
+#define MONDE_FAR_TILES 16
 #define MONDE_SIMD "../simd/avx512.h"
 #include "../kernels/amx_multiply.h"
 #include "../kernels/body.h"

@@ -1,4 +1,5 @@
 #define MONDE_ISA monde_avx2
+#define MONDE_FAR_TILES 0
 #define MONDE_SIMD "../simd/avx2.h"
 #include "../kernels/body.h"
 #include "isa.h"

@@ -1,4 +1,5 @@
 #define MONDE_ISA monde_avx512
+#define MONDE_FAR_TILES 16
 #define MONDE_SIMD "../simd/avx512.h"
 #include "../kernels/body.h"
 #include "isa.h"

@@ -1,4 +1,5 @@
 #define MONDE_ISA monde_scalar
+#define MONDE_FAR_TILES 0
 #define MONDE_SIMD "../simd/scalar.h"
 #include "../kernels/body.h"
 #include "isa.h"

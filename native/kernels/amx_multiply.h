@@ -38,22 +38,22 @@ struct AmxMultiply {
 
   template <int kPanels>
   static void run(int rows, const A* a, int num_tiles, const unsigned char* const* panels,
-                  const unsigned char* const* next, float* const* sums) {
-    if (rows <= kFewRows) return multiply_block<BF16ByBF16, kPanels>(rows, a, num_tiles, panels, next, sums);
+                  const unsigned char* const* next, Pass pass, float* const* sums) {
+    if (rows <= kFewRows) return multiply_block<BF16ByBF16, kPanels>(rows, a, num_tiles, panels, next, pass, sums);
     const int rows_low = rows < monde::kBlockRows ? rows : monde::kBlockRows;
     const int rows_high = rows - rows_low;
     configure(rows_low, rows_high);
-    rows_high ? tiles<kPanels, true>(rows_low, rows_high, a, num_tiles, panels, next, sums)
-              : tiles<kPanels, false>(rows_low, rows_high, a, num_tiles, panels, next, sums);
+    rows_high ? tiles<kPanels, true>(rows_low, rows_high, a, num_tiles, panels, next, pass, sums)
+              : tiles<kPanels, false>(rows_low, rows_high, a, num_tiles, panels, next, pass, sums);
   }
 
   template <int kPanels, bool kTwoBlocks>
   static void tiles(int rows_low, int rows_high, const A* low, int num_tiles, const unsigned char* const* panels,
-                    const unsigned char* const* next, float* const* sums) {
+                    const unsigned char* const* next, Pass pass, float* const* sums) {
     const A* high = low + ptrdiff_t(rows_low) * num_tiles * kTileElements;
     using PanelPrefetcher = Prefetcher<kPanelTileBytes>;
     PanelPrefetcher prefetcher[kPanels];
-    for (int p = 0; p < kPanels; ++p) prefetcher[p] = PanelPrefetcher(panels[p], next[p], num_tiles);
+    for (int p = 0; p < kPanels; ++p) prefetcher[p] = PanelPrefetcher(panels[p], next[p], num_tiles, pass);
     _tile_zero(0);
     if constexpr (kPanels == 2) _tile_zero(1);
     if constexpr (kTwoBlocks) _tile_zero(2);

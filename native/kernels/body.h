@@ -100,19 +100,22 @@ void gate_up(const ExpertLayout& layout, const monde::Activation& activation, co
     for (int panel = panel_begin; panel < panel_end; ++panel) {
       const unsigned char* gate = group.in_panels + layout.in_unit_bytes * panel;
       const unsigned char* const pair[2] = {gate, gate + layout.in_panel_bytes};
+      // The adjacent panel comes next, in this unit or (likely) this thread's next; after the expert's last panel the
+      // next expert's first one.
+      const unsigned char* const after = panel + 1 < layout.num_f_panels                ? gate + layout.in_unit_bytes
+                                         : &group + 1 < batch.groups + batch.num_groups ? (&group)[1].in_panels
+                                                                                        : gate;
+      const unsigned char* const next[2] = {after, after + layout.in_panel_bytes};
       const Vec up_bias = group.up_bias ? load(group.up_bias + panel * kLanes) : splat(0.f);
       const Vec gate_bias = group.gate_bias ? load(group.gate_bias + panel * kLanes) : splat(0.f);
       for (int row = stretch; row < stretch_end; row += kChunk) {
         const int rows = min_int(kChunk, stretch_end - row);
         const A* x = block_at<A>(batch.x_blocks, group, row, layout.d_pad_k);
-        // After the last rows of a stretch comes the adjacent panel, in this unit or (likely) this thread's next.
-        const bool last = row + kChunk >= stretch_end;
-        const unsigned char* const next[2] = {last ? gate + layout.in_unit_bytes : gate,
-                                              last ? pair[1] + layout.in_unit_bytes : pair[1]};
+        const Pass pass = {(row - stretch) / kChunk, (stretch_end - stretch + kChunk - 1) / kChunk};
         if (layout.gated)
-          Multiply::template run<2>(rows, x, num_tiles, pair, next, sum_of);
+          Multiply::template run<2>(rows, x, num_tiles, pair, next, pass, sum_of);
         else
-          Multiply::template run<1>(rows, x, num_tiles, pair, next, sum_of);
+          Multiply::template run<1>(rows, x, num_tiles, pair, next, pass, sum_of);
         for (int r = 0; r < rows; ++r) {
           const Vec first = load(sums[0] + r * kLanes);
           const Vec h =
@@ -134,7 +137,7 @@ void gate_up(const ExpertLayout& layout, const monde::Activation& activation, co
 // wide.
 template <class Multiply, int kPanels>
 void down_rows(const ExpertLayout& layout, const Batch& batch, const ExpertGroup& group, int row, int rows, int panel,
-               const unsigned char* const* next, float* y, int y_columns) {
+               const unsigned char* const* next, Pass pass, float* y, int y_columns) {
   using A = typename Multiply::A;
   const int num_tiles = layout.f_pad_k * int(sizeof(A)) / kTileBytes;
   alignas(64) float sums[kPanels][Multiply::kChunkRows * kLanes];
@@ -147,7 +150,7 @@ void down_rows(const ExpertLayout& layout, const Batch& batch, const ExpertGroup
     bias[p] = group.down_bias ? load(group.down_bias + (panel + p) * kLanes) : splat(0.f);
   }
   const A* h = block_at<A>(batch.h_blocks, group, row, layout.f_pad_k);
-  Multiply::template run<kPanels>(rows, h, num_tiles, panels, next, sum_of);
+  Multiply::template run<kPanels>(rows, h, num_tiles, panels, next, pass, sum_of);
   for (int r = 0; r < rows; ++r) {
     const int routed = group.first_row + row + r;
     float* to = y + ptrdiff_t(batch.row_token[routed]) * y_columns;
@@ -166,20 +169,23 @@ void down(const ExpertLayout& layout, const Batch& batch, int panel_begin, int p
   for (ptrdiff_t i = 0; i < ptrdiff_t(batch.num_tokens) * y_columns; i += kLanes) store(y + i, splat(0.f));
   for (int g = 0; g < batch.num_groups; ++g) {
     const ExpertGroup& group = batch.groups[g];
+    const ExpertGroup& following = batch.groups[min_int(g + 1, batch.num_groups - 1)];
+    const int num_passes = (group.num_rows + kChunk - 1) / kChunk;
     for (int row = 0; row < group.num_rows; row += kChunk) {
       const int rows = min_int(kChunk, group.num_rows - row);
-      // What is read after these columns: the task's next ones; after the last, the first of the same rows' expert
-      // again, or of the next expert.
-      const ExpertGroup& following =
-          row + rows < group.num_rows ? group : batch.groups[min_int(g + 1, batch.num_groups - 1)];
       for (int panel = panel_begin; panel < panel_end; panel += 2) {
-        const bool two = panel + 1 < panel_end, last = panel + 2 >= panel_end;
-        const unsigned char* const after = last ? following.down_panels + layout.down_panel_bytes * panel_begin
-                                                : group.down_panels + layout.down_panel_bytes * (panel + 2);
+        const bool two = panel + 1 < panel_end;
+        // Read once: the task's next panels, and after its last ones the next expert's first. Read several times: the
+        // same panels of the next expert.
+        const bool in_order = num_passes == 1 && panel + 2 < panel_end;
+        const int next_panel = in_order ? panel + 2 : num_passes == 1 ? panel_begin : panel;
+        const unsigned char* const after =
+            (in_order ? group : following).down_panels + layout.down_panel_bytes * next_panel;
         const unsigned char* const next[2] = {after, after + layout.down_panel_bytes};
+        const Pass pass = {row / kChunk, num_passes};
         float* const to = y + (panel - panel_begin) * kLanes;
-        two ? down_rows<Multiply, 2>(layout, batch, group, row, rows, panel, next, to, y_columns)
-            : down_rows<Multiply, 1>(layout, batch, group, row, rows, panel, next, to, y_columns);
+        two ? down_rows<Multiply, 2>(layout, batch, group, row, rows, panel, next, pass, to, y_columns)
+            : down_rows<Multiply, 1>(layout, batch, group, row, rows, panel, next, pass, to, y_columns);
       }
     }
   }

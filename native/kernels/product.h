@@ -4,12 +4,21 @@
 
 namespace MONDE_ISA {
 
-// Weights come from memory once and in order. Hardware prefetchers follow them only inside a 4 KiB page and stop at a
-// panel's end, so software does it: into L2 far ahead (a memory latency at a core's share of bandwidth, several times
-// over, so that arithmetic and reading overlap) and into L1 just ahead. A tile is 1 KiB of a panel. Both distances
-// were chosen on a 16-core Emerald Rapids: neither alone reached 90% of the plain read test at 1 to 8 rows.
-inline constexpr int kFarTiles = 16;
+// Which of `count` consecutive readings of the same panels this is: one for every chunk of rows.
+struct Pass {
+  int index, count;
+};
+
+// Weights come from memory once and in order; what has to be fetched ahead depends on how often they are read then.
+//
+// Read once (few rows): memory is the limit. Hardware prefetchers follow the panel but stop at its end and at every
+// 4 KiB page, so software goes over to the next panel: into L1 just ahead, and on Intel's cores into L2 far ahead
+// (MONDE_FAR_TILES; a Zen 5 core lost 15% by it).
+// Read several times (many rows): the panel lies in L2 after its first reading and arithmetic is the limit, so all
+// readings share the fetching of the next panel into L2, evenly: memory and arithmetic then overlap.
+// A tile is 1 KiB of a panel.
 inline constexpr int kNearTiles = 2;
+inline constexpr int kFarTiles = MONDE_FAR_TILES;
 
 // Runs a fixed distance ahead of a panel and goes over to the panel that will be read next.
 template <int kDistanceTiles, int kPanelTileBytes>
@@ -34,29 +43,43 @@ class Ahead {
   int tiles_left_;  // until at_ leaves this panel
 };
 
+// One panel's share of the fetching, advanced tile by tile.
 template <int kPanelTileBytes>
 class Prefetcher {
  public:
   Prefetcher() = default;
-  Prefetcher(const unsigned char* panel, const unsigned char* next, int num_tiles)
-      : far_(panel, next, num_tiles), near_(panel, next, num_tiles) {}
+  Prefetcher(const unsigned char* panel, const unsigned char* next, int num_tiles, Pass pass)
+      : once_(pass.count == 1), near_(panel, next, num_tiles), far_(panel, next, num_tiles) {
+    constexpr int kLines = kPanelTileBytes / 64;
+    const int lines = (kLines + pass.count - 1) / pass.count;
+    lines_ = pass.index * lines < kLines ? lines : 0;
+    shared_ = next + ptrdiff_t(pass.index) * lines * num_tiles * 64;
+  }
   void step() {
-    far_.step([](const unsigned char* line) { prefetch_l2(line); });
-    near_.step([](const unsigned char* line) { prefetch_l1(line); });
+    if (once_) {
+      if constexpr (kFarTiles > 0) far_.step([](const unsigned char* line) { prefetch_l2(line); });
+      near_.step([](const unsigned char* line) { prefetch_l1(line); });
+    } else {
+      for (int i = 0; i < lines_; ++i) prefetch_l2(shared_ + 64 * i);
+      shared_ += 64 * lines_;
+    }
   }
 
  private:
-  Ahead<kFarTiles, kPanelTileBytes> far_;
+  bool once_;
+  int lines_;  // per tile, of the next panel
+  const unsigned char* shared_;
   Ahead<kNearTiles, kPanelTileBytes> near_;
+  Ahead<kFarTiles, kPanelTileBytes> far_;
 };
 
 // sums[p][r] = panel p (16 outputs) . row r, for kPanels panels and kRows rows of one block.
 //   a:      block [num_tiles][block_rows][tile_k]
-//   next:   panel read after panels[p]
+//   next:   panel to fetch ahead: with one pass the one read after panels[p], with several any that is needed soon
 //   sums:   rows of 16 floats
 template <class Codec, int kRows, int kPanels>
 inline void multiply_rows(const typename Codec::A* a, int block_rows, int num_tiles, const unsigned char* const* panels,
-                          const unsigned char* const* next, float* const* sums) {
+                          const unsigned char* const* next, Pass pass, float* const* sums) {
   constexpr int kTileK = monde::kTileBytes / int(sizeof(typename Codec::A));
   constexpr int kGroups = kTileK / Codec::kGroup;
   Vec acc[kPanels][kRows];
@@ -67,7 +90,7 @@ inline void multiply_rows(const typename Codec::A* a, int block_rows, int num_ti
   PanelPrefetcher prefetcher[kPanels];
   for (int p = 0; p < kPanels; ++p) {
     w[p] = panels[p];
-    prefetcher[p] = PanelPrefetcher(panels[p], next[p], num_tiles);
+    prefetcher[p] = PanelPrefetcher(panels[p], next[p], num_tiles, pass);
   }
   for (int tile = 0; tile < num_tiles; ++tile, a += block_rows * kTileK) {
     for (int p = 0; p < kPanels; ++p) prefetcher[p].step();
@@ -88,24 +111,28 @@ inline void multiply_rows(const typename Codec::A* a, int block_rows, int num_ti
 
 template <class Codec, int kPanels, int kRows = kMaxRowsPerProduct>
 inline void multiply_up_to(int rows, const typename Codec::A* a, int block_rows, int num_tiles,
-                           const unsigned char* const* panels, const unsigned char* const* next, float* const* sums) {
+                           const unsigned char* const* panels, const unsigned char* const* next, Pass pass,
+                           float* const* sums) {
   if (rows == kRows)
-    multiply_rows<Codec, kRows, kPanels>(a, block_rows, num_tiles, panels, next, sums);
+    multiply_rows<Codec, kRows, kPanels>(a, block_rows, num_tiles, panels, next, pass, sums);
   else if constexpr (kRows > 1)
-    multiply_up_to<Codec, kPanels, kRows - 1>(rows, a, block_rows, num_tiles, panels, next, sums);
+    multiply_up_to<Codec, kPanels, kRows - 1>(rows, a, block_rows, num_tiles, panels, next, pass, sums);
 }
 
 // One block of at most 16 rows: sums[p] is [16][16] floats.
 template <class Codec, int kPanels>
 inline void multiply_block(int block_rows, const typename Codec::A* a, int num_tiles,
-                           const unsigned char* const* panels, const unsigned char* const* next, float* const* sums) {
+                           const unsigned char* const* panels, const unsigned char* const* next, Pass pass,
+                           float* const* sums) {
   constexpr int kTileK = monde::kTileBytes / int(sizeof(typename Codec::A));
-  for (int row = 0; row < block_rows; row += kMaxRowsPerProduct) {
-    const bool last = block_rows - row <= kMaxRowsPerProduct;
+  const int num_parts = (block_rows + kMaxRowsPerProduct - 1) / kMaxRowsPerProduct;
+  for (int part = 0; part < num_parts; ++part) {
+    const int row = part * kMaxRowsPerProduct;
+    const int rows = block_rows - row < kMaxRowsPerProduct ? block_rows - row : kMaxRowsPerProduct;
     float* shifted[kPanels];
     for (int p = 0; p < kPanels; ++p) shifted[p] = sums[p] + row * 16;
-    multiply_up_to<Codec, kPanels>(last ? block_rows - row : kMaxRowsPerProduct, a + row * kTileK, block_rows,
-                                   num_tiles, panels, last ? next : panels, shifted);
+    multiply_up_to<Codec, kPanels>(rows, a + row * kTileK, block_rows, num_tiles, panels, next,
+                                   {pass.index * num_parts + part, pass.count * num_parts}, shifted);
   }
 }
 
@@ -116,8 +143,8 @@ struct VectorMultiply {
   static constexpr int kChunkRows = monde::kBlockRows;
   template <int kPanels>
   static void run(int rows, const A* a, int num_tiles, const unsigned char* const* panels,
-                  const unsigned char* const* next, float* const* sums) {
-    multiply_block<Codec, kPanels>(rows, a, num_tiles, panels, next, sums);
+                  const unsigned char* const* next, Pass pass, float* const* sums) {
+    multiply_block<Codec, kPanels>(rows, a, num_tiles, panels, next, pass, sums);
   }
   static void finish() {}
 };
