@@ -1,6 +1,7 @@
 """Near-data compute of mixture-of-experts layers in host memory. Usable alone: never imports monde or torch."""
 
 from hostcompute.bank import ExpertBank, PendingForward
+from hostcompute.layout import ExpertLayout, make_layout
 from hostcompute.pool import make_pool, shared_pool
 from hostcompute.probe import compute_peak, read_bandwidth
 from hostcompute.spec import Activation, ActivationKind, DType, ExpertSpec, RoutedCounts
@@ -10,10 +11,12 @@ __all__ = [
     "ActivationKind",
     "DType",
     "ExpertBank",
+    "ExpertLayout",
     "ExpertSpec",
     "PendingForward",
     "RoutedCounts",
     "compute_peak",
+    "make_layout",
     "make_pool",
     "read_bandwidth",
     "shared_pool",

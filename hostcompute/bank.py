@@ -9,7 +9,7 @@ import weakref
 from typing import Any
 
 from hostcompute.arrays import HostArray, as_host_array, empty_like, row_major
-from hostcompute.backends.base import ExpertWeights, Pending
+from hostcompute.backends.base import Backend, ExpertWeights, Pending
 from hostcompute.backends.select import BackendChoice, choose
 from hostcompute.spec import ExpertSpec, RoutedCounts
 
@@ -131,6 +131,11 @@ class ExpertBank:
         return PendingForward(self._backend.submit(*arrays), out, arrays)
 
     # ---- life ----
+    @property
+    def backend(self) -> Backend:
+        """What does the work, for those who know more than one of its kind."""
+        return self._backend
+
     @property
     def loaded_experts(self) -> frozenset[int]:
         return frozenset(self._loaded)

@@ -101,6 +101,11 @@ class NativeBackend:
         return int(self._bank.resident_bytes)
 
     @property
+    def native_bank(self) -> Any:
+        """The C++ bank."""
+        return self._bank
+
+    @property
     def memory_range(self) -> tuple[int, int]:
         """Address and bytes of the arena: page aligned, so that it can be pinned for a GPU as a whole."""
         address, num_bytes = self._bank.memory_range

@@ -8,6 +8,7 @@
 
 #include <stdexcept>
 
+#include "../runtime/doorbell.h"
 #include "../runtime/probe.h"
 #include "../runtime/submit.h"
 
@@ -101,6 +102,35 @@ std::vector<std::string> available_isa_names() {
   return names;
 }
 
+// The constants of ring:: by name, for the kernels that ring.
+nb::dict ring_layout() {
+  nb::dict layout;
+  layout["LAYER_SHIFT"] = ring::kLayerShift;
+  layout["TOKENS_SHIFT"] = ring::kTokensShift;
+  layout["TOPK_SHIFT"] = ring::kTopkShift;
+  layout["WORK_SHIFT"] = ring::kWorkShift;
+  layout["MAX_LAYERS"] = ring::kMaxLayers;
+  layout["MAX_TOKENS"] = ring::kMaxTokens;
+  layout["MAX_TOPK"] = ring::kMaxTopk;
+  return layout;
+}
+
+nb::dict expert_layout(int d_model, int d_ffn, bool gated, const std::string& type) {
+  const ExpertLayout from = make_layout(d_model, d_ffn, gated, dtype(type));
+  nb::dict layout;
+  layout["d_pad_k"] = from.d_pad_k;
+  layout["f_pad_k"] = from.f_pad_k;
+  layout["num_f_panels"] = from.num_f_panels;
+  layout["num_d_panels"] = from.num_d_panels;
+  layout["k_group"] = from.k_group;
+  layout["in_panel_bytes"] = from.in_panel_bytes;
+  layout["in_unit_bytes"] = from.in_unit_bytes;
+  layout["down_panel_bytes"] = from.down_panel_bytes;
+  layout["down_offset_bytes"] = from.down_offset_bytes;
+  layout["weight_bytes"] = from.weight_bytes;
+  return layout;
+}
+
 nb::tuple counts_tuple(const ForwardCounts& counts) {
   return nb::make_tuple(counts.num_pairs, counts.num_experts, counts.weight_bytes);
 }
@@ -112,6 +142,8 @@ NB_MODULE(_native, m) {
   nb::set_leak_warnings(false);
 
   m.def("available_isas", &available_isa_names, "ISAs this machine can run, best first.");
+  m.def("expert_layout", &expert_layout, "ExpertLayout of one expert, by field.");
+  m.def("ring_layout", &ring_layout, "Bits of the word that a GPU rings with.");
 
   nb::class_<Pool>(m, "Pool")
       .def(nb::init<std::vector<int>, std::vector<int>, double>(), nb::arg("cpus"), nb::arg("nodes"), nb::arg("spin_s"))
@@ -170,8 +202,29 @@ NB_MODULE(_native, m) {
              return counts_tuple(counts);
            })
       .def_prop_ro("resident_bytes", &Bank::resident_bytes)
+      .def_prop_ro("expert_stride_bytes", &Bank::expert_stride_bytes)
       .def_prop_ro("memory_range", [](const Bank& bank) {
         return nb::make_tuple(reinterpret_cast<uintptr_t>(bank.arena().data()), bank.arena().num_bytes());
+      });
+
+  nb::class_<Doorbell>(m, "Doorbell")
+      .def(
+          "__init__",
+          [](Doorbell* self, std::vector<std::shared_ptr<Bank>> banks, std::shared_ptr<Pool> pool, uintptr_t rung,
+             uintptr_t answered, uintptr_t error, uintptr_t x, uintptr_t ids, uintptr_t weights, uintptr_t out,
+             const std::string& x_dtype, double deadline_s) {
+            const Mailbox mailbox{rung, answered, error, x, ids, weights, out, dtype(x_dtype)};
+            new (self) Doorbell(std::move(banks), std::move(pool), mailbox, deadline_s);
+          },
+          nb::arg("banks"), nb::arg("pool"), nb::arg("rung"), nb::arg("answered"), nb::arg("error"), nb::arg("x"),
+          nb::arg("ids"), nb::arg("weights"), nb::arg("out"), nb::arg("x_dtype"), nb::arg("deadline_s"))
+      .def("expect", &Doorbell::expect)
+      .def("reset", &Doorbell::reset, nb::call_guard<nb::gil_scoped_release>())
+      .def("reset_totals", &Doorbell::reset_totals)
+      .def_prop_ro("error", &Doorbell::error)
+      .def_prop_ro("totals", [](const Doorbell& doorbell) {
+        const DoorbellTotals totals = doorbell.totals();
+        return nb::make_tuple(totals.num_rings, totals.num_pairs, totals.weight_bytes, totals.busy_s);
       });
 
   m.def(

@@ -65,6 +65,7 @@ class Bank {
   const Isa& isa() const { return isa_; }
   const Arena& arena() const { return arena_; }
   int64_t resident_bytes() const;
+  size_t expert_stride_bytes() const { return expert_stride_bytes_; }
 
  private:
   struct Expert {

@@ -26,14 +26,6 @@ void count_forks_once() {
   (void)registered;
 }
 
-void cpu_relax() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#else
-  std::this_thread::yield();
-#endif
-}
-
 void pin_to(int cpu) {
   if (cpu < 0) return;
   cpu_set_t set;
@@ -50,7 +42,7 @@ void spin_until(Ready ready) {
     if (spins % 2048 == 0)
       sched_yield();
     else
-      cpu_relax();
+      relax();
   }
 }
 
@@ -131,7 +123,7 @@ struct Pool::State {
       if (polite)
         sched_yield();
       else
-        cpu_relax();
+        relax();
       if (spins % 64 != 0) continue;
       const double waited_s = std::chrono::duration<double>(Clock::now() - start).count();
       polite = waited_s > kRudeSpinS;
@@ -236,6 +228,15 @@ Pool::State* Pool::state() {
 int Pool::num_threads() const { return int(cpus_.size()); }
 int Pool::num_nodes() const { return 1 + *std::max_element(nodes_.begin(), nodes_.end()); }
 int Pool::node_of_thread(int thread) const { return nodes_[thread]; }
+void Pool::pin_caller() const { pin_to(cpus_[0]); }
+
+void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#else
+  std::this_thread::yield();
+#endif
+}
 
 Pool::Lease::Lease(Pool& pool) : pool_(pool), state_(pool.state()) {
   State* state = static_cast<State*>(state_);

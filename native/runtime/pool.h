@@ -33,6 +33,8 @@ class Pool {
   int num_threads() const;
   int num_nodes() const;
   int node_of_thread(int thread) const;
+  // Keeps the calling thread on the core of thread 0, for one that leads steps all the time.
+  void pin_caller() const;
 
   // Holds the pool for a step: scratch memory and phases belong to the holder until it goes.
   class Lease {
@@ -57,6 +59,9 @@ class Pool {
   double spin_s_;
   State* state_;
 };
+
+// One look's pause of a thread that waits for another.
+void relax();
 
 // Splits `num_units` into `parts` ranges of equal size, into begin[parts + 1].
 void split_evenly(int num_units, int parts, int* begin);

@@ -1,0 +1,176 @@
+"""The host's end of the mailbox, with this thread in the GPU's place. Letters as in hostcompute.spec."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+import pytest
+
+from hostcompute import DType, ExpertBank, ExpertSpec, make_layout, make_pool
+from tests.hostcompute.bounds import assert_within
+from tests.hostcompute.cases import Batch, expected, load_all, make_batch, make_expert
+
+native = pytest.importorskip("hostcompute._native")
+doorbell = pytest.importorskip("hostcompute.doorbell")
+
+RING = native.ring_layout()
+SPEC = ExpertSpec(num_experts=6, d_model=40, d_ffn=24)
+MAX_TOKENS, TOPK = 9, 3
+DEADLINE_S = 5.0
+
+
+@dataclass
+class FakeGpu:
+    """Memory of a mailbox and the stores that a kernel makes."""
+
+    words: npt.NDArray[np.uint64] = field(default_factory=lambda: np.zeros(24, np.uint64))
+    x_TD: npt.NDArray[np.uint16] = field(default_factory=lambda: np.zeros((MAX_TOKENS, 40), np.uint16))
+    ids_TK: npt.NDArray[np.int32] = field(default_factory=lambda: np.zeros((MAX_TOKENS, TOPK), np.int32))
+    weights_TK: npt.NDArray[np.float32] = field(
+        default_factory=lambda: np.zeros((MAX_TOKENS, TOPK), np.float32)
+    )
+    out_TD: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros((MAX_TOKENS, 40), np.float32))
+    number: int = 0
+
+    @property
+    def addresses(self) -> doorbell.MailboxAddresses:
+        base = self.words.ctypes.data
+        parts = (self.x_TD, self.ids_TK, self.weights_TK, self.out_TD)
+        return doorbell.MailboxAddresses(base, base + 64, base + 128, *(part.ctypes.data for part in parts))
+
+    def ring(self, layer: int, num_tokens: int, work: bool) -> None:
+        self.number += 1
+        word = self.number | layer << RING["LAYER_SHIFT"] | num_tokens << RING["TOKENS_SHIFT"]
+        self.words[0] = word | TOPK << RING["TOPK_SHIFT"] | int(work) << RING["WORK_SHIFT"]
+
+    def post(self, layer: int, batch: Batch) -> None:
+        num_tokens = batch.x_TD.shape[0]
+        self.x_TD[:num_tokens] = batch.x_TD.numpy()
+        self.ids_TK[:num_tokens] = batch.ids_TK
+        self.weights_TK[:num_tokens] = batch.weights_TK.numpy()
+        self.out_TD[:] = np.nan
+        self.ring(layer, num_tokens, work=True)
+
+    def wait(self) -> None:
+        end_s = time.perf_counter() + DEADLINE_S
+        while int(self.words[8]) != self.number:
+            assert time.perf_counter() < end_s, "the host did not answer"
+
+
+def two_layers(rng: np.random.Generator, pool: object) -> tuple[list[ExpertBank], list[dict]]:
+    experts = [{e: make_expert(rng, SPEC, "separate") for e in range(SPEC.num_experts)} for _ in range(2)]
+    banks = [load_all(ExpertBank(SPEC, "native", pool=pool), one) for one in experts]
+    return banks, experts
+
+
+def test_layout_twins_agree() -> None:
+    for dtype in DType:
+        for gated in (True, False):
+            for d_model, d_ffn in ((1, 1), (40, 24), (2048, 768), (37, 53)):
+                ours = make_layout(ExpertSpec(1, d_model, d_ffn, dtype, gated))
+                assert vars(ours) == native.expert_layout(d_model, d_ffn, gated, dtype.value)
+
+
+def test_answers_are_those_of_the_bank() -> None:
+    rng, gpu, pool = np.random.default_rng(0), FakeGpu(), make_pool(2)
+    banks, experts = two_layers(rng, pool)
+    bell = doorbell.Doorbell(banks, gpu.addresses, DType.BF16, pool)
+    num_pairs = 0
+    for step in range(60):
+        bell.expect(2)
+        for layer in range(2):
+            batch = make_batch(rng, SPEC, 1 + (step + layer) % MAX_TOKENS, TOPK, "bf16")
+            gpu.post(layer, batch)
+            gpu.wait()
+            y_TD = gpu.out_TD[: batch.x_TD.shape[0]]
+            assert_within(y_TD, expected(SPEC, experts[layer], batch, "f32", bf16_dots=True), f"step {step}")
+            ids_TK = batch.ids_TK
+            wanted_TK = (ids_TK >= 0) & (ids_TK < SPEC.num_experts) & (batch.weights_TK.float32() != 0)
+            num_pairs += int(wanted_TK.sum())
+    time.sleep(0.01)
+    assert bell.totals.num_rings == 120
+    assert bell.totals.num_pairs == num_pairs
+    assert bell.totals.weight_bytes > 0
+    assert bell.error == ""
+    bell.close()
+
+
+def test_rings_without_work_may_overtake_each_other() -> None:
+    rng, gpu, pool = np.random.default_rng(1), FakeGpu(), make_pool(1)
+    banks, experts = two_layers(rng, pool)
+    bell = doorbell.Doorbell(banks, gpu.addresses, DType.BF16, pool)
+    for _ in range(50):
+        bell.expect(4)
+        for layer in range(3):
+            gpu.ring(layer, 1, work=False)
+        batch = make_batch(rng, SPEC, 2, TOPK, "bf16")
+        gpu.post(1, batch)
+        gpu.wait()
+        assert_within(
+            gpu.out_TD[:2], expected(SPEC, experts[1], batch, "f32", bf16_dots=True), "after 3 empty rings"
+        )
+    time.sleep(0.01)
+    assert bell.totals.num_rings == 200
+    bell.close()
+
+
+def test_sleeps_when_nothing_is_expected() -> None:
+    gpu, pool = FakeGpu(), make_pool(2)
+    banks, _ = two_layers(np.random.default_rng(2), pool)
+    bell = doorbell.Doorbell(banks, gpu.addresses, DType.BF16, pool)
+    bell.expect(1)
+    gpu.ring(0, 1, work=False)
+    gpu.wait()
+    time.sleep(0.1)
+    before, start_s = psutil.Process().cpu_times(), time.perf_counter()
+    time.sleep(1.0)
+    after, elapsed_s = psutil.Process().cpu_times(), time.perf_counter() - start_s
+    assert (after.user - before.user) + (after.system - before.system) < 0.02 * elapsed_s + 0.02
+    bell.close()
+
+
+def test_an_expected_ring_that_never_comes_costs_little_and_is_still_answered() -> None:
+    rng, gpu, pool = np.random.default_rng(3), FakeGpu(), make_pool(1)
+    banks, experts = two_layers(rng, pool)
+    bell = doorbell.Doorbell(banks, gpu.addresses, DType.BF16, pool, deadline_s=0.05)
+    bell.expect(2)
+    time.sleep(0.2)
+    batch = make_batch(rng, SPEC, 1, TOPK, "bf16")
+    gpu.post(0, batch)
+    gpu.wait()
+    assert_within(gpu.out_TD[:1], expected(SPEC, experts[0], batch, "f32", bf16_dots=True), "late ring")
+    bell.reset()
+    bell.close()
+
+
+def test_a_missing_expert_is_an_error_that_names_the_layer() -> None:
+    rng, gpu, pool = np.random.default_rng(4), FakeGpu(), make_pool(1)
+    banks, experts = two_layers(rng, pool)
+    banks[1].release(2)
+    bell = doorbell.Doorbell(banks, gpu.addresses, DType.BF16, pool)
+    batch = make_batch(rng, SPEC, 1, TOPK, "bf16")
+    batch.ids_TK[...] = 2
+    batch.weights_TK.numpy()[...] = 1
+    bell.expect(1)
+    gpu.post(1, batch)
+    gpu.wait()
+    assert "layer 1" in bell.error
+    assert "expert 2" in bell.error
+    assert int(gpu.words[16]) == 1 + 1
+    bell.reset()
+    assert bell.error == ""
+    assert int(gpu.words[16]) == 0
+    bell.expect(1)
+    gpu.post(0, batch)
+    gpu.wait()
+    assert_within(gpu.out_TD[:1], expected(SPEC, experts[0], batch, "f32", bf16_dots=True), "after an error")
+    bell.close()
+
+
+def test_only_native_banks() -> None:
+    with pytest.raises(ValueError, match="native backend, got reference"):
+        doorbell.Doorbell([ExpertBank(SPEC, "reference")], FakeGpu().addresses, DType.BF16)
