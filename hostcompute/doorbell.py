@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hostcompute.backends.native import NativeBackend
 from hostcompute.bank import ExpertBank
 from hostcompute.pool import shared_pool
 from hostcompute.spec import DType
@@ -46,7 +45,7 @@ class Doorbell:
     """Answers rings for `banks[layer]` until it is closed.
 
     The mailbox's memory and the banks must outlive it. deadline_s: after so long without an expected ring the
-    thread looks only now and then. Errors: ValueError for banks of another backend than native.
+    thread sleeps, and looks once a millisecond. Errors: ValueError for banks of another backend than native.
     """
 
     def __init__(
@@ -57,7 +56,9 @@ class Doorbell:
         pool: Any = None,
         deadline_s: float = 1.0,
     ) -> None:
+        # Here, so that the module imports where the native one was not built.
         from hostcompute import _native
+        from hostcompute.backends.native import NativeBackend
 
         backends = [bank.backend for bank in banks]
         natives = [backend.native_bank for backend in backends if isinstance(backend, NativeBackend)]

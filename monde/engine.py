@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
+import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from hostcompute import ExpertBank, ExpertSpec, make_pool
+from hostcompute import ExpertBank, ExpertSpec, env, make_pool
 from hostcompute.backends.select import BackendChoice
+from hostcompute.topology import choose_cores
 from monde.config import MondeConfig
 from monde.core import Counters, LoadReport, Placement
+from monde.executors.decode import DecodeExecutor, DecodeHub
 from monde.executors.gpu import GpuExecutor
 from monde.executors.host import HostExecutor, HostTotals
 from monde.layer import MoELayer
@@ -34,16 +39,65 @@ class Engine:
     ) -> None:
         self.config, self.plan, self.device = config, plan, device
         self.staging = Staging(pinned=device.type == "cuda")
-        self._pool = None if config.num_threads is None else make_pool(config.num_threads)
-        self.layers = [self._build_layer(spec, n) for spec, n in zip(specs, plan.num_resident_L, strict=True)]
+        self._pool = host_pool(config, device)
+        self._num_replays = 0
+        self._hubs: dict[torch.dtype, DecodeHub] = {}
+        self._decoders: dict[tuple[int, torch.dtype], DecodeExecutor] = {}
+        self.heat_LE = [torch.zeros(spec.num_experts, device=device) for spec in specs]
+        self.layers: list[MoELayer] = []
+        for spec, num_resident in zip(specs, plan.num_resident_L, strict=True):
+            self.layers.append(self._build_layer(spec, num_resident))
+        self.why_not_decode = why_not_decode(self.device, self.host_choice)
+        if self.device.type == "cuda" and self.why_not_decode:
+            warnings.warn(
+                f"decode steps wait for the host in Python: {self.why_not_decode}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     def _build_layer(self, spec: ExpertSpec, num_resident: int) -> MoELayer:
         placement = first_experts(spec.num_experts, num_resident)
         host = HostExecutor(ExpertBank(spec, self.config.cpu_backend, self._pool), self.staging)
+        decoder = partial(self._decoder, len(self.layers))
         if num_resident == 0:
-            return MoELayer(spec, placement, host)
+            return MoELayer(spec, placement, host, decoder=decoder)
         slots = ExpertSlots(spec, num_resident, self.device)
-        return MoELayer(spec, placement, host, GpuExecutor(slots, placement, self.device))
+        return MoELayer(spec, placement, host, GpuExecutor(slots, placement, self.device), decoder)
+
+    # ---- decode ----
+    def _decoder(self, layer_idx: int, x_dtype: torch.dtype) -> DecodeExecutor | None:
+        """Made at the first step with activations of this type; None where decode cannot run on its own."""
+        if self.why_not_decode:
+            return None
+        if x_dtype not in self._hubs:
+            specs, banks = zip(*((layer.spec, layer.host.bank) for layer in self.layers), strict=True)
+            self._hubs[x_dtype] = DecodeHub(specs, banks, x_dtype, self.device, self._pool)
+        if (layer_idx, x_dtype) not in self._decoders:
+            layer = self.layers[layer_idx]
+            slots = None if layer.device is None else layer.device.slots
+            table_E, heat_E = layer.placement.slot_of_expert_E, self.heat_LE[layer_idx]
+            self._decoders[layer_idx, x_dtype] = DecodeExecutor(
+                layer_idx, layer.spec, slots, table_E, heat_E, self._hubs[x_dtype]
+            )
+        return self._decoders[layer_idx, x_dtype]
+
+    def begin_step(self) -> None:
+        """Before a step of the model. Errors: RuntimeError for an earlier step that the host did not answer."""
+        self.check()
+
+    def before_replay(self) -> None:
+        """Before a CUDA graph that holds a step of the model."""
+        self._num_replays += 1
+        for hub in self._hubs.values():
+            hub.before_replay()
+
+    def end_step(self) -> None:
+        """After a step was launched; it may still run."""
+
+    def check(self) -> None:
+        """Errors: RuntimeError naming the MoE layer that got no answer from the host. Synchronises only then."""
+        for hub in self._hubs.values():
+            hub.check()
 
     # ---- weights ----
     def load_expert(self, layer_idx: int, expert_id: int, arrays: Mapping[str, Tensor]) -> None:
@@ -72,9 +126,11 @@ class Engine:
     def counters(self) -> Counters:
         """Sums since the last reset."""
         totals = [layer.host.totals for layer in self.layers]
+        totals += [hub.totals() for hub in self._hubs.values()]
         num_resident_pairs = sum(layer.device.num_pairs for layer in self.layers if layer.device is not None)
+        num_resident_pairs += sum(hub.count("RESIDENT_PAIRS") for hub in self._hubs.values())
         return Counters(
-            num_steps=max(layer.num_calls for layer in self.layers),
+            num_steps=max(layer.num_calls for layer in self.layers) + self._num_replays,
             num_pairs=sum(t.num_pairs for t in totals) + num_resident_pairs,
             num_resident_pairs=num_resident_pairs,
             host_weight_bytes=sum(t.weight_bytes for t in totals),
@@ -84,6 +140,9 @@ class Engine:
         )
 
     def reset_counters(self) -> None:
+        self._num_replays = 0
+        for hub in self._hubs.values():
+            hub.reset_totals()
         for layer in self.layers:
             layer.num_calls = 0
             layer.host.totals = HostTotals()
@@ -93,6 +152,10 @@ class Engine:
     # ---- life ----
     def close(self) -> None:
         """Give the host memory back; the model cannot run afterwards. Closing twice is fine."""
+        for hub in self._hubs.values():
+            hub.close()
+        self._hubs.clear()
+        self._decoders.clear()
         for layer in self.layers:
             layer.host.bank.close()
 
@@ -102,6 +165,29 @@ class Engine:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a model run by monde cannot be pickled; use save_pretrained and load it again")
+
+
+def host_pool(config: MondeConfig, device: torch.device) -> Any:
+    """The host kernels' threads; None for the process's own pool.
+
+    A GPU's step keeps one core for the thread that launches it and waits for it, spinning.
+    """
+    if config.num_threads is not None:
+        return make_pool(config.num_threads)
+    if device.type != "cuda":
+        return None
+    return make_pool(max(1, len(choose_cores(env.num_threads())) - 1))
+
+
+def why_not_decode(device: torch.device, host: BackendChoice) -> str:
+    """Why GPU and host cannot decode without Python in between; empty if they can."""
+    if device.type != "cuda":
+        return "the model runs on the CPU"
+    if host.name != "native":
+        return f"the host computes with {host.name} ({host.why}), only the native backend answers a GPU"
+    if importlib.util.find_spec("cupy") is None:
+        return "CuPy is not installed; pip install monde[cuda13] or monde[cuda12]"
+    return ""
 
 
 def first_experts(num_experts: int, num_resident: int) -> Placement:

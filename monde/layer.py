@@ -1,15 +1,21 @@
-"""One mixture-of-experts layer, the whole story: split -> submit -> combine. Start reading here.
+"""One mixture-of-experts layer, the whole story. Start reading here.
+
+    few tokens on a GPU    decode: GPU and host at once, the GPU decides and nobody waits in Python
+    otherwise              split -> submit -> combine
 
 Letters are explained in `monde.core`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from hostcompute import ExpertSpec
 from monde.core import NOT_MINE, Placement, RoutedBatch, Split
+from monde.executors.decode import DecodeExecutor
 from monde.executors.gpu import GpuExecutor, slot_of
 from monde.executors.host import HostExecutor
 
@@ -18,19 +24,29 @@ class MoELayer:
     """The experts of one layer. The model's own router has decided already; shared experts stay in the model.
 
     device is None where no expert of the layer has a slot. `host` is present always, and holds the others.
+    decoder gives the decode executor for a type of activations, or None where there cannot be one.
     """
 
     def __init__(
-        self, spec: ExpertSpec, placement: Placement, host: HostExecutor, device: GpuExecutor | None = None
+        self,
+        spec: ExpertSpec,
+        placement: Placement,
+        host: HostExecutor,
+        device: GpuExecutor | None = None,
+        decoder: Callable[[torch.dtype], DecodeExecutor | None] = lambda x_dtype: None,
     ) -> None:
         self.spec, self.placement = spec, placement
-        self.host, self.device = host, device
+        self.host, self.device, self.decoder = host, device, decoder
         self.num_calls = 0
 
     def forward(self, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
         """y_TD = sum over k of weight_Tk * expert[id_Tk](x_T), summed in fp32, rounded once to x's type."""
         self.num_calls += 1
-        split = self.split(RoutedBatch(x_TD, topk_ids_TK, topk_weights_TK))
+        batch = RoutedBatch(x_TD, topk_ids_TK, topk_weights_TK)
+        decode = self.decoder(x_TD.dtype) if DecodeExecutor.takes(batch) else None
+        if decode is not None:
+            return decode.forward(batch)
+        split = self.split(batch)
         parts = sum(share is not None for share in (split.host, split.device))
         out_dtype = x_TD.dtype if parts == 1 else torch.float32
         # The host computes when waited for: copies leave first, the device gets its work, the host starts.

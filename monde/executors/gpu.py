@@ -38,7 +38,7 @@ class GpuExecutor:
 
     def submit(self, batch: RoutedBatch, out_dtype: torch.dtype) -> Launched:
         x_TD, num_topk = batch.x_TD, batch.topk_ids_TK.shape[1]
-        num_slots = self.slots.tensors["up"].shape[0]
+        num_slots = self.slots.num_slots
         slots_R = slot_of(self.slot_of_expert_E1, batch.topk_ids_TK).flatten()
         weights_R = batch.topk_weights_TK.flatten().float()
         slots_R = torch.where(weights_R != 0, slots_R, -1)

@@ -15,6 +15,7 @@ from monde.config import MondeConfig
 from monde.models.experts import ExpertsModule
 from monde.planning.budget import LayerSize, MemoryPlan, ModelSize, plan_memory
 from monde.sizes import format_bytes
+from monde.weights.slots import slot_bytes
 
 # Live at the peak of one decoder layer, in fp32 vectors of the model dim per token: residual, normalised
 # input, query, key, value, attention output, and the routed result of device and host.
@@ -84,7 +85,9 @@ def model_size(model: nn.Module, modules: Sequence[ExpertsModule], config: Monde
 
 def _layer_size(spec: ExpertSpec) -> LayerSize:
     bias_values = (spec.num_matrices - 1) * spec.d_ffn + spec.d_model if spec.has_bias else 0
-    return LayerSize(spec.num_experts, spec.expert_bytes + bias_values * spec.dtype.itemsize_bytes)
+    return LayerSize(
+        spec.num_experts, spec.expert_bytes + bias_values * spec.dtype.itemsize_bytes, slot_bytes(spec)
+    )
 
 
 def _kv_values_per_token(text_config: Any) -> int:

@@ -21,10 +21,11 @@ class BudgetError(ValueError):
 
 @dataclass(frozen=True)
 class LayerSize:
-    """One MoE layer: its number of experts and the bytes of one, without the padding of the host's layout."""
+    """One MoE layer: its number of experts, the bytes of one, and those of a slot, which pads an expert."""
 
     num_experts: int
     expert_bytes: int
+    slot_bytes: int
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ class ModelSize:
     def expert_bytes(self) -> int:
         return sum(layer.num_experts * layer.expert_bytes for layer in self.layers)
 
+    @property
+    def all_slots_bytes(self) -> int:
+        """Device memory that every expert being resident takes."""
+        return sum(layer.num_experts * layer.slot_bytes for layer in self.layers)
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
@@ -73,12 +79,15 @@ class MemoryPlan:
     @property
     def slots_bytes(self) -> int:
         return sum(
-            n * layer.expert_bytes for n, layer in zip(self.num_resident_L, self.size.layers, strict=True)
+            n * layer.slot_bytes for n, layer in zip(self.num_resident_L, self.size.layers, strict=True)
         )
 
     @property
     def host_expert_bytes(self) -> int:
-        return self.size.expert_bytes - self.slots_bytes
+        return sum(
+            (layer.num_experts - n) * layer.expert_bytes
+            for n, layer in zip(self.num_resident_L, self.size.layers, strict=True)
+        )
 
     @property
     def gpu_used_bytes(self) -> int:
@@ -133,9 +142,9 @@ def _spread(layers: tuple[LayerSize, ...], free_bytes: int) -> tuple[int, ...]:
     counts = [0] * len(layers)
     for round_idx in range(max((layer.num_experts for layer in layers), default=0)):
         for l, layer in enumerate(layers):
-            if round_idx < layer.num_experts and layer.expert_bytes <= free_bytes:
+            if round_idx < layer.num_experts and layer.slot_bytes <= free_bytes:
                 counts[l] += 1
-                free_bytes -= layer.expert_bytes
+                free_bytes -= layer.slot_bytes
     return tuple(counts)
 
 

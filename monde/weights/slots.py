@@ -1,4 +1,7 @@
-"""Resident experts of one layer: row-major tensors in device memory, one slot per expert."""
+"""Resident experts of one layer: a slot holds one expert's blob, as host memory holds it (hostcompute.layout).
+
+Letters: S slots, B bytes of a blob, D model dim, F expert hidden dim; D16 and F16 are padded to 16.
+"""
 
 from __future__ import annotations
 
@@ -7,41 +10,50 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from hostcompute import DType, ExpertSpec
+from hostcompute import ExpertSpec, make_layout
+from hostcompute.layout import LANES
+from monde.weights.packing import pack, unpack
 
-TORCH_DTYPES = {DType.F32: torch.float32, DType.BF16: torch.bfloat16, DType.F16: torch.float16}
+
+def slot_bytes(spec: ExpertSpec) -> int:
+    """Device memory of one slot: the blob and, where the spec has biases, their padded fp32 values."""
+    return make_layout(spec).weight_bytes + 4 * sum(_bias_sizes(spec).values())
 
 
 class ExpertSlots:
-    """gate_SFD, up_SFD, down_SDF and, where the spec has biases, gate_bias_SF, up_bias_SF, down_bias_SD."""
+    """blobs_SB, and biases as fp32: gate_bias [S, F16], up_bias [S, F16], down_bias [S, D16]."""
 
     def __init__(self, spec: ExpertSpec, num_slots: int, device: torch.device) -> None:
-        S, D, F = num_slots, spec.d_model, spec.d_ffn
-        self.spec = spec
-        shapes: dict[str, tuple[int, ...]] = {"up": (S, F, D), "down": (S, D, F)}
-        if spec.gated:
-            shapes["gate"] = (S, F, D)
-        if spec.has_bias:
-            shapes |= {"up_bias": (S, F), "down_bias": (S, D)}
-            if spec.gated:
-                shapes["gate_bias"] = (S, F)
-        dtype = TORCH_DTYPES[spec.dtype]
-        self.tensors = {
-            role: torch.zeros(shape, dtype=dtype, device=device) for role, shape in shapes.items()
+        self.spec, self.num_slots = spec, num_slots
+        self.blobs_SB = torch.zeros(
+            num_slots, make_layout(spec).weight_bytes, dtype=torch.uint8, device=device
+        )
+        self.biases = {
+            role: torch.zeros(num_slots, size, device=device) for role, size in _bias_sizes(spec).items()
         }
 
     def write(self, slot: int, weights: Mapping[str, Tensor]) -> None:
-        """Copy one expert's arrays (keywords of ExpertBank.load) into `slot`; biases left out are zero."""
-        for role, tensor in self.tensors.items():
+        """Pack one expert's arrays (keywords of ExpertBank.load) into `slot`; biases left out are zero."""
+        pack(self.spec, weights, self.blobs_SB[slot])
+        for role, bias_SN in self.biases.items():
+            bias_SN[slot].zero_()
             if role in weights:
-                tensor[slot].copy_(weights[role])
-            else:
-                tensor[slot].zero_()
+                bias_SN[slot, : weights[role].shape[0]].copy_(weights[role])
 
     def read(self, slot: int) -> dict[str, Tensor]:
-        """Views of one expert's arrays on the device."""
-        return {role: tensor[slot] for role, tensor in self.tensors.items()}
+        """One expert's arrays, row-major, biases in fp32; copies on the device."""
+        sizes = {"gate_bias": self.spec.d_ffn, "up_bias": self.spec.d_ffn, "down_bias": self.spec.d_model}
+        biases = {role: bias_SN[slot, : sizes[role]] for role, bias_SN in self.biases.items()}
+        return unpack(self.spec, self.blobs_SB[slot]) | biases
 
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        return self.blobs_SB.nbytes + sum(bias.nbytes for bias in self.biases.values())
+
+
+def _bias_sizes(spec: ExpertSpec) -> dict[str, int]:
+    if not spec.has_bias:
+        return {}
+    layout = make_layout(spec)
+    f16, d16 = layout.num_f_panels * LANES, layout.num_d_panels * LANES
+    return ({"gate_bias": f16} if spec.gated else {}) | {"up_bias": f16, "down_bias": d16}

@@ -17,6 +17,9 @@ std::atomic_ref<uint64_t> word_at(uintptr_t address) {
 // After the last expected ring: the next step follows within this time while a text is being generated.
 constexpr double kLingerS = 500e-6;
 
+// A sleeper looks that often, for rings that nobody announced: a graph that somebody else captured and replays.
+constexpr auto kNapS = std::chrono::milliseconds(1);
+
 // Looks between two readings of the clock; a look takes some 50 ns.
 constexpr int kLooksPerClock = 256;
 
@@ -49,8 +52,8 @@ void Doorbell::expect(int64_t num_rings) {
 void Doorbell::reset() {
   // Nobody rings any more; a forward under way for a GPU that gave up is waited for.
   while (computing_.load(std::memory_order_acquire)) std::this_thread::yield();
+  forget();
   std::lock_guard<std::mutex> guard(mutex_);
-  expected_.store(seen_.load());
   error_.clear();
   word_at(mailbox_.error).store(0, std::memory_order_release);
 }
@@ -70,10 +73,9 @@ void Doorbell::reset_totals() {
   totals_ = {};
 }
 
-bool Doorbell::sleep_until_expected() {
+void Doorbell::sleep() {
   std::unique_lock<std::mutex> lock(mutex_);
-  changed_.wait(lock, [this] { return stop_.load() || expected_.load() > seen_.load(); });
-  return !stop_.load();
+  changed_.wait_for(lock, kNapS, [this] { return stop_.load() || expected_.load() > seen_.load(); });
 }
 
 void Doorbell::work() {
@@ -89,16 +91,18 @@ void Doorbell::work() {
     relax();
     if (looks % kLooksPerClock != 0) continue;
     const double quiet_s = seconds_since(quiet_since);
-    if (expected_.load() <= seen_.load()) {
-      if (quiet_s > kLingerS) {
-        if (!sleep_until_expected()) return;
-        quiet_since = Clock::now();
-      }
-    } else if (quiet_s > deadline_s_) {
-      // Rings were announced and do not come: a step that was cancelled, or a GPU busy with something long.
-      std::this_thread::sleep_for(std::chrono::microseconds(200));
-    }
+    const bool expecting = expected_.load() > seen_.load();
+    if (quiet_s < (expecting ? deadline_s_ : kLingerS)) continue;
+    // Rings that were announced and did not come belong to a step that was cancelled.
+    if (expecting) forget();
+    sleep();
+    if (expected_.load() > seen_.load()) quiet_since = Clock::now();
   }
+}
+
+void Doorbell::forget() {
+  std::lock_guard<std::mutex> guard(mutex_);
+  expected_.store(seen_.load());
 }
 
 void Doorbell::answer(uint64_t word) {

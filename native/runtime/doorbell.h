@@ -6,7 +6,8 @@
 //   GPU:   sees the answer (acquire), reads out
 //
 // Numbers only grow, so nothing is ever reset between layers. A layer that has nothing for the host rings as well, so
-// that the host knows how many rings to wait for: it polls while rings are expected and sleeps otherwise.
+// that the host knows how many rings to wait for: it polls while rings are expected and sleeps otherwise, looking once
+// a millisecond.
 #pragma once
 #include <atomic>
 #include <condition_variable>
@@ -46,8 +47,8 @@ struct DoorbellTotals {
 
 class Doorbell {
  public:
-  // `banks[layer]` computes that layer's rings. `deadline_s`: after so long without an expected ring the thread stops
-  // polling and only looks now and then; the wait itself is bounded by the GPU's own deadline.
+  // `banks[layer]` computes that layer's rings. `deadline_s`: after so long without an expected ring the thread sleeps
+  // and expects no more; the wait itself is bounded by the GPU's own deadline.
   Doorbell(std::vector<std::shared_ptr<Bank>> banks, std::shared_ptr<Pool> pool, const Mailbox& mailbox,
            double deadline_s);
   ~Doorbell();
@@ -66,7 +67,8 @@ class Doorbell {
  private:
   void work();
   void answer(uint64_t word);
-  bool sleep_until_expected();
+  void sleep();
+  void forget();
 
   const std::vector<std::shared_ptr<Bank>> banks_;
   const std::shared_ptr<Pool> pool_;

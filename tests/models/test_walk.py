@@ -80,8 +80,8 @@ def test_from_pretrained_gives_the_same_answers(specimen: Specimen, tmp_path: Pa
 @pytest.mark.parametrize("share", ["half", "all"])
 def test_placement_does_not_change_the_answers(specimen: Specimen, offloaded: Any, share: str) -> None:
     """device="cpu" with gpu_memory: the CPU stands in for the GPU and runs its code for resident experts."""
-    expert_bytes = offloaded.monde.load_report.expert_bytes
-    gpu_memory = expert_bytes if share == "all" else expert_bytes // 2
+    all_slots_bytes = offloaded.monde.plan.size.all_slots_bytes
+    gpu_memory = all_slots_bytes if share == "all" else all_slots_bytes // 2
     model = monde.offload(copy.deepcopy(specimen.model), device="cpu", gpu_memory=gpu_memory)
     assert_same_answers(model, specimen)
     counters = model.monde.counters()

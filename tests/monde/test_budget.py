@@ -16,9 +16,13 @@ sizes = st.builds(
     logits_bytes=st.integers(0, 100),
     staging_bytes_per_token=st.integers(0, 5),
     num_tokens=st.integers(1, 50),
-    layers=st.lists(st.builds(LayerSize, st.integers(1, 9), st.integers(1, 99)), min_size=1, max_size=5).map(
-        tuple
-    ),
+    layers=st.lists(
+        st.tuples(st.integers(1, 9), st.integers(1, 99), st.integers(0, 9)).map(
+            lambda t: LayerSize(t[0], t[1], t[1] + t[2])
+        ),
+        min_size=1,
+        max_size=5,
+    ).map(tuple),
 )
 budgets = st.integers(0, 5000)
 
@@ -36,13 +40,15 @@ def test_never_over_budget(size: ModelSize, on_gpu: bool, gpu_bytes: int, host_b
     if made is not None:
         assert made.gpu_used_bytes <= gpu_bytes
         assert made.host_used_bytes <= host_bytes
-        assert made.slots_bytes + made.host_expert_bytes == size.expert_bytes
         pairs = list(zip(made.num_resident_L, size.layers, strict=True))
+        resident_bytes = sum(n * layer.expert_bytes for n, layer in pairs)
+        assert resident_bytes + made.host_expert_bytes == size.expert_bytes
+        assert made.slots_bytes == sum(n * layer.slot_bytes for n, layer in pairs)
         assert all(0 <= n <= layer.num_experts for n, layer in pairs)
         # No room is left for one more expert anywhere, and layers differ by one unless one is full or too
         # large.
         free_bytes = gpu_bytes - made.gpu_used_bytes
-        assert all(n == layer.num_experts or layer.expert_bytes > free_bytes for n, layer in pairs)
+        assert all(n == layer.num_experts or layer.slot_bytes > free_bytes for n, layer in pairs)
         assert "experts" in made.explain()
 
 
@@ -67,12 +73,12 @@ def test_the_smallest_budget_is_what_the_error_says(
 
 
 def test_experts_are_spread_evenly() -> None:
-    size = ModelSize(100, 1, 1, 0, 1, 10, (LayerSize(8, 10),) * 3)
+    size = ModelSize(100, 1, 1, 0, 1, 10, (LayerSize(8, 10, 10),) * 3)
     assert plan_memory(size, True, 120 + 50, 10**6).num_resident_L == (2, 2, 1)
 
 
 def test_the_arithmetic_is_in_the_error() -> None:
-    size = ModelSize(3 * 2**20, 1024, 512, 0, 64, 1024, (LayerSize(8, 2**20),) * 2)
+    size = ModelSize(3 * 2**20, 1024, 512, 0, 64, 1024, (LayerSize(8, 2**20, 2**20),) * 2)
     with pytest.raises(BudgetError) as error:
         plan_memory(size, True, 2**20, 2**30)
     assert str(error.value) == (

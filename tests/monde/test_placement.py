@@ -82,10 +82,10 @@ def test_whole_model(name: str, way: Any, checkpoints: Any) -> None:
     original = tiny.build(name)
     want = tiny.expected(original, ids)
     text = tiny.greedy(original, ids)
-    expert_bytes = sum(p.nbytes for n, p in original.named_parameters() if ".experts." in n)
+    all_slots_bytes = way(folder).monde.plan.size.all_slots_bytes
     residents = []
     for share in (0, 0.3, 0.6, 1):
-        model = way(folder, gpu_memory=int(share * expert_bytes))
+        model = way(folder, gpu_memory=int(share * all_slots_bytes))
         residents.append(model.monde.load_report.num_resident_experts)
         with torch.no_grad():
             tiny.assert_logits(model(ids).logits, want)

@@ -1,0 +1,57 @@
+"""CUDA C++ sources, compiled by CuPy (NVRTC) at first use; CuPy keeps the binaries in its cache on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hostcompute import ActivationKind
+from monde.device.layer_record import c_struct
+
+MAX_EXPERTS = 1024  # of one layer; sizes an array in shared memory
+ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# 64-bit words of device memory that the layers of a model share.
+STATE_WORDS = (
+    *("RING", "TICKET", "COLD", "FAILED", "DEADLINE_NS"),
+    *("COLD_PAIRS", "RESIDENT_PAIRS", "POSTED_TOKENS", "ANSWERED_TOKENS"),  # counters
+)
+ACTIVATION_CODES = {kind: code for code, kind in enumerate(ActivationKind)}
+
+
+@dataclass(frozen=True)
+class DecodeKernels:
+    """The kernels of decode.cu; each is called as kernel(grid, block, arguments) on CuPy's current stream."""
+
+    route: Any
+    gate_up: Any
+    down: Any
+    combine: Any
+
+
+def decode_source() -> str:
+    """decode.cu behind the constants it takes from here and from the native module."""
+    from hostcompute import _native
+
+    ring = {f"RING_{name}": value for name, value in _native.ring_layout().items()}
+    state = {f"STATE_{name}": index for index, name in enumerate(STATE_WORDS)}
+    kinds = {f"KIND_{kind.name}": code for kind, code in ACTIVATION_CODES.items()}
+    constants = {"MAX_EXPERTS": MAX_EXPERTS} | ring | state | kinds
+    lines = [f"constexpr int {name} = {value};" for name, value in constants.items()]
+    return "\n".join(lines) + "\n" + c_struct() + Path(__file__).with_name("decode.cu").read_text()
+
+
+def compile_options(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> tuple[str, ...]:
+    return ("-std=c++17", f"-DX={ELEMENT_TYPES[x_dtype]}", f"-DW={ELEMENT_TYPES[weight_dtype]}")
+
+
+@cache
+def decode_kernels(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> DecodeKernels:
+    """Compiled for the current device. Errors: ImportError without CuPy."""
+    import cupy
+
+    module = cupy.RawModule(code=decode_source(), options=compile_options(x_dtype, weight_dtype))
+    return DecodeKernels(*(module.get_function(name) for name in ("route", "gate_up", "down", "combine")))

@@ -1,0 +1,511 @@
+// One mixture-of-experts layer for a few tokens, without the host's CPU launching or waiting for anything:
+//
+//   route     who is resident? cold pairs and their rows go to the mailbox, and the doorbell rings
+//   gate_up   resident pairs: h = act(gate x, up x)           one block: 16 rows of F of one expert
+//   down      resident pairs: v = down h                      one block: 32 rows of D of one expert
+//   combine   y = sum of weight * v, and, when it has answered, what the host computed
+//
+// Letters: T tokens, K experts per token, R = T * K routed pairs, S slots, D model dim, F expert hidden dim, G groups
+// of pairs that share an expert. Weights lie in panels of 16 output rows (native/layout.h), the same bytes as in host
+// memory. Compiled at first use, once for each pair of element types: X (activations) and W (weights) are 0 for fp32,
+// 1 for bf16, 2 for fp16. `Layer` and the RING_ and STATE_ constants are written by layer_record.py, mailbox.py.
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kRows = 16;      // activation rows of one product
+constexpr int kTile = 32;      // inputs of a weight tile
+constexpr int kLine = 16 * 4;  // bytes of a bf16 line: two inputs of sixteen rows
+
+// ---- elements ----
+
+template <int kType>
+struct Element;
+template <>
+struct Element<0> {
+  typedef float type;
+};
+template <>
+struct Element<1> {
+  typedef u16 type;
+};
+template <>
+struct Element<2> {
+  typedef u16 type;
+};
+typedef Element<X>::type XElement;
+typedef Element<W>::type WElement;
+
+template <int kType>
+__device__ float widen(typename Element<kType>::type v);
+template <>
+__device__ float widen<0>(float v) {
+  return v;
+}
+template <>
+__device__ float widen<1>(u16 v) {
+  return __uint_as_float(u32(v) << 16);
+}
+template <>
+__device__ float widen<2>(u16 v) {
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
+  return f;
+}
+
+template <int kType>
+__device__ typename Element<kType>::type narrow(float v);
+template <>
+__device__ float narrow<0>(float v) {
+  return v;
+}
+template <>
+__device__ u16 narrow<1>(float v) {
+  u16 h;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(v));
+  return h;
+}
+template <>
+__device__ u16 narrow<2>(float v) {
+  u16 h;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(v));
+  return h;
+}
+
+// bf16 activations meet bf16 weights on the tensor cores, and hidden values are rounded to bf16, as on the host.
+constexpr bool kTensorCores = X == 1 && W == 1;
+constexpr int kHidden = kTensorCores ? 1 : 0;
+typedef Element<kHidden>::type HElement;
+
+__device__ float router_weight(const void* weights, int type, int r) {
+  if (type == 0) return static_cast<const float*>(weights)[r];
+  const u16 bits = static_cast<const u16*>(weights)[r];
+  return type == 1 ? widen<1>(bits) : widen<2>(bits);
+}
+
+// ---- memory shared with the host ----
+
+__device__ void store_release(u64* word, u64 value) {
+  asm volatile("st.release.sys.global.u64 [%0], %1;" : : "l"(word), "l"(value) : "memory");
+}
+__device__ u64 load_acquire(const u64* word) {
+  u64 value;
+  asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
+  return value;
+}
+__device__ u64 nanoseconds() {
+  u64 now;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+  return now;
+}
+
+// ---- route ----
+
+// Pairs in groups that share a slot, so that an expert's weights are read once per group. One block; counts fit
+// because a layer has at most MAX_EXPERTS experts.
+__device__ void make_groups(const Layer* layer, int num_pairs) {
+  __shared__ int first_E[MAX_EXPERTS + 1];
+  __shared__ int carry_T[kThreads];
+  int* slots_R = reinterpret_cast<int*>(layer->slots_R);
+  const int num_slots = int(layer->num_slots), per_thread = (num_slots + kThreads - 1) / kThreads;
+  for (int s = threadIdx.x; s < num_slots; s += kThreads) first_E[s] = 0;
+  __syncthreads();
+  for (int r = threadIdx.x; r < num_pairs; r += kThreads)
+    if (slots_R[r] >= 0) atomicAdd(&first_E[slots_R[r]], 1);
+  __syncthreads();
+  // Exclusive sums over slots of (pairs, groups), packed as pairs + groups * 2^16.
+  int mine = 0;
+  for (int i = 0; i < per_thread; ++i) {
+    const int s = threadIdx.x * per_thread + i;
+    if (s < num_slots) mine += first_E[s] + (first_E[s] > 0) * (1 << 16);
+  }
+  carry_T[threadIdx.x] = mine;
+  __syncthreads();
+  for (int step = 1; step < kThreads; step *= 2) {
+    const int before = threadIdx.x >= step ? carry_T[threadIdx.x - step] : 0;
+    __syncthreads();
+    carry_T[threadIdx.x] += before;
+    __syncthreads();
+  }
+  int sum = carry_T[threadIdx.x] - mine;
+  int* group_slot_G = reinterpret_cast<int*>(layer->group_slot_G);
+  int* group_first_G = reinterpret_cast<int*>(layer->group_first_G);
+  for (int i = 0; i < per_thread; ++i) {
+    const int s = threadIdx.x * per_thread + i;
+    if (s >= num_slots) break;
+    const int count = first_E[s];
+    if (count) {
+      group_slot_G[sum >> 16] = s;
+      group_first_G[sum >> 16] = sum & 0xffff;
+    }
+    first_E[s] = sum & 0xffff;
+    sum += count + (count > 0) * (1 << 16);
+  }
+  __syncthreads();
+  if (threadIdx.x == kThreads - 1) {
+    const int total = carry_T[kThreads - 1];
+    group_first_G[total >> 16] = total & 0xffff;
+    *reinterpret_cast<int*>(layer->num_groups) = total >> 16;
+  }
+  // Within a group the order of pairs is of no consequence: combine sums over K in order.
+  int* group_pairs_R = reinterpret_cast<int*>(layer->group_pairs_R);
+  for (int r = threadIdx.x; r < num_pairs; r += kThreads)
+    if (slots_R[r] >= 0) group_pairs_R[atomicAdd(&first_E[slots_R[r]], 1)] = r;
+}
+
+// x_TD [T, D] and ids_TK [T, K] contiguous; weights_TK of weights_type.
+extern "C" __global__ void __launch_bounds__(kThreads)
+    route(const Layer* layer, const XElement* x_TD, const i64* ids_TK, const void* weights_TK, int weights_type,
+          int num_tokens, int num_topk) {
+  const int num_pairs = num_tokens * num_topk, D = int(layer->d_model), d_pad_k = int(layer->d_pad_k);
+  u64* state = reinterpret_cast<u64*>(layer->state);
+
+  // Rows: padded with zeros for the products here, and as they are for the host.
+  constexpr int kVector = 16 / sizeof(XElement);
+  XElement* padded = reinterpret_cast<XElement*>(layer->x_TD);
+  XElement* posted = reinterpret_cast<XElement*>(layer->mailbox_x);
+  const int per_row = d_pad_k / kVector;
+  const bool aligned = D % kVector == 0;
+  for (int v = blockIdx.x * kThreads + threadIdx.x; v < num_tokens * per_row; v += gridDim.x * kThreads) {
+    const int t = v / per_row, d = v % per_row * kVector;
+    const XElement* from = x_TD + i64(t) * D + d;
+    if (aligned && d < D) {
+      const uint4 row = *reinterpret_cast<const uint4*>(from);
+      *reinterpret_cast<uint4*>(padded + i64(t) * d_pad_k + d) = row;
+      if (posted) *reinterpret_cast<uint4*>(posted + i64(t) * D + d) = row;
+    } else {
+      for (int i = 0; i < kVector; ++i) {
+        padded[i64(t) * d_pad_k + d + i] = d + i < D ? from[i] : XElement(0);
+        if (posted && d + i < D) posted[i64(t) * D + d + i] = from[i];
+      }
+    }
+  }
+
+  // Pairs: the table decides, here and nowhere else.
+  if (blockIdx.x == 0) {
+    __shared__ int num_cold, num_resident;
+    if (threadIdx.x == 0) num_cold = num_resident = 0;
+    __syncthreads();
+    const int* slot_of_expert_E = reinterpret_cast<const int*>(layer->slot_of_expert_E);
+    float* heat_E = reinterpret_cast<float*>(layer->heat_E);
+    int* slots_R = reinterpret_cast<int*>(layer->slots_R);
+    int* posted_ids_R = reinterpret_cast<int*>(layer->mailbox_ids);
+    float* posted_weights_R = reinterpret_cast<float*>(layer->mailbox_weights);
+    for (int r = threadIdx.x; r < num_pairs; r += kThreads) {
+      const i64 id = ids_TK[r];
+      const float weight = router_weight(weights_TK, weights_type, r);
+      const bool wanted = id >= 0 && id < layer->num_experts && weight != 0.f;
+      const int slot = wanted ? slot_of_expert_E[id] : -1;
+      const bool cold = wanted && slot < 0;
+      slots_R[r] = slot;
+      if (wanted) atomicAdd(heat_E + id, 1.f);
+      if (posted) {
+        posted_ids_R[r] = cold ? int(id) : -1;
+        posted_weights_R[r] = weight;
+      }
+      if (cold) atomicAdd(&num_cold, 1);
+      if (slot >= 0) atomicAdd(&num_resident, 1);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      state[STATE_COLD] = num_cold;
+      state[STATE_COLD_PAIRS] += num_cold;
+      state[STATE_RESIDENT_PAIRS] += num_resident;
+      if (posted) state[STATE_POSTED_TOKENS] += num_tokens;
+      if (num_cold) state[STATE_ANSWERED_TOKENS] += num_tokens;
+    }
+  }
+
+  // The last block to get here rings: everything that is posted is visible to the host by then.
+  if (posted) {
+    __threadfence_system();
+    __syncthreads();
+    if (threadIdx.x == 0 && atomicAdd(state + STATE_TICKET, 1ull) == gridDim.x - 1) {
+      state[STATE_TICKET] = 0;
+      const u64 cold = *reinterpret_cast<volatile u64*>(state + STATE_COLD);
+      const u64 number = (state[STATE_RING] + 1) & 0xffffffffull;
+      state[STATE_RING] = number;
+      store_release(reinterpret_cast<u64*>(layer->mailbox_rung),
+                    number | u64(layer->layer_idx) << RING_LAYER_SHIFT | u64(num_tokens) << RING_TOKENS_SHIFT |
+                        u64(num_topk) << RING_TOPK_SHIFT | u64(cold > 0) << RING_WORK_SHIFT);
+    }
+  }
+  if (blockIdx.x == 0 && layer->num_slots > 0) make_groups(layer, num_pairs);
+}
+
+// ---- the product: up to 16 rows by two panels, K shared out over the block's warps ----
+
+// sums[warp][row][panel][16]: partial sums of each warp.
+typedef float Sums[kWarps][kRows][2][16];
+
+__device__ void mma_bf16(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ uint4 load_once(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p));
+  return v;
+}
+
+// A dot product may take its inputs in any order, if both operands agree. Lane (g = lane / 4, q = lane % 4) loads 16
+// bytes of activation row g, inputs 8q..8q+7 of a tile, and lines 4q..4q+3 of the weights, which hold those inputs. A
+// 16-byte piece of a line is four output rows 4a..4a+3 of panel p, with g = 4p + a: four products, one for each of them.
+__device__ void multiply(const u8* panel0, const u8* panel1, int num_tiles, const u16* const* rows, int num_rows,
+                         Sums& sums) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4, a = g % 4, p = g / 4;
+  const u8* weights = (p ? panel1 : panel0) + q * 4 * kLine + a * 16;
+  const u16* low = g < num_rows ? rows[g] + q * 8 : nullptr;
+  const u16* high = g + 8 < num_rows ? rows[g + 8] + q * 8 : nullptr;
+  float acc[4][4] = {};
+#pragma unroll 2
+  for (int tile = warp; tile < num_tiles; tile += kWarps) {
+    const u8* at = weights + i64(tile) * kTile / 2 * kLine;
+    uint4 line[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) line[j] = load_once(at + j * kLine);
+    const uint4 zero = {0, 0, 0, 0};
+    const uint4 x = low ? *reinterpret_cast<const uint4*>(low + tile * kTile) : zero;
+    const uint4 z = high ? *reinterpret_cast<const uint4*>(high + tile * kTile) : zero;
+    mma_bf16(acc[0], x.x, z.x, x.y, z.y, line[0].x, line[1].x);
+    mma_bf16(acc[1], x.x, z.x, x.y, z.y, line[0].y, line[1].y);
+    mma_bf16(acc[2], x.x, z.x, x.y, z.y, line[0].z, line[1].z);
+    mma_bf16(acc[3], x.x, z.x, x.y, z.y, line[0].w, line[1].w);
+    mma_bf16(acc[0], x.z, z.z, x.w, z.w, line[2].x, line[3].x);
+    mma_bf16(acc[1], x.z, z.z, x.w, z.w, line[2].y, line[3].y);
+    mma_bf16(acc[2], x.z, z.z, x.w, z.w, line[2].z, line[3].z);
+    mma_bf16(acc[3], x.z, z.z, x.w, z.w, line[2].w, line[3].w);
+  }
+#pragma unroll
+  for (int c = 0; c < 4; ++c)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = g + i / 2 * 8, n = 2 * q + i % 2;
+      sums[warp][row][n / 4][4 * (n % 4) + c] = acc[c][i];
+    }
+}
+
+// Every other pair of types: one lane per output row of each panel.
+template <int kType>
+__device__ void multiply_wide(const u8* panel0, const u8* panel1, int num_tiles,
+                              const typename Element<kType>::type* const* rows, int num_rows, Sums& sums) {
+  constexpr int kGroup = W == 1 ? 2 : 1;  // consecutive inputs of one row
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane % 16;
+  const WElement* weights = reinterpret_cast<const WElement*>(lane / 16 ? panel1 : panel0);
+  float acc[kRows] = {};
+  for (int tile = warp; tile < num_tiles; tile += kWarps)
+    for (int k = tile * kTile; k < (tile + 1) * kTile; ++k) {
+      const float w = widen<W>(weights[(i64(k / kGroup) * 16 + row) * kGroup + k % kGroup]);
+#pragma unroll
+      for (int i = 0; i < kRows; ++i)
+        if (i < num_rows) acc[i] += w * widen<kType>(rows[i][k]);
+    }
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) sums[warp][i][lane / 16][row] = acc[i];
+}
+
+template <int kType>
+__device__ void product(const u8* panel0, const u8* panel1, int num_tiles,
+                        const typename Element<kType>::type* const* rows, int num_rows, Sums& sums) {
+  if constexpr (kTensorCores)
+    multiply(panel0, panel1, num_tiles, rows, num_rows, sums);
+  else
+    multiply_wide<kType>(panel0, panel1, num_tiles, rows, num_rows, sums);
+}
+
+__device__ float sum_of_warps(const Sums& sums, int row, int panel, int lane) {
+  float sum = 0.f;
+#pragma unroll
+  for (int warp = 0; warp < kWarps; ++warp) sum += sums[warp][row][panel][lane];
+  return sum;
+}
+
+// ---- the non-linearities; kinds are numbered as hostcompute.ActivationKind lists them ----
+
+__device__ float sigmoid(float v) { return 1.f / (1.f + expf(-v)); }
+// NaN fails both comparisons and stays.
+__device__ float at_most(float v, float limit) { return v > limit ? limit : v; }
+__device__ float clamp(float v, float limit) { return v < -limit ? -limit : at_most(v, limit); }
+
+__device__ float activate(const Layer* layer, float gate, float up) {
+  const float limit = float(layer->limit), alpha = float(layer->alpha);
+  const bool gated = layer->gated;
+  float h;
+  switch (int(layer->activation)) {
+    case KIND_SILU:
+      h = gate * sigmoid(gate);
+      break;
+    case KIND_GELU_TANH: {
+      const float inner = 0.7978845608f * (gate + 0.044715f * gate * gate * gate);
+      h = 0.5f * gate * (1.f + tanhf(inner));
+      break;
+    }
+    case KIND_GELU_ERF:
+      h = 0.5f * gate * erfcf(-gate * 0.70710678118f);
+      break;
+    case KIND_RELU:
+      h = gate < 0.f ? 0.f : gate;  // keeps NaN
+      break;
+    case KIND_RELU2:
+      h = gate < 0.f ? 0.f : gate * gate;
+      break;
+    case KIND_SWIGLU_CLAMP:
+      gate = at_most(gate, limit);
+      h = gate * sigmoid(gate);
+      up = clamp(up, limit);
+      break;
+    case KIND_SWIGLU_ALPHA:
+      gate = at_most(gate, limit);
+      h = gate * sigmoid(alpha * gate);
+      up = clamp(up, limit) + 1.f;
+      break;
+    case KIND_SWIGLU_POST_CLAMP:
+      h = at_most(gate * sigmoid(gate), limit);
+      up = clamp(up, limit);
+      break;
+    default:  // KIND_SWIGLU_SOFTCAP
+      h = alpha * tanhf(gate / alpha) * sigmoid(gate);
+      up = limit * tanhf(up / limit);
+  }
+  return gated ? h * up : h;
+}
+
+// ---- gate_up and down ----
+
+struct Group {
+  int slot, first, count;
+};
+
+__device__ Group group_at(const Layer* layer, int g) {
+  const int* first_G = reinterpret_cast<const int*>(layer->group_first_G);
+  return {reinterpret_cast<const int*>(layer->group_slot_G)[g], first_G[g], first_G[g + 1] - first_G[g]};
+}
+
+// Grid: (num_f_panels, or half of them where there is no gate; groups at most).
+extern "C" __global__ void __launch_bounds__(kThreads) gate_up(const Layer* layer, int num_topk) {
+  if (int(blockIdx.y) >= *reinterpret_cast<const int*>(layer->num_groups)) return;
+  __shared__ Sums sums;
+  __shared__ const XElement* rows[kRows];
+  const Group group = group_at(layer, blockIdx.y);
+  const int* pairs = reinterpret_cast<const int*>(layer->group_pairs_R) + group.first;
+  const bool gated = layer->gated;
+  const int num_panels = int(layer->num_f_panels), f_pad_k = int(layer->f_pad_k);
+  const int panel = gated ? blockIdx.x : 2 * blockIdx.x;
+  const bool two = gated || panel + 1 < num_panels;
+  const u8* first = reinterpret_cast<const u8*>(layer->blobs_SB) + group.slot * layer->blob_bytes +
+                    panel * layer->in_unit_bytes;
+  const float* gate_bias = layer->gate_bias_SF ? reinterpret_cast<const float*>(layer->gate_bias_SF) : nullptr;
+  const float* up_bias = layer->up_bias_SF ? reinterpret_cast<const float*>(layer->up_bias_SF) : nullptr;
+  HElement* h_RF = reinterpret_cast<HElement*>(layer->h_RF);
+  for (int begin = 0; begin < group.count; begin += kRows) {
+    const int num_rows = min(kRows, group.count - begin);
+    if (threadIdx.x < num_rows)
+      rows[threadIdx.x] = reinterpret_cast<const XElement*>(layer->x_TD) +
+                          i64(pairs[begin + threadIdx.x] / num_topk) * layer->d_pad_k;
+    __syncthreads();
+    product<X>(first, first + (two ? layer->in_panel_bytes : 0), int(layer->d_pad_k) / kTile, rows, num_rows, sums);
+    __syncthreads();
+    for (int i = threadIdx.x; i < num_rows * 16; i += kThreads) {
+      const int row = i / 16, lane = i % 16;
+      HElement* to = h_RF + i64(pairs[begin + row]) * f_pad_k;
+      const i64 at = i64(group.slot) * num_panels * 16 + panel * 16 + lane;
+      const float a = sum_of_warps(sums, row, 0, lane), b = sum_of_warps(sums, row, 1, lane);
+      if (gated) {
+        const float gate = a + (gate_bias ? gate_bias[at] : 0.f), up = b + (up_bias ? up_bias[at] : 0.f);
+        to[panel * 16 + lane] = narrow<kHidden>(activate(layer, gate, up));
+      } else {
+        to[panel * 16 + lane] = narrow<kHidden>(activate(layer, a + (up_bias ? up_bias[at] : 0.f), 0.f));
+        if (two) to[panel * 16 + 16 + lane] = narrow<kHidden>(activate(layer, b + (up_bias ? up_bias[at + 16] : 0.f), 0.f));
+      }
+      // F padded to 32 may exceed the panels of 16: the last half tile must read as zero.
+      if (blockIdx.x == gridDim.x - 1 && num_panels * 16 < f_pad_k) to[num_panels * 16 + lane] = narrow<kHidden>(0.f);
+    }
+    __syncthreads();
+  }
+}
+
+// Grid: (half of num_d_panels, groups at most).
+extern "C" __global__ void __launch_bounds__(kThreads) down(const Layer* layer) {
+  if (int(blockIdx.y) >= *reinterpret_cast<const int*>(layer->num_groups)) return;
+  __shared__ Sums sums;
+  __shared__ const HElement* rows[kRows];
+  const Group group = group_at(layer, blockIdx.y);
+  const int* pairs = reinterpret_cast<const int*>(layer->group_pairs_R) + group.first;
+  const int num_panels = int(layer->num_d_panels), panel = 2 * blockIdx.x;
+  const bool two = panel + 1 < num_panels;
+  const u8* first = reinterpret_cast<const u8*>(layer->blobs_SB) + group.slot * layer->blob_bytes +
+                    layer->down_offset_bytes + panel * layer->down_panel_bytes;
+  const float* bias = layer->down_bias_SD ? reinterpret_cast<const float*>(layer->down_bias_SD) : nullptr;
+  float* v_RD = reinterpret_cast<float*>(layer->v_RD);
+  for (int begin = 0; begin < group.count; begin += kRows) {
+    const int num_rows = min(kRows, group.count - begin);
+    if (threadIdx.x < num_rows)
+      rows[threadIdx.x] =
+          reinterpret_cast<const HElement*>(layer->h_RF) + i64(pairs[begin + threadIdx.x]) * layer->f_pad_k;
+    __syncthreads();
+    product<kHidden>(first, first + (two ? layer->down_panel_bytes : 0), int(layer->f_pad_k) / kTile, rows, num_rows,
+                     sums);
+    __syncthreads();
+    for (int i = threadIdx.x; i < num_rows * 32; i += kThreads) {
+      const int row = i / 32, second = i / 16 % 2, lane = i % 16;
+      if (second && !two) continue;
+      const int d = (panel + second) * 16 + lane;
+      const float b = bias ? bias[i64(group.slot) * num_panels * 16 + d] : 0.f;
+      v_RD[i64(pairs[begin + row]) * num_panels * 16 + d] = sum_of_warps(sums, row, second, lane) + b;
+    }
+    __syncthreads();
+  }
+}
+
+// ---- combine ----
+
+// Until the host has answered the latest ring. False when it failed or did not answer in time: then this layer, and
+// all after it, give NaN at once, so that the GPU is free again; the host's side of the program raises.
+__device__ bool host_answered(const Layer* layer) {
+  u64* state = reinterpret_cast<u64*>(layer->state);
+  if (*reinterpret_cast<volatile u64*>(state + STATE_FAILED)) return false;
+  const u32 number = u32(state[STATE_RING]);
+  const u64* answered = reinterpret_cast<const u64*>(layer->mailbox_answered);
+  const u64 start = nanoseconds();
+  while (int(u32(load_acquire(answered)) - number) < 0) {
+    if (nanoseconds() - start > state[STATE_DEADLINE_NS]) {
+      atomicExch(state + STATE_FAILED, u64(layer->layer_idx) + 1);
+      store_release(reinterpret_cast<u64*>(layer->mailbox_failed), u64(layer->layer_idx) + 1);
+      return false;
+    }
+  }
+  if (load_acquire(reinterpret_cast<const u64*>(layer->mailbox_error)) == 0) return true;
+  atomicExch(state + STATE_FAILED, u64(layer->layer_idx) + 1);
+  store_release(reinterpret_cast<u64*>(layer->mailbox_failed), u64(layer->layer_idx) + 1);
+  return false;
+}
+
+// Grid: (enough for D, T).
+extern "C" __global__ void __launch_bounds__(kThreads)
+    combine(const Layer* layer, const void* weights_TK, int weights_type, XElement* y_TD, int num_topk) {
+  __shared__ bool ok;
+  const u64* state = reinterpret_cast<const u64*>(layer->state);
+  const bool waits = layer->mailbox_x && state[STATE_COLD] > 0;
+  if (threadIdx.x == 0) ok = !waits || host_answered(layer);
+  __syncthreads();
+  const int t = blockIdx.y, D = int(layer->d_model), d = blockIdx.x * kThreads + threadIdx.x;
+  if (d >= D) return;
+  const int* slots_R = reinterpret_cast<const int*>(layer->slots_R);
+  const float* v_RD = reinterpret_cast<const float*>(layer->v_RD);
+  const i64 v_stride = layer->num_d_panels * 16;
+  float sum = 0.f;
+  for (int r = t * num_topk; r < (t + 1) * num_topk; ++r)
+    if (slots_R[r] >= 0) sum += router_weight(weights_TK, weights_type, r) * v_RD[r * v_stride + d];
+  if (waits) sum += reinterpret_cast<const volatile float*>(layer->mailbox_out)[i64(t) * D + d];
+  y_TD[i64(t) * D + d] = narrow<X>(ok ? sum : __int_as_float(0x7fc00000));
+}

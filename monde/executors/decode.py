@@ -1,0 +1,214 @@
+"""A layer's few tokens on GPU and host at once, with nothing that waits on the CPU's side.
+
+Four kernels a layer (monde/device/kernels/decode.cu): route and ring, gate-up and down of the residents while the
+host computes the others, combine. All of it is plain launches on the current stream, so a CUDA graph can hold it.
+Letters as in monde.core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hostcompute import DType, ExpertBank, ExpertSpec, make_layout
+from hostcompute.doorbell import Doorbell, MailboxAddresses
+from monde.core import RoutedBatch
+from monde.device.kernels import (
+    ACTIVATION_CODES,
+    ELEMENT_TYPES,
+    MAX_EXPERTS,
+    STATE_WORDS,
+    DecodeKernels,
+    decode_kernels,
+)
+from monde.device.layer_record import layer_record
+from monde.device.mailbox import DecodeScratch, DecodeSize, Mailbox
+from monde.device.streams import current_stream
+from monde.executors.host import HostTotals
+from monde.weights.packing import TORCH_DTYPES
+from monde.weights.slots import ExpertSlots
+
+MAX_DECODE_TOKENS = 64  # above, splitting by counts and grouped products are worth a look at the counts
+MAX_DECODE_TOPK = 32
+DEADLINE_S = 10.0  # the slowest answer of a healthy host takes tens of milliseconds
+_THREADS = 256  # kThreads of decode.cu
+_HOST_DTYPES = {torch.float32: DType.F32, torch.bfloat16: DType.BF16, torch.float16: DType.F16}
+
+
+class DecodeHub:
+    """What the layers of one model share for one type of activations: mailbox, scratch, and the host's thread."""
+
+    def __init__(
+        self,
+        specs: Sequence[ExpertSpec],
+        banks: Sequence[ExpertBank],
+        x_dtype: torch.dtype,
+        device: torch.device,
+        pool: object,
+        deadline_s: float = DEADLINE_S,
+    ) -> None:
+        size = DecodeSize.of(specs, MAX_DECODE_TOKENS, MAX_DECODE_TOPK)
+        self.x_dtype, self.device, self.deadline_s = x_dtype, device, deadline_s
+        self.scratch, self.mailbox = DecodeScratch(size, device, deadline_s), Mailbox(size)
+        self.d_model = size.d_model
+        self.num_ringing = 0  # layers that ring in every step
+        self.is_captured = False  # a CUDA graph holds a step
+        places = {k: v for k, v in self.mailbox.addresses.items() if k != "failed"}
+        self.doorbell = Doorbell(banks, MailboxAddresses(**places), _HOST_DTYPES[x_dtype], pool)
+
+    def check(self) -> None:
+        """Errors: RuntimeError naming the layer that got no answer from the host; the next call works again.
+
+        Reads a word of host memory: no synchronisation unless something did fail.
+        """
+        layer_idx = self.mailbox.failed_layer
+        if layer_idx is None:
+            return
+        torch.cuda.synchronize(self.device)
+        what = self.doorbell.error or f"the host did not answer within {self.deadline_s:g} s"
+        self.doorbell.reset()
+        self.scratch.state[STATE_WORDS.index("FAILED")] = 0
+        self.mailbox.clear_failure()
+        raise RuntimeError(f"monde: MoE layer {layer_idx}: {what}; the step's output is NaN, call again")
+
+    def before_replay(self) -> None:
+        """Call it before a CUDA graph that holds a step of the whole model runs."""
+        if self.is_captured:
+            self.doorbell.expect(self.num_ringing)
+
+    def count(self, name: str) -> int:
+        """A counter of the device's state; synchronises."""
+        return int(self.scratch.state[STATE_WORDS.index(name)].item())
+
+    def totals(self) -> HostTotals:
+        """What crossed the bus and what the host did; synchronises."""
+        host = self.doorbell.totals
+        row_bytes = self.d_model * self.x_dtype.itemsize
+        num_pairs = self.count("COLD_PAIRS") + self.count("RESIDENT_PAIRS")
+        return HostTotals(
+            num_pairs=host.num_pairs,
+            weight_bytes=host.weight_bytes,
+            h2d_bytes=self.count("ANSWERED_TOKENS") * self.d_model * 4,
+            d2h_bytes=self.count("POSTED_TOKENS") * row_bytes + 8 * num_pairs,
+            busy_s=host.busy_s,
+        )
+
+    def reset_totals(self) -> None:
+        self.doorbell.reset_totals()
+        for name in ("COLD_PAIRS", "RESIDENT_PAIRS", "POSTED_TOKENS", "ANSWERED_TOKENS"):
+            self.scratch.state[STATE_WORDS.index(name)] = 0
+
+    def close(self) -> None:
+        torch.cuda.synchronize(self.device)
+        self.doorbell.close()
+
+
+class DecodeExecutor:
+    """One layer's share of a hub. Takes batches of at most MAX_DECODE_TOKENS tokens."""
+
+    def __init__(
+        self,
+        layer_idx: int,
+        spec: ExpertSpec,
+        slots: ExpertSlots | None,
+        slot_of_expert_E: Sequence[int],
+        heat_E: Tensor,
+        hub: DecodeHub,
+    ) -> None:
+        assert spec.num_experts <= MAX_EXPERTS, spec.num_experts
+        self.hub, self.spec, self.slots = hub, spec, slots
+        self.layout = make_layout(spec)
+        self.rings = any(slot < 0 for slot in slot_of_expert_E)
+        hub.num_ringing += self.rings
+        self._table_E = torch.tensor(slot_of_expert_E, dtype=torch.int32, device=hub.device)
+        self._heat_E = heat_E
+        self._record = layer_record(self._fields(layer_idx), hub.device)
+        self._kernels: DecodeKernels = decode_kernels(hub.x_dtype, TORCH_DTYPES[spec.dtype])
+
+    @staticmethod
+    def takes(batch: RoutedBatch) -> bool:
+        num_tokens, num_topk = batch.topk_ids_TK.shape
+        return (
+            batch.x_TD.is_cuda
+            and 0 < num_tokens <= MAX_DECODE_TOKENS
+            and 0 < num_topk <= MAX_DECODE_TOPK
+            and batch.x_TD.dtype in ELEMENT_TYPES
+        )
+
+    def forward(self, batch: RoutedBatch) -> Tensor:
+        """y_TD like x_TD, every pair computed, summed in fp32, rounded once. No synchronisation."""
+        x_TD = batch.x_TD.contiguous()
+        ids_TK, weights_TK = batch.topk_ids_TK.long().contiguous(), batch.topk_weights_TK.contiguous()
+        if weights_TK.dtype not in ELEMENT_TYPES:
+            weights_TK = weights_TK.float()
+        weights_type = ELEMENT_TYPES[weights_TK.dtype]
+        num_tokens, num_topk = ids_TK.shape
+        y_TD = torch.empty_like(x_TD)
+        if torch.cuda.is_current_stream_capturing():
+            self.hub.is_captured = True
+        elif self.rings:
+            self.hub.doorbell.expect(1)
+        record, block = self._record.data_ptr(), (_THREADS,)
+        ids, weights, x, y = (t.data_ptr() for t in (ids_TK, weights_TK, x_TD, y_TD))
+        with current_stream(self.hub.device):
+            self._kernels.route(
+                (_blocks(num_tokens * self.layout.d_pad_k // 8),),
+                block,
+                (record, x, ids, weights, _int(weights_type), _int(num_tokens), _int(num_topk)),
+            )
+            if self.slots is not None:
+                num_groups = min(num_tokens * num_topk, self.slots.num_slots)
+                num_blocks = (
+                    self.layout.num_f_panels if self.spec.gated else -(-self.layout.num_f_panels // 2)
+                )
+                self._kernels.gate_up((num_blocks, num_groups), block, (record, _int(num_topk)))
+                self._kernels.down((-(-self.layout.num_d_panels // 2), num_groups), block, (record,))
+            self._kernels.combine(
+                (_blocks(self.spec.d_model), num_tokens),
+                block,
+                (record, weights, _int(weights_type), y, _int(num_topk)),
+            )
+        return y_TD
+
+    def _fields(self, layer_idx: int) -> dict[str, int | float]:
+        spec, layout, slots = self.spec, self.layout, self.slots
+        biases = {} if slots is None else slots.biases
+        names = {"gate_bias": "gate_bias_SF", "up_bias": "up_bias_SF", "down_bias": "down_bias_SD"}
+        mailbox = self.hub.mailbox.addresses if self.rings else dict.fromkeys(self.hub.mailbox.addresses, 0)
+        return {
+            "layer_idx": layer_idx,
+            "num_experts": spec.num_experts,
+            "num_slots": 0 if slots is None else slots.num_slots,
+            "d_model": spec.d_model,
+            "d_ffn": spec.d_ffn,
+            "gated": int(spec.gated),
+            "activation": ACTIVATION_CODES[spec.activation.kind],
+            "limit": spec.activation.limit,
+            "alpha": spec.activation.alpha,
+            "d_pad_k": layout.d_pad_k,
+            "f_pad_k": layout.f_pad_k,
+            "num_f_panels": layout.num_f_panels,
+            "num_d_panels": layout.num_d_panels,
+            "in_panel_bytes": layout.in_panel_bytes,
+            "in_unit_bytes": layout.in_unit_bytes,
+            "down_panel_bytes": layout.down_panel_bytes,
+            "down_offset_bytes": layout.down_offset_bytes,
+            "slot_of_expert_E": self._table_E.data_ptr(),
+            "blobs_SB": 0 if slots is None else slots.blobs_SB.data_ptr(),
+            "blob_bytes": layout.weight_bytes,
+            "heat_E": self._heat_E.data_ptr(),
+            **{field: biases[role].data_ptr() if role in biases else 0 for role, field in names.items()},
+            **self.hub.scratch.addresses,
+            **{f"mailbox_{name}": address for name, address in mailbox.items()},
+        }
+
+
+def _blocks(num_threads: int) -> int:
+    return max(1, -(-num_threads // _THREADS))
+
+
+def _int(value: int) -> np.int32:
+    return np.int32(value)
