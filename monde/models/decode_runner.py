@@ -57,9 +57,10 @@ class NoHooks:
 
 @dataclass
 class Lease:
-    """The caches that one call of generate took."""
+    """One call of generate: the caches that it took, and why its steps run eagerly if they do."""
 
     taken: list[PooledCache] = field(default_factory=list)
+    why_not: str | None = None
 
     def keep_from_pool(self, cache: object) -> None:
         """The caller got this cache, so it must not serve another call."""
@@ -142,6 +143,7 @@ class DecodeRunner:
         else:
             reason = reason or self.pool.why_not(num_rows, num_positions)
         if reason is not None:
+            lease.why_not = reason
             self._warn(reason)
             return False
         config.disable_compile = True  # transformers compiles the forward wherever it meets a static cache
@@ -159,7 +161,9 @@ class DecodeRunner:
         if not self._is_decode_step(model, kwargs):
             return forward(**kwargs)
         cache = kwargs["past_key_values"]
-        reason = self._off or self.traits.why_not or why_not_static(cache) or _why_not_step(kwargs)
+        lease = getattr(self._leases, "current", None)
+        reason = self._off or (lease and lease.why_not) or self.traits.why_not
+        reason = reason or why_not_static(cache) or _why_not_step(kwargs) or _why_not_masks(kwargs)
         if reason is None and any(
             layer.keys is None for layer in cache.layers if hasattr(layer, "max_cache_len")
         ):
@@ -306,6 +310,14 @@ def _why_not_step(kwargs: dict[str, Any]) -> str | None:
             return f"{name} was asked for"
     if kwargs.get("return_dict") is False:
         return "return_dict=False was asked for"
+    return None
+
+
+def _why_not_masks(kwargs: dict[str, Any]) -> str | None:
+    mask = kwargs.get("attention_mask")
+    masks = mask.values() if isinstance(mask, dict) else [mask]
+    if any(isinstance(m, Tensor) and m.dim() == 2 for m in masks):
+        return "a 2-D attention mask grows with every step; pass a 4-D mask, or none where nothing is padded"
     return None
 
 

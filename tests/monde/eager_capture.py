@@ -25,8 +25,7 @@ class EagerGraph:
     outputs: Any
 
     def replay(self) -> None:
-        with torch.no_grad():
-            new, old = pytree.tree_leaves(self.step()), pytree.tree_leaves(self.outputs)
+        new, old = pytree.tree_leaves(self.step()), pytree.tree_leaves(self.outputs)
         for there, here in zip(old, new, strict=True):
             if isinstance(there, Tensor):
                 there.copy_(here)
@@ -49,8 +48,7 @@ class EagerCapture:
     def capture(self, step: Step) -> EagerGraph:
         if self.failure is not None:
             raise CaptureError(self.failure)
-        with torch.inference_mode(False), torch.no_grad():
-            return EagerGraph(step, pytree.tree_map_only(Tensor, torch.clone, step()))
+        return EagerGraph(step, pytree.tree_map_only(Tensor, torch.clone, step()))
 
     def enter(self) -> None: ...
 
