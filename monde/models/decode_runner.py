@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import warnings
 import weakref
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.masking_utils import create_chunked_causal_mask
 from transformers.utils.generic import ModelOutput
 
 from monde.models.decode_cache import (
@@ -285,6 +287,9 @@ def why_not_model(model: Any) -> str | None:
     attention = model.config._attn_implementation
     if attention not in _ATTENTION:
         return f"attention by {attention} works on the host in every step"
+    chunked = "chunked_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ())
+    if chunked and "block_sequence_ids" not in inspect.signature(create_chunked_causal_mask).parameters:
+        return "this transformers cannot mask chunked attention over a static cache; a later one can (5.23)"
     try:
         cache = static_cache(model.config, MIN_POSITIONS)
     except (

@@ -142,9 +142,8 @@ def test_two_models_on_two_streams() -> None:
 
     def run(idx: int) -> None:
         with torch.cuda.stream(torch.cuda.Stream()):
-            for _ in range(4):
-                if not torch.equal(static_text(pairs[idx][1], ids), wants[idx]):
-                    wrong.append(NAMES[idx])
+            texts = [static_text(pairs[idx][1], ids) for _ in range(4)]
+            wrong.extend(NAMES[idx] for text in texts if not torch.equal(text, wants[idx]))
 
     for _, model in pairs:  # cuBLAS makes its handles outside of captures
         static_text(model, ids)

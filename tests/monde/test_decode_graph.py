@@ -351,15 +351,20 @@ def test_fall_back_of_a_growing_mask() -> None:
     original, model = pair()
     ids, mask = left_padded(2, 20, [3, 0])
     cache = StaticCache(config=model.config, max_cache_len=64)
-    with torch.no_grad(), pytest.warns(RuntimeWarning, match="2-D attention mask") as caught:
+
+    def steps() -> Tensor:
         model(ids[:, :6], attention_mask=mask[:, :6], past_key_values=cache)
-        steps = [
+        logits = [
             model(ids[:, i : i + 1], attention_mask=mask[:, : i + 1], past_key_values=cache).logits
             for i in range(6, 20)
         ]
+        return torch.cat(logits, dim=1)
+
+    with torch.no_grad(), pytest.warns(RuntimeWarning, match="2-D attention mask") as caught:
+        got = steps()
     assert len(caught) == 1
     want = tiny.expected(original, ids, attention_mask=mask)
-    tiny.assert_logits(torch.cat(steps, dim=1), tiny.Expected(want.logits[:, 6:], want.tolerance))
+    tiny.assert_logits(got, tiny.Expected(want.logits[:, 6:], want.tolerance))
 
 
 def test_fall_back_of_a_failed_capture() -> None:
