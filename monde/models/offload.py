@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from monde.config import MondeConfig
 from monde.engine import Engine
+from monde.models.decode_graph import install_on_gpu
 from monde.models.dense import speed_up_dense
 from monde.models.experts import find_experts
 from monde.models.fill import ProgressBar, fill_layer, load_report
@@ -53,6 +54,7 @@ def offload(model: PreTrainedModel, config: MondeConfig | None = None, **setting
         model.eval()
         engine.load_report = load_report(plan, time.perf_counter() - start_s, peak.stop())
     model.monde = engine  # type: ignore[assignment]
+    install_on_gpu(model, engine)
     speed_up_dense(model, device)
     return model
 

@@ -22,6 +22,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from monde.config import QUANT_METHOD, MondeConfig
 from monde.engine import Engine
+from monde.models.decode_graph import install_on_gpu
 from monde.models.dense import speed_up_dense
 from monde.models.experts import ExpertsModule, find_experts
 from monde.models.fill import ProgressBar, fill_layer, load_report
@@ -107,6 +108,7 @@ class MondeQuantizer(HfQuantizer):
         seconds_s = time.perf_counter() - loading.start_s
         loading.engine.load_report = load_report(loading.engine.plan, seconds_s, loading.peak.stop())
         model.monde = loading.engine
+        install_on_gpu(model, loading.engine)
         speed_up_dense(model, loading.engine.device)
         self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
         for module in model.modules():
