@@ -94,6 +94,12 @@ class Engine:
     def end_step(self) -> None:
         """After a step was launched; it may still run."""
 
+    def finish(self) -> None:
+        """After a whole generation: waits for its latest step. Errors: as check."""
+        if self._hubs:
+            torch.cuda.current_stream(self.device).synchronize()
+            self.check()
+
     def check(self) -> None:
         """Errors: RuntimeError naming the MoE layer that got no answer from the host. Synchronises only then."""
         for hub in self._hubs.values():

@@ -53,7 +53,7 @@ class DecodeHub:
         size = DecodeSize.of(specs, MAX_DECODE_TOKENS, MAX_DECODE_TOPK)
         self.x_dtype, self.device, self.deadline_s = x_dtype, device, deadline_s
         self.scratch, self.mailbox = DecodeScratch(size, device, deadline_s), Mailbox(size)
-        self.d_model = size.d_model
+        self.banks, self.d_model = banks, size.d_model
         self.num_ringing = 0  # layers that ring in every step
         self.is_captured = False  # a CUDA graph holds a step
         places = {k: v for k, v in self.mailbox.addresses.items() if k != "failed"}

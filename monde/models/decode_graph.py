@@ -57,6 +57,7 @@ def _decoding_class(cls: Any) -> Any:
         with runner.lease() as lease:
             result = cls.generate(self, *args, **kwargs)
             lease.keep_from_pool(getattr(result, "past_key_values", None))
+            runner.hooks.finish()
             return result
 
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}

@@ -44,17 +44,28 @@ _EXTRA_OUTPUTS = ("output_attentions", "output_hidden_states")
 
 @runtime_checkable
 class StepHooks(Protocol):
-    """What the engine does around a decode step: wake the host's pollers; change residency, raise what failed."""
+    """What the engine does around a decode step: wake the host's pollers; change residency, raise what failed.
+
+    finish comes after a whole generation, whose latest step may have failed without anybody having noticed.
+    """
 
     def begin_step(self) -> None: ...
 
+    def before_replay(self) -> None: ...
+
     def end_step(self) -> None: ...
+
+    def finish(self) -> None: ...
 
 
 class NoHooks:
     def begin_step(self) -> None: ...
 
+    def before_replay(self) -> None: ...
+
     def end_step(self) -> None: ...
+
+    def finish(self) -> None: ...
 
 
 @dataclass
@@ -213,6 +224,7 @@ class DecodeRunner:
         assert recorded.arguments is not None
         recorded.arguments.fill(step)
         self.capture.enter()
+        self.hooks.before_replay()
         recorded.graph.replay()
         self.num_replays += 1
         kind, values = recorded.graph.outputs

@@ -60,16 +60,24 @@ class CountingHooks:
     """Stands in for the engine: begin and end must alternate."""
 
     num_steps: int = 0
+    num_replays: int = 0
     is_open: bool = False
 
     def begin_step(self) -> None:
         assert not self.is_open
         self.is_open = True
 
+    def before_replay(self) -> None:
+        assert self.is_open
+        self.num_replays += 1
+
     def end_step(self) -> None:
         assert self.is_open
         self.is_open = False
         self.num_steps += 1
+
+    def finish(self) -> None:
+        assert not self.is_open
 
 
 def with_graphs(model: Any, engine: object = None, room: KvRoom = ROOM, **settings: Any) -> Any:
