@@ -53,7 +53,10 @@ def make_layer(spec: ExpertSpec, seed: int) -> Layer:
 def make_bank(layer: Layer, backend: str, isa: str | None, num_threads: int | None) -> ExpertBank:
     """All experts of `layer` in a bank of `backend`."""
     pool = None if backend == "reference" else make_pool(num_threads)
-    bank = ExpertBank(layer.spec, backend, pool=pool, isa=isa)
+    return fill_bank(layer, ExpertBank(layer.spec, backend, pool=pool, isa=isa))
+
+
+def fill_bank(layer: Layer, bank: ExpertBank) -> ExpertBank:
     for e in range(layer.spec.num_experts):
         bank.load(e, gate=layer.gate_EFD[e], up=layer.up_EFD[e], down=layer.down_EDF[e])
     return bank

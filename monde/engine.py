@@ -174,15 +174,15 @@ class Engine:
 
 
 def host_pool(config: MondeConfig, device: torch.device) -> Any:
-    """The host kernels' threads; None for the process's own pool.
-
-    A GPU's step keeps one core for the thread that launches it and waits for it, spinning.
-    """
+    """The host kernels' threads; None for the process's own pool."""
     if config.num_threads is not None:
         return make_pool(config.num_threads)
-    if device.type != "cuda":
-        return None
-    return make_pool(max(1, len(choose_cores(env.num_threads())) - 1))
+    return make_pool(host_threads()) if device.type == "cuda" else None
+
+
+def host_threads() -> int:
+    """Threads of the host kernels next to a GPU: one core stays with who launches steps and spins for them."""
+    return max(1, len(choose_cores(env.num_threads())) - 1)
 
 
 def why_not_decode(device: torch.device, host: BackendChoice) -> str:
