@@ -1,4 +1,4 @@
-// The product on AMX tiles: up to 32 activation rows by two weight panels.
+// The product on AMX tiles: up to 128 activation rows by two weight panels, 32 rows at a time.
 //
 // A panel's 16 consecutive groups are one B tile as they lie; a block's tile is one A tile as it lies.
 #pragma once
@@ -8,11 +8,14 @@ namespace MONDE_ISA {
 
 struct AmxMultiply {
   using A = uint16_t;
-  static constexpr int kChunkRows = 2 * monde::kBlockRows;
-  // Below this many rows the vector unit keeps up with memory and the tile's fixed cost does not pay.
-  static constexpr int kFewRows = 4;
+  static constexpr int kChunkRows = 8 * monde::kBlockRows;
+  // Up to so many rows the vector unit keeps up with memory and the tile's fixed cost does not pay.
+  static constexpr int kFewRows = 1;
   static constexpr int kTileElements = 32;      // bf16 values in a tile row
   static constexpr int kPanelTileBytes = 1024;  // 16 groups of 64 bytes
+  // Four products take 64 cycles, and their four operands would take as long from L2. So K is cut, and the weights of
+  // a cut (16 KiB of two panels) stay in L1 while all rows pass over them; sums wait in memory between cuts.
+  static constexpr int kCutTiles = MONDE_AMX_CUT;
 
   // Tile registers: 0 to 3 accumulate (block, panel), 4 and 5 hold activations, 6 and 7 weights.
   struct alignas(64) TileConfig {
@@ -21,53 +24,84 @@ struct AmxMultiply {
     uint8_t rows[16];
   };
 
-  // Loading a configuration clears all tiles and costs tens of cycles: kept until the row counts change.
-  static void configure(int rows_low, int rows_high) {
-    const int wanted = rows_low * 32 + rows_high;
-    if (configured_rows() == wanted) return;
-    configured_rows() = wanted;
+  // Loading a configuration clears all tiles and costs tens of cycles: kept until the number of rows changes.
+  static void configure(int rows) {
+    if (configured_rows() == rows) return;
+    configured_rows() = rows;
     TileConfig config = {};
     config.palette = 1;
-    const int rows[8] = {rows_low, rows_low, rows_high, rows_high, rows_low, rows_high, 16, 16};
     for (int i = 0; i < 8; ++i) {
-      config.rows[i] = uint8_t(rows[i] ? rows[i] : 1);
+      config.rows[i] = uint8_t(i < 6 ? rows : 16);
       config.row_bytes[i] = 64;
     }
     _tile_loadconfig(&config);
   }
 
   template <int kPanels>
-  static void run(int rows, const A* a, int num_tiles, const unsigned char* const* panels,
+  static void run(int rows, const A* a, Depth depth, const unsigned char* const* panels,
                   const unsigned char* const* next, Pass pass, float* const* sums) {
-    if (rows <= kFewRows) return multiply_block<BF16ByBF16, kPanels>(rows, a, num_tiles, panels, next, pass, sums);
-    const int rows_low = rows < monde::kBlockRows ? rows : monde::kBlockRows;
-    const int rows_high = rows - rows_low;
-    configure(rows_low, rows_high);
-    rows_high ? tiles<kPanels, true>(rows_low, rows_high, a, num_tiles, panels, next, pass, sums)
-              : tiles<kPanels, false>(rows_low, rows_high, a, num_tiles, panels, next, pass, sums);
+    if (rows <= kFewRows) return multiply_block<BF16ByBF16, kPanels>(rows, a, depth, panels, next, pass, sums);
+    constexpr int kPairRows = 2 * monde::kBlockRows;
+    const int num_pairs = (rows + kPairRows - 1) / kPairRows, num_tiles = depth.end - depth.begin;
+    const bool one_block = rows <= monde::kBlockRows;
+    // Of several blocks the last may have fewer rows; its tile then reads on into memory behind it, which is scratch
+    // too, and those rows of the sums are nobody's.
+    configure(one_block ? rows : monde::kBlockRows);
+    PanelPrefetcher prefetchers[kPanels];
+    for (int p = 0; p < kPanels; ++p) {
+      const ptrdiff_t at = ptrdiff_t(depth.begin) * kPanelTileBytes;
+      prefetchers[p] =
+          PanelPrefetcher(panels[p] + at, next[p] + at, num_tiles, {pass.index * num_pairs, pass.count * num_pairs});
+    }
+    const int cut_tiles = num_pairs == 1 ? num_tiles : kCutTiles;
+    for (int begin = depth.begin; begin < depth.end; begin += cut_tiles) {
+      const int end = begin + cut_tiles < depth.end ? begin + cut_tiles : depth.end;
+      for (int row = 0; row < rows; row += kPairRows) {
+        const int rows_low = rows - row < monde::kBlockRows ? rows - row : monde::kBlockRows;
+        const int rows_high = rows - row - rows_low < monde::kBlockRows ? rows - row - rows_low : monde::kBlockRows;
+        const A* low = a + ptrdiff_t(row) * depth.block_tiles * kTileElements;
+        float* pair_sums[kPanels];
+        for (int p = 0; p < kPanels; ++p) pair_sums[p] = sums[p] + row * 16;
+        const Cut cut = {begin, end, depth.block_tiles, rows_low, rows_high, begin > depth.begin};
+        rows_high > 0 ? tiles<kPanels, true>(cut, low, panels, prefetchers, pair_sums)
+                      : tiles<kPanels, false>(cut, low, panels, prefetchers, pair_sums);
+      }
+    }
   }
 
+  using PanelPrefetcher = Prefetcher<kPanelTileBytes>;
+
+  // Tiles [begin, end) of K for one or two blocks; `resumes`: sums hold those of earlier tiles.
+  struct Cut {
+    int begin, end, block_tiles, rows_low, rows_high;
+    bool resumes;
+  };
+
   template <int kPanels, bool kTwoBlocks>
-  static void tiles(int rows_low, int rows_high, const A* low, int num_tiles, const unsigned char* const* panels,
-                    const unsigned char* const* next, Pass pass, float* const* sums) {
-    const A* high = low + ptrdiff_t(rows_low) * num_tiles * kTileElements;
-    using PanelPrefetcher = Prefetcher<kPanelTileBytes>;
-    PanelPrefetcher prefetcher[kPanels];
-    for (int p = 0; p < kPanels; ++p) prefetcher[p] = PanelPrefetcher(panels[p], next[p], num_tiles, pass);
-    _tile_zero(0);
-    if constexpr (kPanels == 2) _tile_zero(1);
-    if constexpr (kTwoBlocks) _tile_zero(2);
-    if constexpr (kTwoBlocks && kPanels == 2) _tile_zero(3);
-    for (int t = 0; t < num_tiles; ++t) {
+  static void tiles(const Cut& cut, const A* low, const unsigned char* const* panels, PanelPrefetcher* prefetchers,
+                    float* const* sums) {
+    const A* high = low + ptrdiff_t(cut.rows_low) * cut.block_tiles * kTileElements;
+    if (cut.resumes) {
+      _tile_loadd(0, sums[0], 64);
+      if constexpr (kPanels == 2) _tile_loadd(1, sums[1], 64);
+      if constexpr (kTwoBlocks) _tile_loadd(2, sums[0] + 256, 64);
+      if constexpr (kTwoBlocks && kPanels == 2) _tile_loadd(3, sums[1] + 256, 64);
+    } else {
+      _tile_zero(0);
+      if constexpr (kPanels == 2) _tile_zero(1);
+      if constexpr (kTwoBlocks) _tile_zero(2);
+      if constexpr (kTwoBlocks && kPanels == 2) _tile_zero(3);
+    }
+    for (int t = cut.begin; t < cut.end; ++t) {
       const ptrdiff_t at = ptrdiff_t(t) * kPanelTileBytes;
-      for (int p = 0; p < kPanels; ++p) prefetcher[p].step();
+      for (int p = 0; p < kPanels; ++p) prefetchers[p].step();
       _tile_loadd(6, panels[0] + at, 64);
       if constexpr (kPanels == 2) _tile_loadd(7, panels[1] + at, 64);
-      _tile_loadd(4, low + ptrdiff_t(t) * rows_low * kTileElements, 64);
+      _tile_loadd(4, low + ptrdiff_t(t) * cut.rows_low * kTileElements, 64);
       _tile_dpbf16ps(0, 4, 6);
       if constexpr (kPanels == 2) _tile_dpbf16ps(1, 4, 7);
       if constexpr (kTwoBlocks) {
-        _tile_loadd(5, high + ptrdiff_t(t) * rows_high * kTileElements, 64);
+        _tile_loadd(5, high + ptrdiff_t(t) * cut.rows_high * kTileElements, 64);
         _tile_dpbf16ps(2, 5, 6);
         if constexpr (kPanels == 2) _tile_dpbf16ps(3, 5, 7);
       }
@@ -94,7 +128,7 @@ struct AmxMultiply {
 inline double amx_peak(int num_iterations) {
   alignas(64) static thread_local unsigned char operands[4][AmxMultiply::kPanelTileBytes];
   __builtin_memset(operands, 0x3c, sizeof operands);  // about 0.01 in every element
-  AmxMultiply::configure(16, 16);
+  AmxMultiply::configure(16);
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);

@@ -92,7 +92,9 @@ void gate_up(const ExpertLayout& layout, const monde::Activation& activation, co
   constexpr int kChunk = Multiply::kChunkRows;
   const int num_tiles = layout.d_pad_k * int(sizeof(A)) / kTileBytes;
   const int row_bytes = layout.d_pad_k * int(sizeof(A));
-  const int stretch_rows = row_bytes * kChunk < kStretchBytes ? kStretchBytes / row_bytes / kChunk * kChunk : kChunk;
+  const int whole_pairs = kStretchBytes / row_bytes / (2 * kBlockRows) * (2 * kBlockRows);
+  const int stretch_rows = whole_pairs > 0 ? whole_pairs : 2 * kBlockRows;
+  const Depth depth = {0, num_tiles, num_tiles};
   alignas(64) float sums[2][kChunk * kLanes];
   float* const sum_of[2] = {sums[0], sums[1]};
   for (int stretch = 0; stretch < group.num_rows; stretch += stretch_rows) {
@@ -113,9 +115,9 @@ void gate_up(const ExpertLayout& layout, const monde::Activation& activation, co
         const A* x = block_at<A>(batch.x_blocks, group, row, layout.d_pad_k);
         const Pass pass = {(row - stretch) / kChunk, (stretch_end - stretch + kChunk - 1) / kChunk};
         if (layout.gated)
-          Multiply::template run<2>(rows, x, num_tiles, pair, next, pass, sum_of);
+          Multiply::template run<2>(rows, x, depth, pair, next, pass, sum_of);
         else
-          Multiply::template run<1>(rows, x, num_tiles, pair, next, pass, sum_of);
+          Multiply::template run<1>(rows, x, depth, pair, next, pass, sum_of);
         for (int r = 0; r < rows; ++r) {
           const Vec first = load(sums[0] + r * kLanes);
           const Vec h =
@@ -133,13 +135,12 @@ void gate_up(const ExpertLayout& layout, const monde::Activation& activation, co
   Multiply::finish();
 }
 
-// y[:, column panels] += weight * (h . panels + bias) for rows [row, row + rows) of a group; y rows are `y_columns`
-// wide.
+// y[:, column panels] += weight * (h . panels + bias) for rows [row, row + rows) of a group, over a depth of F; the
+// bias comes with its first tile. y rows are `y_columns` wide.
 template <class Multiply, int kPanels>
-void down_rows(const ExpertLayout& layout, const Batch& batch, const ExpertGroup& group, int row, int rows, int panel,
-               const unsigned char* const* next, Pass pass, float* y, int y_columns) {
+void down_rows(const ExpertLayout& layout, const Batch& batch, const ExpertGroup& group, int row, int rows, Depth depth,
+               int panel, const unsigned char* const* next, Pass pass, float* y, int y_columns) {
   using A = typename Multiply::A;
-  const int num_tiles = layout.f_pad_k * int(sizeof(A)) / kTileBytes;
   alignas(64) float sums[kPanels][Multiply::kChunkRows * kLanes];
   float* sum_of[kPanels];
   const unsigned char* panels[kPanels];
@@ -147,10 +148,10 @@ void down_rows(const ExpertLayout& layout, const Batch& batch, const ExpertGroup
   for (int p = 0; p < kPanels; ++p) {
     sum_of[p] = sums[p];
     panels[p] = group.down_panels + layout.down_panel_bytes * (panel + p);
-    bias[p] = group.down_bias ? load(group.down_bias + (panel + p) * kLanes) : splat(0.f);
+    bias[p] = group.down_bias && depth.begin == 0 ? load(group.down_bias + (panel + p) * kLanes) : splat(0.f);
   }
   const A* h = block_at<A>(batch.h_blocks, group, row, layout.f_pad_k);
-  Multiply::template run<kPanels>(rows, h, num_tiles, panels, next, pass, sum_of);
+  Multiply::template run<kPanels>(rows, h, depth, panels, next, pass, sum_of);
   for (int r = 0; r < rows; ++r) {
     const int routed = group.first_row + row + r;
     float* to = y + ptrdiff_t(batch.row_token[routed]) * y_columns;
@@ -164,8 +165,10 @@ void down_rows(const ExpertLayout& layout, const Batch& batch, const ExpertGroup
 // output, so the result does not depend on the number of threads.
 template <class Multiply>
 void down(const ExpertLayout& layout, const Batch& batch, int panel_begin, int panel_end, float* y) {
+  using A = typename Multiply::A;
   constexpr int kChunk = Multiply::kChunkRows;
   const int y_columns = (panel_end - panel_begin) * kLanes;
+  const int num_tiles = layout.f_pad_k * int(sizeof(A)) / kTileBytes;
   for (ptrdiff_t i = 0; i < ptrdiff_t(batch.num_tokens) * y_columns; i += kLanes) store(y + i, splat(0.f));
   for (int g = 0; g < batch.num_groups; ++g) {
     const ExpertGroup& group = batch.groups[g];
@@ -173,19 +176,25 @@ void down(const ExpertLayout& layout, const Batch& batch, int panel_begin, int p
     const int num_passes = (group.num_rows + kChunk - 1) / kChunk;
     for (int row = 0; row < group.num_rows; row += kChunk) {
       const int rows = min_int(kChunk, group.num_rows - row);
-      for (int panel = panel_begin; panel < panel_end; panel += 2) {
-        const bool two = panel + 1 < panel_end;
-        // Read once: the task's next panels, and after its last ones the next expert's first. Read several times: the
-        // same panels of the next expert.
-        const bool in_order = num_passes == 1 && panel + 2 < panel_end;
-        const int next_panel = in_order ? panel + 2 : num_passes == 1 ? panel_begin : panel;
-        const unsigned char* const after =
-            (in_order ? group : following).down_panels + layout.down_panel_bytes * next_panel;
-        const unsigned char* const next[2] = {after, after + layout.down_panel_bytes};
-        const Pass pass = {row / kChunk, num_passes};
-        float* const to = y + (panel - panel_begin) * kLanes;
-        two ? down_rows<Multiply, 2>(layout, batch, group, row, rows, panel, next, pass, to, y_columns)
-            : down_rows<Multiply, 1>(layout, batch, group, row, rows, panel, next, pass, to, y_columns);
+      // A chunk's hidden rows stay in L2 while the panels pass: F is cut where they would not. Few rows fit whole.
+      const int fitting_tiles = kStretchBytes / (rows * kTileBytes);
+      const int cut_tiles = num_tiles <= fitting_tiles ? num_tiles : fitting_tiles;
+      for (int tile = 0; tile < num_tiles; tile += cut_tiles) {
+        const Depth depth = {tile, min_int(tile + cut_tiles, num_tiles), num_tiles};
+        for (int panel = panel_begin; panel < panel_end; panel += 2) {
+          const bool two = panel + 1 < panel_end;
+          // Read once: the task's next panels, and after its last ones the next expert's first. Read several times:
+          // the same panels of the next expert.
+          const bool in_order = num_passes == 1 && panel + 2 < panel_end;
+          const int next_panel = in_order ? panel + 2 : num_passes == 1 ? panel_begin : panel;
+          const unsigned char* const after =
+              (in_order ? group : following).down_panels + layout.down_panel_bytes * next_panel;
+          const unsigned char* const next[2] = {after, after + layout.down_panel_bytes};
+          const Pass pass = {row / kChunk, num_passes};
+          float* const to = y + (panel - panel_begin) * kLanes;
+          two ? down_rows<Multiply, 2>(layout, batch, group, row, rows, depth, panel, next, pass, to, y_columns)
+              : down_rows<Multiply, 1>(layout, batch, group, row, rows, depth, panel, next, pass, to, y_columns);
+        }
       }
     }
   }

@@ -4,6 +4,11 @@
 
 namespace MONDE_ISA {
 
+// The tiles of K that a product covers. Activations of a block lie `block_tiles` tiles of K deep.
+struct Depth {
+  int begin, end, block_tiles;
+};
+
 // Which of `count` consecutive readings of the same panels this is: one for every chunk of rows.
 struct Pass {
   int index, count;
@@ -73,7 +78,7 @@ class Prefetcher {
   Ahead<kFarTiles, kPanelTileBytes> far_;
 };
 
-// sums[p][r] = panel p (16 outputs) . row r, for kPanels panels and kRows rows of one block.
+// sums[p][r] = panel p (16 outputs) . row r over num_tiles tiles, for kPanels panels and kRows rows of one block.
 //   a:      block [num_tiles][block_rows][tile_k]
 //   next:   panel to fetch ahead: with one pass the one read after panels[p], with several any that is needed soon
 //   sums:   rows of 16 floats
@@ -121,17 +126,23 @@ inline void multiply_up_to(int rows, const typename Codec::A* a, int block_rows,
 
 // One block of at most 16 rows: sums[p] is [16][16] floats.
 template <class Codec, int kPanels>
-inline void multiply_block(int block_rows, const typename Codec::A* a, int num_tiles,
-                           const unsigned char* const* panels, const unsigned char* const* next, Pass pass,
-                           float* const* sums) {
+inline void multiply_block(int block_rows, const typename Codec::A* a, Depth depth, const unsigned char* const* panels,
+                           const unsigned char* const* next, Pass pass, float* const* sums) {
   constexpr int kTileK = monde::kTileBytes / int(sizeof(typename Codec::A));
+  constexpr int kPanelTileBytes = kTileK / Codec::kGroup * Codec::kGroupBytes;
   const int num_parts = (block_rows + kMaxRowsPerProduct - 1) / kMaxRowsPerProduct;
+  const unsigned char *from[kPanels], *after[kPanels];
+  for (int p = 0; p < kPanels; ++p) {
+    from[p] = panels[p] + ptrdiff_t(depth.begin) * kPanelTileBytes;
+    after[p] = next[p] + ptrdiff_t(depth.begin) * kPanelTileBytes;
+  }
+  a += ptrdiff_t(depth.begin) * block_rows * kTileK;
   for (int part = 0; part < num_parts; ++part) {
     const int row = part * kMaxRowsPerProduct;
     const int rows = block_rows - row < kMaxRowsPerProduct ? block_rows - row : kMaxRowsPerProduct;
     float* shifted[kPanels];
     for (int p = 0; p < kPanels; ++p) shifted[p] = sums[p] + row * 16;
-    multiply_up_to<Codec, kPanels>(rows, a + row * kTileK, block_rows, num_tiles, panels, next,
+    multiply_up_to<Codec, kPanels>(rows, a + row * kTileK, block_rows, depth.end - depth.begin, from, after,
                                    {pass.index * num_parts + part, pass.count * num_parts}, shifted);
   }
 }
@@ -142,9 +153,9 @@ struct VectorMultiply {
   using A = typename Codec::A;
   static constexpr int kChunkRows = monde::kBlockRows;
   template <int kPanels>
-  static void run(int rows, const A* a, int num_tiles, const unsigned char* const* panels,
+  static void run(int rows, const A* a, Depth depth, const unsigned char* const* panels,
                   const unsigned char* const* next, Pass pass, float* const* sums) {
-    multiply_block<Codec, kPanels>(rows, a, num_tiles, panels, next, pass, sums);
+    multiply_block<Codec, kPanels>(rows, a, depth, panels, next, pass, sums);
   }
   static void finish() {}
 };

@@ -17,6 +17,9 @@ enum Slot { kIndexSlot, kXSlot, kHSlot, kYSlot };
 // weights are already read for far more rows than the arithmetic needs to hide them.
 constexpr int64_t kMaxRowsPerChunk = 32768;
 
+// A matrix tile of the last, ragged block may read so far past its rows.
+constexpr size_t kOverreadBytes = size_t(kBlockRows) * kTileBytes;
+
 // Below this many elements, waking the threads costs more than gathering alone.
 constexpr int64_t kGatherAloneElements = 1 << 16;
 
@@ -314,8 +317,8 @@ ForwardCounts Bank::forward_chunk(const ForwardArgs& args, int64_t token_begin, 
                 row_weight,
                 groups,
                 num_groups,
-                lease.scratch(kXSlot, size_t(num_rows) * layout_.d_pad_k * item_bytes),
-                lease.scratch(kHSlot, size_t(num_rows) * layout_.f_pad_k * item_bytes)};
+                lease.scratch(kXSlot, size_t(num_rows) * layout_.d_pad_k * item_bytes + kOverreadBytes),
+                lease.scratch(kHSlot, size_t(num_rows) * layout_.f_pad_k * item_bytes + kOverreadBytes)};
   for (int i = 0; i < num_threads; ++i) nodes[i] = pool_->node_of_thread(i);
   plan.segments = segments;
   plan.num_segments = schedule_gate_up(layout_, groups, num_groups, {num_threads, nodes}, segments, ranges);
