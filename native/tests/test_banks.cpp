@@ -49,7 +49,7 @@ TEST(banks_share_a_pool_between_callers) {
   std::vector<std::thread> callers;
   for (size_t caller = 0; caller < 3; ++caller)
     callers.emplace_back([&, caller] {
-      for (int round = 0; round < repetitions(40); ++round)
+      for (int round = 0; round < repetitions(200); ++round)
         for (size_t i = 0; i < problems.size(); ++i) {
           const size_t at = (i + caller * 2) % problems.size();
           CHECK(bytes_of(problems[at], *banks[at]) == wanted[at], "bank " + std::to_string(at));
@@ -58,7 +58,7 @@ TEST(banks_share_a_pool_between_callers) {
   // Meanwhile another bank on the same pool loads and releases.
   callers.emplace_back([&] {
     const Problem& problem = problems[0];
-    for (int round = 0; round < repetitions(40); ++round) {
+    for (int round = 0; round < repetitions(200); ++round) {
       Bank bank(problem.shape, *isas()[0], pool);
       problem.load_into(bank);
       CHECK(bytes_of(problem, bank) == wanted[0], "a bank that comes and goes");
@@ -76,12 +76,12 @@ TEST(banks_load_beside_a_forward) {
   problem.load_into(bank);
   const auto wanted = bytes_of(problem, bank);
   std::thread loader([&] {
-    for (int round = 0; round < repetitions(200); ++round) {
+    for (int round = 0; round < repetitions(1000); ++round) {
       bank.release(2);
       bank.load(2, source_of(problem.shape, problem.experts[2]));
     }
   });
-  for (int round = 0; round < repetitions(200); ++round)
+  for (int round = 0; round < repetitions(1000); ++round)
     CHECK(bytes_of(problem, bank) == wanted, "beside a load of another expert");
   loader.join();
 }

@@ -76,7 +76,7 @@ TEST(pool_takes_turns_between_callers) {
   std::vector<std::thread> callers;
   for (int caller = 0; caller < 4; ++caller)
     callers.emplace_back([&] {
-      for (int round = 0; round < repetitions(500); ++round) {
+      for (int round = 0; round < repetitions(3000); ++round) {
         Step step(23);
         CHECK(step.run_in(*pool, begin.data()), "one of four callers");
       }
