@@ -31,7 +31,8 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 endif
 BIN := $(dir $(PY))
-SOURCES := pyproject.toml CMakeLists.txt $(wildcard native/*.cpp native/*.h native/*/*.cpp native/*/*.h)
+NATIVE := $(wildcard native/*.cpp native/*.h native/*/*.cpp native/*/*.h)
+SOURCES := pyproject.toml CMakeLists.txt $(filter-out native/tests/%,$(NATIVE))
 
 .PHONY: install demo test test-transformers test-native lint format bench sanitize sanitize-address sanitize-thread clean
 

@@ -9,7 +9,9 @@
 
 #if defined(__SANITIZE_THREAD__)
 // Stop at the first race, as the other sanitizers do, and let forked children exit without a second of sleep.
-extern "C" __attribute__((visibility("default"))) const char* __tsan_default_options() { return "halt_on_error=1:atexit_sleep_ms=0"; }
+extern "C" __attribute__((visibility("default"))) const char* __tsan_default_options() {
+  return "halt_on_error=1:atexit_sleep_ms=0";
+}
 #endif
 
 namespace monde::test {
