@@ -1,6 +1,7 @@
 # make demo        install, generate text, bench two models against transformers, plot
 # make test        the test suite                     make test-transformers  the model tests on the second version
-# make lint        style, types, C++ format           make sanitize           native tests under ASan+UBSan and TSan
+# make lint        style, types, C++ format           make test-native        the C++ tests
+#                                                     make sanitize           the same under ASan+UBSan and TSan
 # make bench       kernels and whole model -> bench/results
 #
 # VENV=     use the current environment: installs this project only, offline
@@ -30,9 +31,10 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 endif
 BIN := $(dir $(PY))
-SOURCES := pyproject.toml CMakeLists.txt $(wildcard native/*.cpp native/*.h native/*/*.cpp native/*/*.h)
+NATIVE := $(wildcard native/*.cpp native/*.h native/*/*.cpp native/*/*.h)
+SOURCES := pyproject.toml CMakeLists.txt $(filter-out native/tests/%,$(NATIVE))
 
-.PHONY: install demo test test-transformers lint format bench sanitize sanitize-address sanitize-thread clean
+.PHONY: install demo test test-transformers test-native lint format bench sanitize sanitize-address sanitize-thread clean
 
 install: $(STAMP)
 
@@ -78,11 +80,16 @@ format: $(STAMP)
 	$(PY) -m ruff format .
 	$(BIN)clang-format -i $$(git ls-files 'native/*.h' 'native/*.cpp')
 
+test-native: $(STAMP)
+	$(BIN)cmake -S . -B build/native -DCMAKE_BUILD_TYPE=Release -DMONDE_BUILD_PYTHON=OFF -DMONDE_BUILD_TESTS=ON
+	$(BIN)cmake --build build/native --target native_tests -j $(JOBS)
+	$(BIN)ctest --test-dir build/native --output-on-failure
+
 sanitize: sanitize-address sanitize-thread
-sanitize-address: SANITIZERS := address,undefined
+sanitize-address: SANITIZERS := address,undefined,float-cast-overflow
 sanitize-thread: SANITIZERS := thread
 sanitize-address sanitize-thread: $(STAMP)
-	$(BIN)cmake -S . -B build/$@ -DCMAKE_BUILD_TYPE=RelWithDebInfo -DMONDE_BUILD_PYTHON=OFF \
+	$(BIN)cmake -S . -B build/$@ -DCMAKE_BUILD_TYPE=None -DMONDE_BUILD_PYTHON=OFF \
 	  -DMONDE_BUILD_TESTS=ON -DMONDE_SANITIZE=$(SANITIZERS)
 	$(BIN)cmake --build build/$@ --target native_tests -j $(JOBS)
 	build/$@/native_tests

@@ -29,11 +29,16 @@ void store_element(unsigned char* base, int64_t index, DType dtype, float v) {
   std::memcpy(base + index * 2, &h, 2);
 }
 
-// Exponent bits all ones: infinite or NaN. `T` holds the element's bits.
+// Exponent bits all ones: infinite or NaN. `T` holds the element's bits; elements may lie at any byte, as in mapped
+// checkpoints whose header was not padded.
 template <class T>
-bool any_non_finite(const T* bits, int64_t count, T exponent) {
+bool any_non_finite(const unsigned char* elements, int64_t count, T exponent) {
   unsigned found = 0;
-  for (int64_t i = 0; i < count; ++i) found |= unsigned((bits[i] & exponent) == exponent);
+  for (int64_t i = 0; i < count; ++i) {
+    T bits;
+    std::memcpy(&bits, elements + i * int64_t(sizeof(T)), sizeof(T));
+    found |= unsigned((bits & exponent) == exponent);
+  }
   return found != 0;
 }
 
@@ -44,10 +49,9 @@ bool row_is_finite(const MatrixView& m, int64_t row) {
     return true;
   }
   const unsigned char* p = m.data + row * m.row_stride * itemsize_bytes(m.dtype);
-  // Checkpoints are mapped at 8-byte boundaries of the file: every element is aligned to its own size.
-  if (m.dtype == DType::kF32) return !any_non_finite<uint32_t>((const uint32_t*)p, m.num_columns, 0x7f800000u);
+  if (m.dtype == DType::kF32) return !any_non_finite<uint32_t>(p, m.num_columns, 0x7f800000u);
   const uint16_t exponent = m.dtype == DType::kBF16 ? 0x7f80 : 0x7c00;
-  return !any_non_finite<uint16_t>((const uint16_t*)p, m.num_columns, exponent);
+  return !any_non_finite<uint16_t>(p, m.num_columns, exponent);
 }
 
 // Moves the bits of sixteen rows of equal element type, `kUnitBytes` (one group of one row) at a time.

@@ -206,23 +206,24 @@ Pool::Pool(std::vector<int> cpus, std::vector<int> nodes, double spin_s)
 }
 
 Pool::~Pool() {
-  if (state_->generation != g_fork_generation.load()) return;  // the threads are the parent's: nothing to join here
-  state_->stop.store(true, std::memory_order_release);
-  state_->epoch.fetch_add(1, std::memory_order_release);
-  state_->epoch.notify_all();
-  for (std::thread& worker : state_->workers) worker.join();
-  for (ScratchBlock& block : state_->scratch) std::free(block.data);
-  delete state_;
+  State* const state = state_.load();
+  if (state->generation != g_fork_generation.load()) return;  // the threads are the parent's: nothing to join here
+  state->stop.store(true, std::memory_order_release);
+  state->epoch.fetch_add(1, std::memory_order_release);
+  state->epoch.notify_all();
+  for (std::thread& worker : state->workers) worker.join();
+  for (ScratchBlock& block : state->scratch) std::free(block.data);
+  delete state;
 }
 
 Pool::State* Pool::state() {
   // Another thread of the parent may have held the old state's lock during the fork, so the child abandons it whole.
-  static std::mutex renewing;
+  // A lock around the renewal could be lost the same way; instead, the first of several callers wins.
   const int generation = g_fork_generation.load();
-  if (state_->generation == generation) return state_;
-  std::lock_guard<std::mutex> guard(renewing);
-  if (state_->generation != generation) state_ = new State(cpus_, nodes_, spin_s_, generation);
-  return state_;
+  State* current = state_.load();
+  if (current->generation == generation) return current;
+  auto renewed = std::make_unique<State>(cpus_, nodes_, spin_s_, generation);
+  return state_.compare_exchange_strong(current, renewed.get()) ? renewed.release() : current;
 }
 
 int Pool::num_threads() const { return int(cpus_.size()); }
@@ -240,9 +241,10 @@ void relax() {
 
 Pool::Lease::Lease(Pool& pool) : pool_(pool), state_(pool.state()) {
   State* state = static_cast<State*>(state_);
-  state->lease.lock();
-  state->start_workers();
+  std::unique_lock<std::mutex> guard(state->lease);
+  state->start_workers();  // the system may refuse threads: then the lease must be free again
   state->borrow_first_core();
+  guard.release();
 }
 
 Pool::Lease::~Lease() {

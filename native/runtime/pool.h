@@ -8,6 +8,7 @@
 // Threads look for the next step for `spin_s`, soon yielding their core between looks, then sleep.
 // After fork the child starts its own threads at the first step. Steps of several callers take turns.
 #pragma once
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -57,7 +58,7 @@ class Pool {
   State* state();  // this process's, made anew after a fork
   std::vector<int> cpus_, nodes_;
   double spin_s_;
-  State* state_;
+  std::atomic<State*> state_;
 };
 
 // One look's pause of a thread that waits for another.

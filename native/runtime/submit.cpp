@@ -53,16 +53,17 @@ SubmitQueue::~SubmitQueue() {
 }
 
 SubmitQueue& submit_queue() {
-  // Never destroyed: in a forked child the parent's thread cannot be joined, and at exit jobs may still run.
-  static std::mutex renewing;
-  static SubmitQueue* queue = nullptr;
-  static pid_t owner = 0;
-  std::lock_guard<std::mutex> guard(renewing);
-  if (owner != getpid()) {
-    queue = new SubmitQueue;
-    owner = getpid();
-  }
-  return *queue;
+  // Never destroyed: in a forked child the parent's thread cannot be joined, and at exit jobs may still run. No lock:
+  // a fork while another thread holds it would leave it locked in the child for ever.
+  struct Owned {
+    const pid_t owner = getpid();
+    SubmitQueue queue;
+  };
+  static std::atomic<Owned*> current{nullptr};
+  Owned* owned = current.load();
+  if (owned && owned->owner == getpid()) return owned->queue;
+  auto renewed = std::make_unique<Owned>();
+  return (current.compare_exchange_strong(owned, renewed.get()) ? renewed.release() : owned)->queue;
 }
 
 }  // namespace monde

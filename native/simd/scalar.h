@@ -63,8 +63,9 @@ inline Vec round_nearest(Vec n) {
   MONDE_LANES n.lane[i] = (n.lane[i] + 12582912.f) - 12582912.f;
   return n;
 }
+// Adding 1.5 * 2^23 leaves n in the low mantissa bits: unlike a conversion to int, that is defined for NaN.
 inline Vec pow2(Vec n) {
-  MONDE_LANES n.lane[i] = bits_float(uint32_t(int(n.lane[i]) + 127) << 23);
+  MONDE_LANES n.lane[i] = bits_float((float_bits(n.lane[i] + 12582912.f) + 127) << 23);
   return n;
 }
 
