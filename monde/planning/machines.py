@@ -74,11 +74,11 @@ DESCRIBED: dict[str, HardwareProfile] = {
             16,
             "NVIDIA H200",
             "measured: reading by threads, bus, AMX rate by tokens, round trip, 0.58 ms for 8 experts of 2048x768 in "
-            "bf16. Assumed: overlap of host and copies, half of the GPU's nominal bf16 rate",
+            "bf16. Assumed: overlap of host and copies, half of the GPU's nominal bf16 rate, 0.6 TFLOP/s at one token",
             host_gib=128,
             host_gbytes_per_s=130,
             host_read=Curve((1, 2, 4, 8, 16), (14e9, 29e9, 59e9, 105e9, 130e9)),
-            host_tflops_per_s=Curve((1, 16, 64, 256), (0.2, 1.5, 3.6, 5.5)),
+            host_tflops_per_s=Curve((1, 16, 64, 256), (0.6, 1.5, 3.6, 5.5)),
             bus_gbytes_per_s=55.4,
             gpu_gib=141,
             gpu_gbytes_per_s=4250 * 0.9,
