@@ -77,7 +77,8 @@ class CostModel:
         return np.asarray(self.gpu.h2d.seconds(np.asarray(share, np.float64) * self.shape.expert_bytes))
 
     def fetched_s(self, tokens: ArrayLike, share: ArrayLike = 1.0) -> Seconds:
-        return np.where(np.asarray(tokens) > 0, self.copy_s(share) + self.resident_s(tokens, share), 0.0)
+        computed_s = self.resident_s(tokens, share)
+        return np.where(computed_s > 0, self.copy_s(share) + computed_s, 0.0)
 
     def zero_copy_s(self, tokens: ArrayLike, share: ArrayLike = 1.0) -> Seconds:
         rate = self.gpu.expert
@@ -93,7 +94,8 @@ class CostModel:
         # The GPU's part follows its copy, which ends before or with the pair.
         slow = np.where(host_s > 0, self.gpu.host_while_copying.second, 1.0)
         copied_s = np.minimum(copy_s * slow, both_s)
-        return np.maximum(both_s, copied_s + self.resident_s(tokens, gpu_share))
+        gpu_s: Seconds = copied_s + self.resident_s(tokens, gpu_share)
+        return np.maximum(both_s, gpu_s)
 
     def round_trip_s(self, num_tokens: ArrayLike) -> Seconds:
         """Activations of `num_tokens` to the host and their results back."""
@@ -101,12 +103,15 @@ class CostModel:
             self.gpu.round_trip.seconds(np.asarray(num_tokens) * self.shape.act_bytes_per_token)
         )
 
+    def work_s(self, rate: ExpertRate, tokens: ArrayLike) -> Seconds:
+        """Seconds of a whole expert without the overhead; a share of F takes that share of them."""
+        t = np.asarray(tokens, np.float64)
+        flops = t * self.shape.flops_per_token
+        return np.maximum(self.shape.expert_bytes / rate.bytes_per_s, flops / rate.flops_per_s.at(t))
+
     def _computed_s(self, rate: ExpertRate, tokens: ArrayLike, share: ArrayLike) -> Seconds:
-        t, share = np.asarray(tokens, np.float64), np.asarray(share, np.float64)
-        read_s = self.shape.expert_bytes / rate.bytes_per_s
-        compute_s = t * self.shape.flops_per_token / rate.flops_per_s.at(t)
-        seconds = rate.overhead_s + share * np.maximum(read_s, compute_s)
-        return np.asarray(np.where((t > 0) & (share > 0), seconds, 0.0), np.float64)
+        seconds = rate.overhead_s + np.asarray(share) * self.work_s(rate, tokens)
+        return np.where((np.asarray(tokens) > 0) & (np.asarray(share) > 0), seconds, 0.0)
 
 
 def overlapped_s(first_s: ArrayLike, second_s: ArrayLike, overlap: Overlap) -> Seconds:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,12 @@ class Curve:
             raise ValueError(f"Curve: expected rising x and values above 0, got {self.x} and {self.y}")
 
     def at(self, x: ArrayLike) -> NDArray[np.float64]:
-        clipped = np.maximum(np.asarray(x, np.float64), self.x[0])
-        return np.asarray(np.interp(np.log(clipped), np.log(self.x), self.y), np.float64)
+        clipped = np.maximum(x, self.x[0])
+        return np.asarray(np.interp(np.log(clipped), self._log_x, self.y), np.float64)
+
+    @cached_property
+    def _log_x(self) -> NDArray[np.float64]:
+        return np.log(np.asarray(self.x, np.float64))
 
 
 @dataclass(frozen=True)
