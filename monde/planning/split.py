@@ -29,6 +29,9 @@ class Where(IntEnum):
     HOST = 2
 
 
+_IDLE, _RESIDENT, _FETCHED, _HOST = (np.int8(where) for where in Where)  # enums are slow in array operations
+
+
 @dataclass(frozen=True)
 class Load:
     """One layer in one step. num_tokens rows travel to the host and back if it takes part.
@@ -132,8 +135,9 @@ class Lanes:
                 gemm_s + float(added[1]),
                 host_s - float(added[2]),
             )
-        where_E = np.where(self.load.tokens_E > 0, Where.RESIDENT, Where.IDLE).astype(np.int8)
-        where_E[self.order] = np.where(fetched_n, Where.FETCHED, Where.HOST)
+        where_E = np.full(len(self.load.tokens_E), _IDLE)
+        where_E[self.load.tokens_E > 0] = _RESIDENT
+        where_E[self.order] = np.where(fetched_n, _FETCHED, _HOST)
         cut_expert = None if cut_idx is None else int(self.order[cut_idx])
         makespan_s = float(self.makespan_s(copy_s, gemm_s, host_s))
         return ExpertSplit(where_E, cut_expert, cut_rows, copy_s, gemm_s, host_s, makespan_s)
