@@ -95,6 +95,7 @@ class GpuProfile:
 
     zero_copy_bytes_per_s: kernels reading pinned host memory. round_trip: activations of one layer to the host and
     back, over the bytes of one way. host_while_copying slows (host, copy), gpu_while_copying (GPU, copy).
+    block_overhead_s: a block's small dense kernels in a captured step, beside the bytes they read.
     """
 
     memory_bytes: int
@@ -105,6 +106,7 @@ class GpuProfile:
     round_trip: AlphaBeta
     host_while_copying: Overlap
     gpu_while_copying: Overlap
+    block_overhead_s: float
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,7 @@ def _gpu(data: dict[str, Any]) -> GpuProfile:
         round_trip=AlphaBeta(**data["round_trip"]),
         host_while_copying=Overlap(**data["host_while_copying"]),
         gpu_while_copying=Overlap(**data["gpu_while_copying"]),
+        block_overhead_s=data["block_overhead_s"],
     )
 
 

@@ -42,6 +42,7 @@ def costs(draw: st.DrawFn, gpu_expert: ExpertRate | None = None) -> CostModel:
         round_trip=draw(link),
         host_while_copying=draw(overlap),
         gpu_while_copying=draw(overlap),
+        block_overhead_s=0.0,
     )
     profile = dataclasses.replace(DESCRIBED["h200"], host_expert=draw(experts), gpu=gpu)
     return CostModel(profile, SHAPE)
