@@ -9,10 +9,11 @@ T tokens of a pass, E experts, D model dim, F expert hidden dim.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +21,10 @@ from numpy.typing import NDArray
 from bench import artefact
 from monde.planning.cost import CostModel, ExpertShape
 from monde.planning.machines import DESCRIBED
+from monde.planning.share import best_share
 from monde.planning.simulate import contention_of, simulate
 from monde.planning.split import ExpertSplit, Load, best_split
-from monde.planning.split_policies import all_fetch, all_host, monde_rule
+from monde.planning.split_policies import SplitPolicy, all_fetch, all_host, monde_rule
 from monde.planning.step import LayerStep, step_schedule
 
 MACHINES = ["monde-device", "laptop-4060", "epyc-4090", "desktop-5090", "xeon-2s-a100", "h200"]
@@ -110,49 +112,72 @@ def is_moe(model: Model, block: int) -> bool:
     return block % model.moe_every == model.moe_every - 1
 
 
-def pass_s(
+def blocks_of(
     model: Model,
     workload: Workload,
     cost: CostModel,
-    policy: Callable[[Load, CostModel], ExpertSplit],
-    resident_share: float,
     launch_s: float,
-    cut_granule: int | None = None,
-) -> float:
-    """Seconds of one pass; the most popular experts of each layer are resident, in the long run."""
+    resident_share: float,
+    cut_granule: int | None,
+) -> Iterator[tuple[float, Load | None]]:
+    """Dense seconds and load of every block; the most popular experts of each layer, in the long run, are resident."""
     traffic = workload.traffic(model)
     num_resident = round(resident_share * model.num_experts)
-    layers, l = [], 0
+    l = 0
     for block in range(model.num_blocks):
         block_s = dense_s(model, workload, cost, block, launch_s)
         if not is_moe(model, block):
-            layers.append(LayerStep(block_s))
+            yield block_s, None
             continue
         resident_E = np.zeros(model.num_experts, bool)
         resident_E[np.argsort(-traffic.popularity_LE[l], kind="stable")[:num_resident]] = True
-        load = Load(traffic.tokens_LE[l], resident_E, workload.num_tokens, cut_granule)
-        layers.append(LayerStep(block_s, load, policy(load, cost)))
+        yield block_s, Load(traffic.tokens_LE[l], resident_E, workload.num_tokens, cut_granule)
         l += 1
+
+
+def simulated_s(blocks: Iterable[tuple[float, Load | None]], cost: CostModel, policy: SplitPolicy) -> float:
+    """Seconds of one pass under a split policy."""
+    layers = [LayerStep(dense, load, None if load is None else policy(load, cost)) for dense, load in blocks]
     return simulate(step_schedule(layers, cost), contention_of(cost.profile)).makespan_s
 
 
+def zero_copy_s(blocks: Iterable[tuple[float, Load | None]], cost: CostModel) -> float:
+    """Seconds of one decode step in which the GPU reads a share of every cold expert's F over the bus."""
+    total_s = 0.0
+    for dense, load in blocks:
+        total_s += dense
+        if load is not None:
+            cold_E = np.where(load.resident_E, 0, load.tokens_E)
+            share = best_share(
+                gpu_s=float(cost.zero_copy_s(cold_E).sum()),
+                host_s=float(cost.host_s(cold_E).sum()),
+                overlap=cost.gpu.host_while_copying,
+                gpu_lead_s=float(cost.resident_s(load.tokens_E - cold_E).sum()),
+                host_lead_s=float(cost.round_trip_s(load.num_tokens)) if cold_E.any() else 0.0,
+            )
+            total_s += share.step_s
+    return total_s
+
+
 def schemes_s(model: Model, workload: Workload, cost: CostModel, launch_s: float) -> dict[str, float]:
-    """Seconds of every scheme; resident shares are of all experts."""
+    """Seconds of every scheme; resident shares are of all experts. Zero-copy is for decoders only."""
 
-    def seconds(
-        policy: Callable[[Load, CostModel], ExpertSplit], share: float, granule: int | None = None
-    ) -> float:
-        return pass_s(model, workload, cost, policy, share, launch_s, granule)
+    def blocks(resident_share: float, granule: int | None = None) -> Iterator[tuple[float, Load | None]]:
+        return blocks_of(model, workload, cost, launch_s, resident_share, granule)
 
-    return {
-        "GPU+PM": seconds(all_fetch, 0.0),
-        "ideal": seconds(all_host, 1.0),
-        "MD+AM": seconds(all_host, 0.0),
-        "MD+LB": seconds(tuned_rule, 0.0),
-        "monde, no slots": seconds(best_split, 0.0, 64),
-        "monde, 1/8 resident": seconds(best_split, 1 / 8, 64),
-        "monde, 1/4 resident": seconds(best_split, 1 / 4, 64),
+    seconds = {
+        "GPU+PM": simulated_s(blocks(0.0), cost, all_fetch),
+        "ideal": simulated_s(blocks(1.0), cost, all_host),
+        "MD+AM": simulated_s(blocks(0.0), cost, all_host),
+        "MD+LB": simulated_s(blocks(0.0), cost, tuned_rule),
+        "monde, no slots": simulated_s(blocks(0.0, 64), cost, best_split),
+        "1/8 resident": simulated_s(blocks(1 / 8, 64), cost, best_split),
+        "1/4 resident": simulated_s(blocks(1 / 4, 64), cost, best_split),
     }
+    if workload.part == "decoder":
+        seconds["no slots, zero-copy"] = zero_copy_s(blocks(0.0), cost)
+        seconds["1/4 resident, zero-copy"] = zero_copy_s(blocks(1 / 4), cost)
+    return seconds
 
 
 def main() -> None:
@@ -185,19 +210,18 @@ def main() -> None:
         artefact.write("monde_paper", configuration, rows, args.out)
 
 
-def print_tables(rows: list[dict[str, object]]) -> None:
+def print_tables(rows: Sequence[Mapping[str, Any]]) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row["seconds"] if name != "GPU+PM"))
     for machine in MACHINES:
         print(f"\n{machine}: times as fast as GPU+PM (seconds)\n")
-        names = [n for n in rows[0]["seconds"] if n != "GPU+PM"]  # type: ignore[attr-defined]
         print("| model | part | batch | dense | GPU+PM | " + " | ".join(names) + " |")
         print("|---" * (5 + len(names)) + "|")
         for row in rows:
             if row["machine"] == machine:
-                s: dict[str, float] = row["seconds"]  # type: ignore[assignment]
-                speeds = " | ".join(f"{s['GPU+PM'] / s[n]:.1f}" for n in names)
-                print(
-                    f"| {row['model']} | {row['part']} | {row['batch']} | {row['dense']} | {s['GPU+PM']:.3f} s | {speeds} |"
-                )
+                s = row["seconds"]
+                speeds = " | ".join(f"{s['GPU+PM'] / s[n]:.1f}" if n in s else "" for n in names)
+                case = " | ".join(str(row[key]) for key in ("model", "part", "batch", "dense"))
+                print(f"| {case} | {s['GPU+PM']:.3f} s | {speeds} |")
 
 
 if __name__ == "__main__":
