@@ -37,6 +37,9 @@ def plan(
     context: Annotated[int, typer.Option(min=1, help="The longest sequence, in tokens.")] = 4096,
     batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
     prompt: Annotated[int, typer.Option("--prompt", "-p", min=1, help="Tokens of the prompt to time.")] = 512,
+    heat: Annotated[
+        Path | None, typer.Option(help="A heat file: how popular experts are.", show_default="all equally")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Plan a model on a machine, here or elsewhere: what goes where, how fast, and what limits it.
@@ -49,11 +52,12 @@ def plan(
     """
     from monde.models.outline import outline_of
     from monde.planning.budget import plan_memory
+    from monde.routing.heat import Heat
     from monde.sizes import parse_size_bytes
 
     profile = _profile(machine)
     check_model(model)
-    outlined = outline_of(model, context, batch)
+    outlined = outline_of(model, context, batch, None if heat is None else Heat.load(heat))
     card_bytes = 0 if profile.gpu is None else profile.gpu.memory_bytes
     gpu_bytes = parse_size_bytes(gpu_memory, "gpu_memory") if gpu_memory else int(card_bytes * _GPU_SHARE)
     host_bytes = parse_size_bytes(host_memory, "host_memory") if host_memory else profile.memory_bytes
@@ -66,7 +70,7 @@ def plan(
 
     now, more = forecast(gpu_bytes), forecast(gpu_bytes + 2**30) if profile.gpu is not None else None
     answer = _answer(profile, now, more)
-    typer.echo(json.dumps(answer, indent=1) if as_json else _text(now, answer))
+    typer.echo(json.dumps(answer, indent=1) if as_json else _text(now, answer, heat))
 
 
 def _profile(machine: str) -> HardwareProfile:
@@ -95,10 +99,9 @@ def _check_machine(what: str, asked_bytes: int, have_bytes: int, profile: Hardwa
 def _forecast(
     outlined: Outlined, memory: MemoryPlan, profile: HardwareProfile, batch: int, context: int, prompt: int
 ) -> Forecast:
-    from monde.planning.forecast import forecast_decode, forecast_prefill
-    from monde.planning.placement import place_uniform
+    from monde.planning.forecast import forecast_decode, forecast_prefill, place_for_decode
 
-    placements = place_uniform(outlined.size.layers, memory.slots_bytes)
+    placements = place_for_decode(outlined.outline, outlined.size.layers, memory.slots_bytes, profile, batch)
     decode = forecast_decode(outlined.outline, placements, profile, batch, context)
     return Forecast(memory, decode, forecast_prefill(outlined.outline, placements, profile, prompt))
 
@@ -129,7 +132,7 @@ def _answer(profile: HardwareProfile, now: Forecast, more: Forecast | None) -> d
     }
 
 
-def _text(now: Forecast, answer: dict[str, Any]) -> str:
+def _text(now: Forecast, answer: dict[str, Any], heat: Path | None) -> str:
     lines = [f"{answer['machine']} ({answer['source']})", now.plan.explain()]
     for name in ("decode", "prefill"):
         s = answer[name]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import AutoConfig
 
 from hostcompute import ExpertSpec
@@ -17,6 +19,7 @@ from monde.models.sizing import model_size
 from monde.planning.budget import ModelSize
 from monde.planning.cost import ExpertShape
 from monde.planning.forecast import ModelOutline, MoeLayer
+from monde.routing.heat import Heat
 
 _TOP_K = (
     "num_experts_per_tok",
@@ -36,11 +39,11 @@ class Outlined:
     outline: ModelOutline
 
 
-def outline_of(path_or_id: str, max_context: int, max_batch: int) -> Outlined:
+def outline_of(path_or_id: str, max_context: int, max_batch: int, heat: Heat | None = None) -> Outlined:
     """Build the model that config.json describes on the meta device and read off its shapes.
 
-    Experts are taken to be equally popular. Errors: OSError where path or id does not exist;
-    UnsupportedModelError; ValueError for encoder-decoders, and when the configuration does not say how many experts a
+    Experts are as popular as `heat` says, else equally. Errors: OSError where path or id does not exist;
+    UnsupportedModelError; ValueError for encoder-decoders, heat of another model, and when the configuration does not say how many experts a
     token takes.
     """
     config = AutoConfig.from_pretrained(path_or_id)
@@ -59,9 +62,15 @@ def outline_of(path_or_id: str, max_context: int, max_batch: int) -> Outlined:
     size = model_size(model, modules, MondeConfig(max_context=max_context, max_batch=max_batch))
     text_config: Any = config.get_text_config()
     num_topk = _num_topk(text_config, config)
+    num_experts_L = [module.spec.num_experts for module in modules]
+    if heat is not None:
+        heat.check(path_or_id, num_experts_L)
+    counts: Sequence[NDArray[np.floating]] = (
+        [np.ones(n) for n in num_experts_L] if heat is None else heat.count_L
+    )
     layers = tuple(
-        MoeLayer(_shape(module.spec), num_topk, np.full(module.spec.num_experts, 1 / module.spec.num_experts))
-        for module in modules
+        MoeLayer(_shape(module.spec), num_topk, _normalised(count_E))
+        for module, count_E in zip(modules, counts, strict=True)
     )
     # Of the input embedding a step reads a row per token, unless the output head is the same matrix.
     embedding = model.get_input_embeddings().weight
@@ -74,6 +83,12 @@ def outline_of(path_or_id: str, max_context: int, max_batch: int) -> Outlined:
         kv_bytes_per_token=size.kv_bytes_per_token,
     )
     return Outlined(size, outline)
+
+
+def _normalised(count_E: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Shares that sum to 1; equal ones for a layer that saw no tokens."""
+    total = float(count_E.sum())
+    return np.asarray(count_E / total if total > 0 else np.full(len(count_E), 1 / len(count_E)), np.float64)
 
 
 def _shape(spec: ExpertSpec) -> ExpertShape:

@@ -7,7 +7,10 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
+
 from monde.planning.machines import DESCRIBED
+from monde.routing.heat import Heat
 from tests.cli.conftest import MODEL, Monde
 
 
@@ -52,6 +55,18 @@ def test_a_measured_profile_is_a_file(monde: Monde, tmp_path: Path) -> None:
     assert json.loads(from_file.stdout) == json.loads(
         monde("plan", MODEL, "-m", "epyc-4090", "--json").stdout
     )
+
+
+def test_known_heat_makes_slots_worth_more(monde: Monde, tmp_path: Path) -> None:
+    path, budget = tmp_path / "h.safetensors", ("-m", "h200", "--gpu-memory", "28MiB", "--json")
+    counts = [np.array([90, 90, 90, 90] + [1] * 12, np.float32) for _ in range(4)]
+    Heat("moe-3m", tuple(counts), 100.0).save(path)
+    equal, hot = monde("plan", MODEL, *budget), monde("plan", MODEL, *budget, "--heat", path)
+    assert json.loads(hot.stdout)["decode"]["step_s"] < json.loads(equal.stdout)["decode"]["step_s"]
+    Heat("another", (counts[0],), 100.0).save(path)
+    refused = monde("plan", MODEL, *budget, "--heat", path)
+    assert refused.exit_code == 2
+    assert "record the heat of this model" in refused.stderr
 
 
 def test_what_the_machine_lacks_is_refused(monde: Monde) -> None:

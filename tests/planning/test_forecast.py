@@ -17,6 +17,7 @@ from monde.planning.forecast import (
     faster,
     forecast_decode,
     forecast_prefill,
+    place_for_decode,
 )
 from monde.planning.machines import DESCRIBED
 from monde.planning.placement import place_uniform
@@ -70,6 +71,9 @@ def test_known_heat_helps_when_placement_follows_it() -> None:
     skewed = np.sort(np.random.default_rng(0).dirichlet(np.full(128, 0.3)))[::-1]
     model = dataclasses.replace(QWEN3_30B, layers=(MoeLayer(SHAPE, 8, skewed),) * 48)
     hot_first = forecast_decode(model, placed(32), H200, 1, 512).step_s
+    sizes = [LayerSize(128, 10)] * 48
+    chosen = place_for_decode(model, sizes, 48 * 32 * 10, H200, 1)
+    assert forecast_decode(model, chosen, H200, 1, 512).step_s == pytest.approx(hot_first)
     cold_first = [Placement(p.slot_of_expert_E[::-1]) for p in placed(32)]
     assert hot_first < 0.7 * forecast_decode(model, cold_first, H200, 1, 512).step_s
 
