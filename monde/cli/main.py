@@ -11,6 +11,7 @@ from monde.cli.bench import bench
 from monde.cli.errors import OneLineErrors
 from monde.cli.generate import generate
 from monde.cli.info import info
+from monde.cli.plan import plan
 
 EPILOG = (
     "Environment: MONDE_CPU_ISA forces one instruction set, MONDE_NUM_THREADS the number of host threads, "
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(bench)
+app.command()(plan)
 app.command()(info)
 
 

@@ -124,7 +124,7 @@ def plan_memory(size: ModelSize, on_gpu: bool, gpu_bytes: int, host_bytes: int) 
             'lower max_context or max_batch, or use device="cpu".',
             fixed_bytes,
         )
-    plan = MemoryPlan(size, on_gpu, gpu_bytes, host_bytes, _spread(size.layers, gpu_bytes - fixed_bytes))
+    plan = MemoryPlan(size, on_gpu, gpu_bytes, host_bytes, spread_slots(size.layers, gpu_bytes - fixed_bytes))
     if plan.host_used_bytes > host_bytes:
         short_bytes = plan.host_used_bytes - host_bytes
         raise BudgetError(
@@ -137,7 +137,7 @@ def plan_memory(size: ModelSize, on_gpu: bool, gpu_bytes: int, host_bytes: int) 
     return plan
 
 
-def _spread(layers: tuple[LayerSize, ...], free_bytes: int) -> tuple[int, ...]:
+def spread_slots(layers: tuple[LayerSize, ...], free_bytes: int) -> tuple[int, ...]:
     """Experts per layer, one more for each layer in turn while they fit."""
     counts = [0] * len(layers)
     for round_idx in range(max((layer.num_experts for layer in layers), default=0)):

@@ -29,7 +29,7 @@ def test_version(monde: Monde) -> None:
     assert outcome.stdout.startswith("monde 0.")
 
 
-@pytest.mark.parametrize("command", ["generate", "bench", "info"])
+@pytest.mark.parametrize("command", ["generate", "bench", "plan", "info"])
 def test_help_teaches_by_example(monde: Monde, command: str) -> None:
     outcome = monde(command, "--help")
     assert outcome.exit_code == 0

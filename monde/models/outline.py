@@ -1,0 +1,109 @@
+"""A model's sizes from its configuration alone: no weights, not even a checkpoint, needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoConfig
+
+from hostcompute import ExpertSpec
+from monde.config import MondeConfig
+from monde.models.experts import find_experts
+from monde.models.loading import model_class
+from monde.models.sizing import model_size
+from monde.planning.budget import ModelSize
+from monde.planning.cost import ExpertShape
+from monde.planning.forecast import ModelOutline, MoeLayer
+from monde.routing.heat import Heat
+
+_TOP_K = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "num_selected_experts",
+    "moe_topk",
+    "moe_top_k",
+    "top_k",
+)
+
+
+@dataclass(frozen=True)
+class Outlined:
+    """What the memory plan needs, and what the forecast needs."""
+
+    size: ModelSize
+    outline: ModelOutline
+
+
+def outline_of(path_or_id: str, max_context: int, max_batch: int, heat: Heat | None = None) -> Outlined:
+    """Build the model that config.json describes on the meta device and read off its shapes.
+
+    Experts are as popular as `heat` says, else equally. Errors: OSError where path or id does not exist;
+    UnsupportedModelError; ValueError for encoder-decoders, heat of another model, and when the configuration does not say how many experts a
+    token takes.
+    """
+    config = AutoConfig.from_pretrained(path_or_id)
+    if config.is_encoder_decoder:
+        raise ValueError(
+            f"plan: {config.model_type} has an encoder and a decoder, which are not forecast yet; load it to see "
+            "its memory plan, model.monde.plan.explain()"
+        )
+    cls = model_class(config)
+    # An auto class, of configurations without architectures, has the public method only.
+    from_config = getattr(cls, "_from_config", None) or cls.from_config
+    dtype = getattr(config, "dtype", None) or torch.bfloat16
+    with torch.device("meta"):
+        model = from_config(config, dtype=dtype)
+    modules = find_experts(model)
+    size = model_size(model, modules, MondeConfig(max_context=max_context, max_batch=max_batch))
+    text_config: Any = config.get_text_config()
+    num_topk = _num_topk(text_config, config)
+    num_experts_L = [module.spec.num_experts for module in modules]
+    if heat is not None:
+        heat.check(path_or_id, num_experts_L)
+    counts: Sequence[NDArray[np.floating]] = (
+        [np.ones(n) for n in num_experts_L] if heat is None else heat.count_L
+    )
+    layers = tuple(
+        MoeLayer(_shape(module.spec), num_topk, _normalised(count_E))
+        for module, count_E in zip(modules, counts, strict=True)
+    )
+    # Of the input embedding a step reads a row per token, unless the output head is the same matrix.
+    embedding = model.get_input_embeddings().weight
+    tied = bool(getattr(text_config, "tie_word_embeddings", False))
+    outline = ModelOutline(
+        layers=layers,
+        num_blocks=max(int(getattr(text_config, "num_hidden_layers", 0)), len(layers)),
+        dense_read_bytes=size.dense_bytes - (0 if tied else embedding.nbytes),
+        dense_bytes_per_weight=embedding.element_size(),
+        kv_bytes_per_token=size.kv_bytes_per_token,
+    )
+    return Outlined(size, outline)
+
+
+def _normalised(count_E: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Shares that sum to 1; equal ones for a layer that saw no tokens."""
+    total = float(count_E.sum())
+    return np.asarray(count_E / total if total > 0 else np.full(len(count_E), 1 / len(count_E)), np.float64)
+
+
+def _shape(spec: ExpertSpec) -> ExpertShape:
+    return ExpertShape(spec.d_model, spec.d_ffn, spec.gated, weight_bits=8 * spec.dtype.itemsize_bytes)
+
+
+def _num_topk(*configs: Any) -> int:
+    """Experts per token."""
+    for config in configs:
+        for source in (config, getattr(config, "ffn_config", None)):
+            for name in _TOP_K:
+                value = getattr(source, name, None)
+                if isinstance(value, int) and value > 0:
+                    return value
+    raise ValueError(
+        f"plan: the configuration of {getattr(configs[-1], 'model_type', 'this model')} does not say how many experts "
+        f"a token takes; expected one of {', '.join(_TOP_K)}"
+    )

@@ -1,0 +1,168 @@
+"""Machines that nobody here needs to own: profiles written down from data sheets, with what is assumed.
+
+Rule of thumb where nothing was measured: 80% of the memory's and 85% of the bus's nominal rate, half of a
+processor's nominal arithmetic at many tokens, and the overlaps and latencies of the measured machine.
+"""
+
+from __future__ import annotations
+
+from monde.planning.fit import AlphaBeta
+from monde.planning.profile import (
+    Curve,
+    ExpertRate,
+    GpuProfile,
+    HardwareProfile,
+    MachineIdentity,
+    Overlap,
+)
+
+# Doorbell round trip of the measured machine: 8.7, 10.8 and 39 us for 8, 16 and 128 KiB.
+_DOORBELL = AlphaBeta(6.7e-6, 2.46e-10)
+_COPY_LATENCY_S = 10e-6  # queued behind another copy; 15-17 us when the host waits for it
+_SHARED_DRAM = Overlap(1.15, 1.10)  # assumed until measured: host and copies share one memory
+_SAME_HBM = Overlap(1.02, 1.02)
+# 8.3 ms for a captured step of 48 blocks without experts on the measured machine, less 0.6 ms of reading.
+_BLOCK_S = 160e-6
+
+
+def _machine(
+    name: str,
+    cpu: str,
+    num_cores: int,
+    gpu: str,
+    source: str,
+    *,
+    host_gib: int,
+    host_gbytes_per_s: float,
+    host_tflops_per_s: Curve,
+    bus_gbytes_per_s: float,
+    gpu_gib: int,
+    gpu_gbytes_per_s: float,
+    gpu_tflops_per_s: float,
+    host_read: Curve | None = None,
+    host_while_copying: Overlap = _SHARED_DRAM,
+    round_trip: AlphaBeta = _DOORBELL,
+) -> HardwareProfile:
+    """A profile from headline figures; host_tflops_per_s is over tokens of an expert, in units of 1e12."""
+    bus = AlphaBeta(_COPY_LATENCY_S, 1e-9 / bus_gbytes_per_s)
+    # A tensor core tile is 64 to 128 rows high: fewer tokens leave it partly empty.
+    gpu_flops = Curve((1, 16, 128), tuple(gpu_tflops_per_s * 1e12 * f for f in (0.02, 0.25, 1.0)))
+    host_flops = Curve(host_tflops_per_s.x, tuple(1e12 * y for y in host_tflops_per_s.y))
+    return HardwareProfile(
+        machine=MachineIdentity(name, cpu, num_cores, gpu, ""),
+        source=source,
+        memory_bytes=host_gib * 2**30,
+        host_read=host_read or Curve((float(num_cores),), (host_gbytes_per_s * 1e9,)),
+        host_expert=ExpertRate(2e-6, host_gbytes_per_s * 1e9, host_flops),
+        gpu=GpuProfile(
+            memory_bytes=gpu_gib * 2**30,
+            expert=ExpertRate(1e-6, gpu_gbytes_per_s * 1e9, gpu_flops),
+            h2d=bus,
+            d2h=bus,
+            zero_copy_bytes_per_s=bus_gbytes_per_s * 1e9 * 0.95,
+            round_trip=round_trip,
+            host_while_copying=host_while_copying,
+            gpu_while_copying=_SAME_HBM,
+            block_overhead_s=_BLOCK_S,
+        ),
+    )
+
+
+DESCRIBED: dict[str, HardwareProfile] = {
+    profile.machine.name: profile
+    for profile in (
+        _machine(
+            "h200",
+            "16 virtual cores of an Emerald Rapids Xeon (AMX)",
+            16,
+            "NVIDIA H200",
+            "measured: reading by threads, bus, AMX rate by tokens, round trip, 0.58 ms for 8 experts of 2048x768 in "
+            "bf16. Assumed: overlap of host and copies, half of the GPU's nominal bf16 rate, 0.6 TFLOP/s at one token",
+            host_gib=128,
+            host_gbytes_per_s=130,
+            host_read=Curve((1, 2, 4, 8, 16), (14e9, 29e9, 59e9, 105e9, 130e9)),
+            host_tflops_per_s=Curve((1, 16, 64, 256), (0.6, 1.5, 3.6, 5.5)),
+            bus_gbytes_per_s=55.4,
+            gpu_gib=141,
+            gpu_gbytes_per_s=4250 * 0.9,
+            gpu_tflops_per_s=495,
+        ),
+        _machine(
+            "laptop-4060",
+            "8 cores, AVX2, two channels of DDR5-5600 (89.6 GB/s)",
+            8,
+            "NVIDIA GeForce RTX 4060 Laptop, PCIe 4.0 x8",
+            "data sheets: 8 GB at 256 GB/s, PCIe 15.8 GB/s; AVX2 fp32 at half of 1.0 TFLOP/s",
+            host_gib=32,
+            host_gbytes_per_s=70,
+            host_tflops_per_s=Curve((1, 16), (0.1, 0.5)),
+            bus_gbytes_per_s=13.4,
+            gpu_gib=8,
+            gpu_gbytes_per_s=205,
+            gpu_tflops_per_s=30,
+        ),
+        _machine(
+            "epyc-4090",
+            "64 cores Genoa, AVX-512-BF16, twelve channels of DDR5-4800 (461 GB/s)",
+            64,
+            "NVIDIA GeForce RTX 4090, PCIe 4.0 x16",
+            "data sheets: 24 GB at 1008 GB/s, 165 TFLOP/s; PCIe 31.5 GB/s; AVX-512-BF16 at half of 12 TFLOP/s",
+            host_gib=384,
+            host_gbytes_per_s=370,
+            host_tflops_per_s=Curve((1, 16, 64), (0.5, 4.0, 6.0)),
+            bus_gbytes_per_s=26.8,
+            gpu_gib=24,
+            gpu_gbytes_per_s=806,
+            gpu_tflops_per_s=82,
+        ),
+        _machine(
+            "desktop-5090",
+            "16 cores Zen 5, AVX-512-BF16, two channels of DDR5-6000 (96 GB/s)",
+            16,
+            "NVIDIA GeForce RTX 5090, PCIe 5.0 x16",
+            "data sheets: 32 GB at 1792 GB/s, 209 TFLOP/s; PCIe 63 GB/s; AVX-512-BF16 at half of 9 TFLOP/s. Copies "
+            "take most of the memory's bandwidth: overlap 1.6 and 1.3 assumed",
+            host_gib=96,
+            host_gbytes_per_s=77,
+            host_tflops_per_s=Curve((1, 16, 64), (0.15, 2.0, 4.5)),
+            bus_gbytes_per_s=53.6,
+            gpu_gib=32,
+            gpu_gbytes_per_s=1430,
+            gpu_tflops_per_s=105,
+            host_while_copying=Overlap(1.6, 1.3),
+        ),
+        _machine(
+            "xeon-2s-a100",
+            "2 x 56 cores Sapphire Rapids (AMX), 2 x eight channels of DDR5-4800 (614 GB/s)",
+            112,
+            "NVIDIA A100 40 GB, PCIe 4.0 x16",
+            "data sheets: 40 GB at 1555 GB/s, 312 TFLOP/s; PCIe 31.5 GB/s; AMX 21 TFLOP/s a socket as published for "
+            "kernels of this kind; experts lie on the node of the cores that read them",
+            host_gib=512,
+            host_gbytes_per_s=490,
+            host_tflops_per_s=Curve((1, 16, 64, 256), (0.6, 8.0, 25.0, 42.0)),
+            bus_gbytes_per_s=26.8,
+            gpu_gib=40,
+            gpu_gbytes_per_s=1240,
+            gpu_tflops_per_s=156,
+        ),
+        _machine(
+            "monde-device",
+            "near-data processor in a memory device of 512 GB/s (simulated in the MoNDE paper)",
+            1,
+            "NVIDIA A100 40 GB, PCIe 4.0 x16",
+            "the paper's memory and bus rates, both nominal, as a simulation uses them. Assumed: arithmetic that "
+            "keeps up with the memory at four tokens of bf16 and no further; round trip of the bus alone; copies "
+            "take their bytes out of the 512 GB/s",
+            host_gib=512,
+            host_gbytes_per_s=512,
+            host_tflops_per_s=Curve((1,), (2.048,)),
+            bus_gbytes_per_s=31.5,
+            gpu_gib=40,
+            gpu_gbytes_per_s=1555,
+            gpu_tflops_per_s=156,
+            host_while_copying=Overlap(1.065, 1.0),
+            round_trip=AlphaBeta(4e-6, 2e-9 / 31.5),
+        ),
+    )
+}  # fmt: skip

@@ -1,0 +1,195 @@
+"""What one machine can do, measured or described: the numbers that every plan is made of.
+
+E experts, F expert hidden dim. Speeds are bytes or floating point operations per second.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from monde.planning.fit import AlphaBeta
+
+PROFILE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Curve:
+    """y over x at measured points: linear in log x between them, constant outside."""
+
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.x or len(self.x) != len(self.y):
+            raise ValueError(f"Curve: expected as many x as y, at least one, got {self.x} and {self.y}")
+        if (
+            self.x[0] <= 0
+            or any(b <= a for a, b in zip(self.x, self.x[1:], strict=False))
+            or min(self.y) <= 0
+        ):
+            raise ValueError(f"Curve: expected rising x and values above 0, got {self.x} and {self.y}")
+
+    def at(self, x: ArrayLike) -> NDArray[np.float64]:
+        clipped = np.maximum(x, self.x[0])
+        return np.asarray(np.interp(np.log(clipped), self._log_x, self.y), np.float64)
+
+    @cached_property
+    def _log_x(self) -> NDArray[np.float64]:
+        return np.log(np.asarray(self.x, np.float64))
+
+
+@dataclass(frozen=True)
+class ExpertRate:
+    """How one processor computes an expert: overhead_s + max(bytes / bytes_per_s, flops / flops_per_s(tokens))."""
+
+    overhead_s: float
+    bytes_per_s: float
+    flops_per_s: Curve  # over tokens of the expert
+
+    def __post_init__(self) -> None:
+        if not (self.overhead_s >= 0 and self.bytes_per_s > 0):
+            raise ValueError(
+                f"ExpertRate: expected overhead_s >= 0 and bytes_per_s > 0, got {self.overhead_s}, {self.bytes_per_s}"
+            )
+
+    @classmethod
+    def from_table(
+        cls, tokens: tuple[int, ...], seconds: tuple[float, ...], expert_bytes: float, flops_per_token: float
+    ) -> ExpertRate:
+        """The rate that gives back `seconds` at every measured number of tokens, exactly.
+
+        Its overhead is 0: a table of one expert size cannot tell overhead from bytes.
+        """
+        flops = tuple(t * flops_per_token / s for t, s in zip(tokens, seconds, strict=True))
+        return cls(0.0, expert_bytes / min(seconds), Curve(tuple(map(float, tokens)), flops))
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Two activities at once: how many times longer each takes while the other runs.
+
+    first, second >= 1 and 1/first + 1/second >= 1: together they do not lose to one after the other.
+    """
+
+    first: float = 1.0
+    second: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.first >= 1 and self.second >= 1 and 1 / self.first + 1 / self.second >= 1 - 1e-9):
+            raise ValueError(
+                f"Overlap: expected factors >= 1 with 1/first + 1/second >= 1, got {self.first}, {self.second}; "
+                "measure again on an idle machine"
+            )
+
+
+@dataclass(frozen=True)
+class GpuProfile:
+    """The GPU and its bus. All AlphaBeta are over bytes.
+
+    zero_copy_bytes_per_s: kernels reading pinned host memory. round_trip: activations of one layer to the host and
+    back, over the bytes of one way. host_while_copying slows (host, copy), gpu_while_copying (GPU, copy).
+    block_overhead_s: a block's small dense kernels in a captured step, beside the bytes they read.
+    """
+
+    memory_bytes: int
+    expert: ExpertRate
+    h2d: AlphaBeta
+    d2h: AlphaBeta
+    zero_copy_bytes_per_s: float
+    round_trip: AlphaBeta
+    host_while_copying: Overlap
+    gpu_while_copying: Overlap
+    block_overhead_s: float
+
+
+@dataclass(frozen=True)
+class MachineIdentity:
+    """What a profile is valid for."""
+
+    name: str
+    cpu: str
+    num_cores: int
+    gpu: str | None
+    library_version: str  # "" in described machines: no kernel of ours ran there
+
+
+@dataclass(frozen=True)
+class HardwareProfile:
+    """One machine. gpu is None where there is none; source says what was measured and what is assumed.
+
+    host_read: bytes per second over threads. host_expert: all threads on one expert after the other.
+    """
+
+    machine: MachineIdentity
+    source: str
+    memory_bytes: int
+    host_read: Curve
+    host_expert: ExpertRate
+    gpu: GpuProfile | None
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(json.dumps({"version": PROFILE_VERSION, **asdict(self)}, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path, machine: MachineIdentity | None = None) -> HardwareProfile:
+        """Errors: ValueError when the file is no profile, of another version, or not of `machine`."""
+        try:
+            data = json.loads(Path(path).read_text())
+            version = data.pop("version")
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{path}: not a hardware profile; run `monde calibrate` again") from error
+        if version != PROFILE_VERSION:
+            raise ValueError(
+                f"{path}: profile version {version}, expected {PROFILE_VERSION}; run `monde calibrate` again"
+            )
+        try:
+            profile = _profile(data)
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}: damaged hardware profile ({error}); run `monde calibrate` again"
+            ) from error
+        if machine is not None and machine != profile.machine:
+            raise ValueError(
+                f"{path}: measured on {profile.machine}, this is {machine}; run `monde calibrate` again"
+            )
+        return profile
+
+
+def _profile(data: dict[str, Any]) -> HardwareProfile:
+    gpu = data.pop("gpu")
+    return HardwareProfile(
+        machine=MachineIdentity(**data.pop("machine")),
+        host_read=_curve(data.pop("host_read")),
+        host_expert=_rate(data.pop("host_expert")),
+        gpu=None if gpu is None else _gpu(gpu),
+        **data,
+    )
+
+
+def _gpu(data: dict[str, Any]) -> GpuProfile:
+    return GpuProfile(
+        memory_bytes=data["memory_bytes"],
+        expert=_rate(data["expert"]),
+        h2d=AlphaBeta(**data["h2d"]),
+        d2h=AlphaBeta(**data["d2h"]),
+        zero_copy_bytes_per_s=data["zero_copy_bytes_per_s"],
+        round_trip=AlphaBeta(**data["round_trip"]),
+        host_while_copying=Overlap(**data["host_while_copying"]),
+        gpu_while_copying=Overlap(**data["gpu_while_copying"]),
+        block_overhead_s=data["block_overhead_s"],
+    )
+
+
+def _curve(data: dict[str, Any]) -> Curve:
+    return Curve(tuple(data["x"]), tuple(data["y"]))
+
+
+def _rate(data: dict[str, Any]) -> ExpertRate:
+    return ExpertRate(data["overhead_s"], data["bytes_per_s"], _curve(data["flops_per_s"]))

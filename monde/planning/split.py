@@ -1,0 +1,166 @@
+"""Which experts of one layer the GPU computes and which the host, for one step: exact, in microseconds.
+
+Three lanes run at once: the bus copies, the GPU multiplies, the host multiplies.
+    copy = sum over fetched of copy(share)          gemm = residents + fetched           host = trip + the others
+    time = max(overlapped(host, copy), overlapped(gemm, copy))                      (`cost.overlapped_s`)
+Residents are on the GPU already. All experts of a layer have the same bytes, so for a given number fetched the bus
+does not care which; the host is helped most by losing its slowest. Hence an optimum fetches a prefix of the cold
+experts sorted by host seconds, and a cut expert is the next one: scanning prefixes and cuts is exact over all
+assignments as long as the GPU's arithmetic is not what bounds the step, and exact over prefixes when it is.
+
+E experts, F expert hidden dim, t_E tokens of each expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from monde.planning.cost import CostModel, Seconds, overlapped_s
+
+
+class Where(IntEnum):
+    IDLE = -1  # no tokens
+    RESIDENT = 0
+    FETCHED = 1
+    HOST = 2
+
+
+_IDLE, _RESIDENT, _FETCHED, _HOST = (np.int8(where) for where in Where)  # enums are slow in array operations
+
+
+@dataclass(frozen=True)
+class Load:
+    """One layer in one step. num_tokens rows travel to the host and back if it takes part.
+
+    cut_granule: a cut expert's rows of F on the GPU are a multiple of it; None forbids cutting.
+    """
+
+    tokens_E: NDArray[np.int64]
+    resident_E: NDArray[np.bool_]
+    num_tokens: int
+    cut_granule: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokens_E.shape != self.resident_E.shape or self.tokens_E.ndim != 1:
+            raise ValueError(
+                f"Load: expected tokens_E and resident_E of one shape (E,), got {self.tokens_E.shape}, "
+                f"{self.resident_E.shape}"
+            )
+        if self.cut_granule is not None and self.cut_granule < 1:
+            raise ValueError(f"Load: expected cut_granule of at least 1 row, got {self.cut_granule}")
+
+
+@dataclass(frozen=True)
+class ExpertSplit:
+    """where_E[e] is a Where. The cut expert counts as HOST there; its first cut_rows of F are fetched.
+
+    copy_s, gemm_s, host_s: each lane alone; makespan_s: all of them together.
+    """
+
+    where_E: NDArray[np.int8]
+    cut_expert: int | None
+    cut_rows: int
+    copy_s: float
+    gemm_s: float
+    host_s: float
+    makespan_s: float
+
+    @property
+    def num_fetched(self) -> int:
+        return int(np.count_nonzero(self.where_E == Where.FETCHED))
+
+
+class Lanes:
+    """The costs of one load, with the n cold experts in the order in which they would be fetched."""
+
+    def __init__(self, load: Load, cost: CostModel) -> None:
+        self.load, self.cost, gpu = load, cost, cost.gpu
+        host_E = cost.work_s(cost.profile.host_expert, load.tokens_E)
+        gemm_E = cost.work_s(gpu.expert, load.tokens_E)
+        active_E = load.tokens_E > 0
+        cold = np.flatnonzero(active_E & ~load.resident_E)
+        # Slowest on the host first: ascending by key, last key first.
+        self.order = cold[np.lexsort((-load.tokens_E[cold], -host_E[cold]))]
+        self.tokens_n = load.tokens_E[self.order]
+        self.host_work_n, self.gemm_work_n = host_E[self.order], gemm_E[self.order]
+        self.host_n = self.host_work_n + cost.profile.host_expert.overhead_s
+        self.gemm_n = self.gemm_work_n + gpu.expert.overhead_s
+        resident_s = gemm_E[active_E & load.resident_E]
+        self.resident_s = float(resident_s.sum()) + len(resident_s) * gpu.expert.overhead_s
+        self.copy_one_s = gpu.h2d.alpha_s + gpu.h2d.s_per_unit * cost.shape.expert_bytes
+        self.trip_s = float(cost.round_trip_s(load.num_tokens))
+
+    def makespan_s(self, copy_s: ArrayLike, gemm_s: ArrayLike, host_s: ArrayLike) -> Seconds:
+        gpu = self.cost.gpu
+        with_host_s = overlapped_s(host_s, copy_s, gpu.host_while_copying)
+        return np.maximum(with_host_s, overlapped_s(gemm_s, copy_s, gpu.gpu_while_copying))
+
+    def prefixes(self) -> tuple[Seconds, Seconds, Seconds]:
+        """copy_s, gemm_s, host_s when the first k are fetched, k = 0 ... n."""
+        n = len(self.order)
+        host_s = np.zeros(n + 1)
+        host_s[:-1] = self.trip_s + np.cumsum(self.host_n[::-1])[::-1]
+        gemm_s = np.full(n + 1, self.resident_s)
+        gemm_s[1:] += np.cumsum(self.gemm_n)
+        return np.arange(n + 1) * np.float64(self.copy_one_s), gemm_s, host_s
+
+    def cut(self, idx: NDArray[np.int64], share: Seconds) -> tuple[Seconds, Seconds, Seconds]:
+        """What cutting expert idx adds to copy_s and gemm_s and takes from host_s; share in (0, 1)."""
+        h2d = self.cost.gpu.h2d
+        copy_s = h2d.alpha_s + h2d.s_per_unit * self.cost.shape.expert_bytes * share
+        gemm_s = self.cost.gpu.expert.overhead_s + share * self.gemm_work_n[idx]
+        return copy_s, gemm_s, share * self.host_work_n[idx]
+
+    def split(self, num_fetched: int, cut_rows: int = 0) -> ExpertSplit:
+        """The record for the first `num_fetched` fetched and, where cut_rows > 0, the next one cut."""
+        fetched_n = np.arange(len(self.order)) < num_fetched
+        return self.split_by(fetched_n, num_fetched if cut_rows else None, cut_rows)
+
+    def split_by(
+        self, fetched_n: NDArray[np.bool_], cut_idx: int | None = None, cut_rows: int = 0
+    ) -> ExpertSplit:
+        """The record for any set; positions are those of `order`."""
+        host_n = self.host_n[~fetched_n]
+        copy_s = self.copy_one_s * (len(fetched_n) - len(host_n))
+        gemm_s = self.resident_s + float(self.gemm_n[fetched_n].sum())
+        host_s = float(host_n.sum()) + (self.trip_s if len(host_n) else 0.0)
+        if cut_idx is not None:
+            added = self.cut(np.asarray(cut_idx), np.asarray(cut_rows / self.cost.shape.d_ffn))
+            copy_s, gemm_s, host_s = (
+                copy_s + float(added[0]),
+                gemm_s + float(added[1]),
+                host_s - float(added[2]),
+            )
+        where_E = np.full(len(self.load.tokens_E), _IDLE)
+        where_E[self.load.tokens_E > 0] = _RESIDENT
+        where_E[self.order] = np.where(fetched_n, _FETCHED, _HOST)
+        cut_expert = None if cut_idx is None else int(self.order[cut_idx])
+        makespan_s = float(self.makespan_s(copy_s, gemm_s, host_s))
+        return ExpertSplit(where_E, cut_expert, cut_rows, copy_s, gemm_s, host_s, makespan_s)
+
+
+def best_split(load: Load, cost: CostModel) -> ExpertSplit:
+    """The split of least makespan_s; O(E log E) array operations, no loop over experts."""
+    lanes = Lanes(load, cost)
+    copy_k, gemm_k, host_k = lanes.prefixes()
+    whole_k = lanes.makespan_s(copy_k, gemm_k, host_k)
+    best_k = int(np.argmin(whole_k))
+    rows = np.arange(load.cut_granule, cost.shape.d_ffn, load.cut_granule) if load.cut_granule else None
+    if rows is None or len(rows) == 0 or len(lanes.order) == 0:
+        return lanes.split(best_k)
+    # A cut at k copies at least copy_k and leaves the host at least host_k of the next: few k can still win.
+    hopeful = np.flatnonzero(lanes.makespan_s(copy_k[:-1], gemm_k[:-1], host_k[1:]) < whole_k[best_k])
+    if len(hopeful) == 0:
+        return lanes.split(best_k)
+    copy_s, gemm_s, saved_s = lanes.cut(hopeful[:, None], rows / cost.shape.d_ffn)
+    cut_s = lanes.makespan_s(
+        copy_k[hopeful, None] + copy_s, gemm_k[hopeful, None] + gemm_s, host_k[hopeful, None] - saved_s
+    )
+    i, j = np.unravel_index(int(np.argmin(cut_s)), cut_s.shape)
+    if cut_s[i, j] >= whole_k[best_k]:
+        return lanes.split(best_k)
+    return lanes.split(int(hopeful[i]), int(rows[j]))

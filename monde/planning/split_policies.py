@@ -1,0 +1,64 @@
+"""How others split the experts of a layer, on the same costs, for comparison. None of them cuts an expert.
+
+Each takes a Load and a CostModel and returns an ExpertSplit; residents stay on the GPU in all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from monde.planning.cost import CostModel
+from monde.planning.split import ExpertSplit, Lanes, Load, best_split
+
+SplitPolicy = Callable[[Load, CostModel], ExpertSplit]
+
+
+def monde_rule(load: Load, cost: CostModel, alpha: float = 1.0) -> ExpertSplit:
+    """MoNDE's published rule: the H most loaded go to the GPU, H = alpha BW_bus / (BW_bus + BW_host) E_active."""
+    lanes = Lanes(load, cost)
+    bus, host = 1 / cost.gpu.h2d.s_per_unit, cost.profile.host_expert.bytes_per_s
+    num_fetched = round(alpha * bus / (bus + host) * len(lanes.order))
+    return lanes.split(min(num_fetched, len(lanes.order)))
+
+
+def fiddler(load: Load, cost: CostModel) -> ExpertSplit:
+    """Fiddler: every expert goes where it alone is done sooner, whatever the others do."""
+    lanes = Lanes(load, cost)
+    return lanes.split_by(cost.fetched_s(lanes.tokens_n) < lanes.host_n)
+
+
+def two_ended(load: Load, cost: CostModel) -> ExpertSplit:
+    """HybriMoE's queue: the GPU side takes the heaviest, the host the lightest; whoever is free takes the next.
+
+    The loop is a merge: a side starts its i-th expert when its first i - 1 are done, so the E earliest starts of
+    both sides are the experts taken.
+    """
+    lanes = Lanes(load, cost)
+    n = len(lanes.order)
+    gpu_n = np.maximum(lanes.copy_one_s, lanes.gemm_n)
+    gpu_start_n = lanes.resident_s + np.cumsum(gpu_n) - gpu_n
+    host_light_first = lanes.host_n[::-1]
+    host_start_n = lanes.trip_s + np.cumsum(host_light_first) - host_light_first
+    starts = np.argsort(np.concatenate([gpu_start_n, host_start_n]), kind="stable")[:n]
+    return lanes.split(int(np.count_nonzero(starts < n)))
+
+
+def all_host(load: Load, cost: CostModel) -> ExpertSplit:
+    return Lanes(load, cost).split(0)
+
+
+def all_fetch(load: Load, cost: CostModel) -> ExpertSplit:
+    lanes = Lanes(load, cost)
+    return lanes.split(len(lanes.order))
+
+
+SPLIT_POLICIES: dict[str, SplitPolicy] = {
+    "best": best_split,
+    "monde-rule": monde_rule,
+    "fiddler": fiddler,
+    "two-ended": two_ended,
+    "all-host": all_host,
+    "all-fetch": all_fetch,
+}

@@ -1,0 +1,181 @@
+"""Placements against all subsets of experts; swaps against all sets of swaps."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from monde.core import Placement
+from monde.planning.budget import LayerSize
+from monde.planning.cost import CostModel, ExpertShape
+from monde.planning.machines import DESCRIBED
+from monde.planning.placement import (
+    Swap,
+    apply_swaps,
+    place,
+    place_uniform,
+    plan_swaps,
+    time_saved_s,
+)
+
+Values = list[NDArray[np.float64]]
+
+
+@st.composite
+def models(draw: st.DrawFn) -> tuple[Values, list[LayerSize], int]:
+    """Up to 10 experts in up to 4 layers of up to 4 sizes."""
+    layers, values, left = [], [], 10
+    for _ in range(draw(st.integers(1, 4))):
+        n = draw(st.integers(0, min(left, 6)))
+        left -= n
+        layers.append(LayerSize(n, draw(st.sampled_from([1, 3, 5, 7]))))
+        values.append(np.array(draw(st.lists(st.integers(0, 20), min_size=n, max_size=n)), float))
+    return values, layers, draw(st.integers(0, 40))
+
+
+def total(placements: tuple[Placement, ...], value_L: Values) -> float:
+    return float(sum(value_L[l][e] for l, p in enumerate(placements) for e in p.resident_experts))
+
+
+def used_bytes(placements: tuple[Placement, ...], layers: list[LayerSize]) -> int:
+    return sum(p.num_resident * layer.expert_bytes for p, layer in zip(placements, layers, strict=True))
+
+
+def check_slots(placements: tuple[Placement, ...], layers: list[LayerSize]) -> None:
+    """Slots of a layer are 0, 1, ... without gaps, one expert each."""
+    for placement, layer in zip(placements, layers, strict=True):
+        assert len(placement.slot_of_expert_E) == layer.num_experts
+        slots = sorted(s for s in placement.slot_of_expert_E if s >= 0)
+        assert slots == list(range(placement.num_resident))
+
+
+@settings(max_examples=300, deadline=None)
+@given(models())
+def test_no_subset_is_worth_more(model: tuple[Values, list[LayerSize], int]) -> None:
+    value_L, layers, budget_bytes = model
+    experts = [
+        (value_L[l][e], layers[l].expert_bytes) for l in range(len(layers)) for e in range(len(value_L[l]))
+    ]
+    best = max(
+        sum(v for v, _ in chosen)
+        for n in range(len(experts) + 1)
+        for chosen in combinations(experts, n)
+        if sum(b for _, b in chosen) <= budget_bytes
+    )
+    placements = place(value_L, layers, budget_bytes)
+    assert total(placements, value_L) == pytest.approx(best)
+    assert used_bytes(placements, layers) <= budget_bytes
+    check_slots(placements, layers)
+
+
+@given(models())
+def test_uniform_fits_and_is_even(model: tuple[Values, list[LayerSize], int]) -> None:
+    value_L, layers, budget_bytes = model
+    placements = place_uniform(layers, budget_bytes, value_L)
+    assert used_bytes(placements, layers) <= budget_bytes
+    check_slots(placements, layers)
+    for placement, value_E in zip(placements, value_L, strict=True):
+        resident = set(placement.resident_experts)
+        others = [value_E[e] for e in range(len(value_E)) if e not in resident]
+        assert min((value_E[e] for e in resident), default=np.inf) >= max(others, default=-np.inf)
+
+
+def test_equal_values_are_spread_over_the_layers() -> None:
+    layers = [LayerSize(8, 10)] * 4
+    placements = place([np.ones(8)] * 4, layers, 100)
+    assert [p.num_resident for p in placements] == [3, 3, 2, 2]
+    assert [p.num_resident for p in place_uniform(layers, 100)] == [3, 3, 2, 2]
+
+
+def test_skewed_layers_get_more_slots() -> None:
+    layers = [LayerSize(8, 10)] * 2
+    skewed, flat = np.array([9.0, 8, 7, 6, 0, 0, 0, 0]), np.full(8, 3.0)
+    assert [p.num_resident for p in place([skewed, flat], layers, 60)] == [4, 2]
+
+
+def test_seconds_saved_grow_with_heat_and_end_at_one_read_a_step() -> None:
+    cost = CostModel(DESCRIBED["h200"], ExpertShape(2048, 768))
+    saved_s = time_saved_s(np.array([0.0, 0.01, 0.1, 1.0, 3.0, 8.0]), cost)
+    assert saved_s[0] == 0
+    assert (np.diff(saved_s) > 0).all()
+    one_read_s = float(cost.host_s(8) - cost.resident_s(8))
+    assert saved_s[-1] == pytest.approx(one_read_s, rel=0.01)
+    assert saved_s[1] == pytest.approx(0.01 * float(cost.host_s(1) - cost.resident_s(1)), rel=0.02)
+
+
+@st.composite
+def running(draw: st.DrawFn) -> tuple[tuple[Placement, ...], Values]:
+    placements, values = [], []
+    for _ in range(draw(st.integers(1, 3))):
+        n = draw(st.integers(1, 5))
+        resident = draw(st.permutations(range(n)))[: draw(st.integers(0, n))]
+        placements.append(Placement(tuple(resident.index(e) if e in resident else -1 for e in range(n))))
+        values.append(np.array(draw(st.lists(st.integers(0, 9), min_size=n, max_size=n)), float))
+    return tuple(placements), values
+
+
+def most_gain(placements: tuple[Placement, ...], value_L: Values, max_swaps: int) -> float:
+    """By trying, one swap after the other, every exchange in every layer."""
+    if max_swaps == 0:
+        return 0.0
+    best = 0.0
+    for l, placement in enumerate(placements):
+        for out, slot in enumerate(placement.slot_of_expert_E):
+            for into, other in enumerate(placement.slot_of_expert_E):
+                gain = value_L[l][into] - value_L[l][out]
+                if slot >= 0 and other < 0 and gain > 0:
+                    after = apply_swaps(placements, [Swap(l, out, slot, into)])
+                    best = max(best, gain + most_gain(after, value_L, max_swaps - 1))
+    return best
+
+
+@settings(max_examples=100, deadline=None)
+@given(running(), st.integers(0, 3))
+def test_no_swaps_gain_more(state: tuple[tuple[Placement, ...], Values], max_swaps: int) -> None:
+    placements, value_L = state
+    swaps = plan_swaps(placements, value_L, max_swaps, 0.0)
+    assert len(swaps) <= max_swaps
+    gained = total(apply_swaps(placements, swaps), value_L) - total(placements, value_L)
+    assert gained == pytest.approx(most_gain(placements, value_L, max_swaps))
+
+
+@given(running(), st.integers(0, 20), st.floats(0, 1))
+def test_swaps_are_valid_worth_it_and_stable(
+    state: tuple[tuple[Placement, ...], Values], max_swaps: int, hysteresis: float
+) -> None:
+    placements, value_L = state
+    swaps = plan_swaps(placements, value_L, max_swaps, hysteresis)
+    for swap in swaps:
+        slot_E = placements[swap.layer].slot_of_expert_E
+        assert slot_E[swap.expert_out] == swap.slot >= 0
+        assert slot_E[swap.expert_in] == -1
+        value_E = value_L[swap.layer]
+        assert value_E[swap.expert_in] > value_E[swap.expert_out] * (1 + hysteresis)
+    assert (
+        len({(s.layer, s.slot) for s in swaps}) == len({(s.layer, s.expert_in) for s in swaps}) == len(swaps)
+    )
+    after = apply_swaps(placements, swaps)
+    assert [p.num_resident for p in after] == [p.num_resident for p in placements]
+    if len(swaps) < max_swaps:
+        exchanged = {(s.layer, e) for s in swaps for e in (s.expert_in, s.expert_out)}
+        again = plan_swaps(after, value_L, max_swaps, hysteresis)
+        assert not any({(s.layer, s.expert_in), (s.layer, s.expert_out)} <= exchanged for s in again)
+
+
+def test_hysteresis_keeps_near_equals_where_they_are() -> None:
+    placement = (Placement((0, 1, -1, -1)),)
+    value_L = [np.array([1.0, 5.0, 1.15, 0.2])]
+    assert plan_swaps(placement, value_L, 10, 0.2) == []
+    assert plan_swaps(placement, value_L, 10, 0.1) == [Swap(0, 0, 0, 2)]
+
+
+def test_wrong_shapes_and_values_are_refused() -> None:
+    with pytest.raises(ValueError, match="one value per expert"):
+        place([np.ones(3)], [LayerSize(4, 1)], 10)
+    with pytest.raises(ValueError, match="at least 0"):
+        place([np.array([np.nan])], [LayerSize(1, 1)], 10)

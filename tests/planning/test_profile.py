@@ -1,0 +1,71 @@
+"""Profiles: what they promise, on disk and off."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from monde.planning.machines import DESCRIBED
+from monde.planning.profile import Curve, ExpertRate, HardwareProfile, Overlap
+
+
+@pytest.mark.parametrize("name", DESCRIBED)
+def test_a_profile_survives_the_disk(name: str, tmp_path: Path) -> None:
+    profile = DESCRIBED[name]
+    profile.save(tmp_path / "p.json")
+    assert HardwareProfile.load(tmp_path / "p.json", profile.machine) == profile
+
+
+def test_a_profile_without_gpu_survives_the_disk(tmp_path: Path) -> None:
+    profile = dataclasses.replace(DESCRIBED["h200"], gpu=None)
+    profile.save(tmp_path / "p.json")
+    assert HardwareProfile.load(tmp_path / "p.json") == profile
+
+
+def test_another_machine_or_version_is_refused(tmp_path: Path) -> None:
+    path, profile = tmp_path / "p.json", DESCRIBED["h200"]
+    profile.save(path)
+    with pytest.raises(ValueError, match="run `monde calibrate` again"):
+        HardwareProfile.load(path, DESCRIBED["laptop-4060"].machine)
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps({**data, "version": 99}))
+    with pytest.raises(ValueError, match="profile version 99, expected 1"):
+        HardwareProfile.load(path)
+    path.write_text(json.dumps({**data, "host_read": {}}))
+    with pytest.raises(ValueError, match="damaged hardware profile"):
+        HardwareProfile.load(path)
+    for text in ("[]", "not json", "{}"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="not a hardware profile"):
+            HardwareProfile.load(path)
+
+
+@given(st.lists(st.floats(1e-6, 1), min_size=1, max_size=8), st.floats(1, 1e9))
+def test_a_table_gives_back_what_was_measured(seconds: list[float], expert_bytes: float) -> None:
+    tokens = tuple(2**i for i in range(len(seconds)))
+    rate = ExpertRate.from_table(tokens, tuple(seconds), expert_bytes, 1e6)
+    t = np.asarray(tokens, float)
+    predicted = np.maximum(expert_bytes / rate.bytes_per_s, t * 1e6 / rate.flops_per_s.at(t))
+    np.testing.assert_allclose(predicted, seconds, rtol=1e-9)
+
+
+def test_curve_is_constant_outside_and_linear_in_the_logarithm() -> None:
+    curve = Curve((1, 4), (10, 30))
+    np.testing.assert_allclose(curve.at([0.5, 1, 2, 4, 100]), [10, 10, 20, 30, 30])
+
+
+def test_impossible_figures_are_refused() -> None:
+    with pytest.raises(ValueError, match="rising x"):
+        Curve((2, 1), (1, 1))
+    with pytest.raises(ValueError, match="Overlap: expected"):
+        Overlap(3.0, 2.0)
+    with pytest.raises(ValueError, match="Overlap: expected"):
+        Overlap(0.9, 1.0)
+    with pytest.raises(ValueError, match="ExpertRate: expected"):
+        ExpertRate(0.0, 0.0, Curve((1,), (1,)))
