@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
@@ -31,6 +29,7 @@ if TYPE_CHECKING:
 
 
 def bench(
+    context: typer.Context,
     model: ModelArgument,
     n_prompt: Annotated[
         str, typer.Option("--n-prompt", "-p", help="Prompt lengths to time, comma-separated; 0 for none.")
@@ -91,7 +90,7 @@ def bench(
 
         check_plot(plot)
     options = LoadOptions(model, gpu_memory, host_memory, device, dtype, backend, threads)
-    report = run(options, tests, baselines, repetitions, text, random_tokens)
+    report = run(context.obj, options, tests, baselines, repetitions, text, random_tokens)
     from monde.cli.report import render
 
     typer.echo(render(report, output))
@@ -103,6 +102,7 @@ def bench(
 
 
 def run(
+    command: str,
     options: LoadOptions,
     tests: list[BenchTest],
     baselines: list[str],
@@ -110,7 +110,7 @@ def run(
     text: Path | None,
     random_tokens: bool,
 ) -> BenchReport:
-    """Load, check and measure; progress on standard error."""
+    """Load, check and measure; progress on standard error. `command`: what was typed, for the record."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -141,7 +141,7 @@ def run(
             progress=lambda what: bar.update(task, advance=1, description=what),
         )
     return BenchReport(
-        command=shlex.join(["monde", *sys.argv[1:]]),
+        command=command,
         started=started,
         machine=Machine.here(),
         model=facts,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -27,10 +28,14 @@ def one_line(error: BaseException) -> str:
 
 
 class OneLineErrors(TyperGroup):
-    """A command group that reports users' mistakes in one line. MONDE_DEBUG=1 keeps the traceback."""
+    """A command group that reports users' mistakes in one line. MONDE_DEBUG=1 keeps the traceback.
+
+    The context's `obj` is the command as it was typed, whoever called.
+    """
 
     def main(self, args: Sequence[str] | None = None, **extra: Any) -> Any:  # type: ignore[override]
-        extra["standalone_mode"] = False
+        args = list(sys.argv[1:] if args is None else args)
+        extra |= {"standalone_mode": False, "obj": shlex.join(["monde", *args])}
         try:
             code = super().main(args, **extra)
         except _UsageError as error:

@@ -109,7 +109,9 @@ def test_a_dense_model_is_refused(monde: Monde, tmp_path: Path) -> None:
 def test_from_a_shell() -> None:
     done = shell("bench", MODEL, "-p", 8, "-n", 2, "-r", 1, "-t", 1, "-o", "json")
     assert done.returncode == 0, done.stderr
-    assert [record["test"] for record in json.loads(done.stdout)] == ["pp8", "tg2"]
+    found = json.loads(done.stdout)
+    assert [record["test"] for record in found] == ["pp8", "tg2"]
+    assert found[0]["command"] == f"monde bench {MODEL} -p 8 -n 2 -r 1 -t 1 -o json"
 
 
 def test_a_mistake_from_a_shell_has_no_traceback_unless_asked_for() -> None:
