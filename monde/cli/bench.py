@@ -83,13 +83,24 @@ def bench(
     """
     tests = parse_tests(n_prompt, n_gen, n_depth, batch)
     from monde.cli.baselines import parse_baselines
+    from monde.cli.measure import CHECK_PROMPT_TOKENS, CHECK_STEPS
 
     baselines = parse_baselines(baseline or [])
     if plot is not None:
         from monde.cli.plot import check_plot
 
         check_plot(plot)
-    options = LoadOptions(model, gpu_memory, host_memory, device, dtype, backend, threads)
+    options = LoadOptions(
+        model,
+        gpu_memory,
+        host_memory,
+        device,
+        dtype,
+        backend,
+        threads,
+        max_context=max(CHECK_PROMPT_TOKENS + CHECK_STEPS, *(test.num_positions for test in tests)),
+        max_batch=max(test.batch for test in tests),
+    )
     report = run(context.obj, options, tests, baselines, repetitions, text, random_tokens)
     from monde.cli.report import render
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hostcompute import ExpertSpec
-from monde.config import MondeConfig
+from monde.config import MondeConfig, machine_memory_bytes
 from monde.models.experts import ExpertsModule
 from monde.planning.budget import LayerSize, MemoryPlan, ModelSize, plan_memory
 from monde.sizes import format_bytes
@@ -57,6 +57,14 @@ def plan_for(
         elif gpu_bytes > total_bytes:
             wanted, have = format_bytes(gpu_bytes), format_bytes(total_bytes)
             raise ValueError(f"gpu_memory: {wanted} is more than the {have} of {device}; ask for less")
+    elif gpu_bytes and config.device is None:
+        raise ValueError(
+            f"gpu_memory: {format_bytes(gpu_bytes)} were asked for and this machine has no usable GPU; leave "
+            'gpu_memory out, or set device="cpu" to have the CPU stand in for it'
+        )
+    elif gpu_bytes and gpu_bytes > machine_memory_bytes():
+        wanted, have = format_bytes(gpu_bytes), format_bytes(machine_memory_bytes())
+        raise ValueError(f"gpu_memory: {wanted} is more than the {have} of this machine; ask for less")
     host_bytes = config.host_memory
     if host_bytes is None:
         host_bytes = int(psutil.virtual_memory().available) + held_bytes["cpu"]
