@@ -19,6 +19,11 @@ from monde.sizes import format_bytes
 # Live at the peak of one decoder layer, in fp32 vectors of the model dim per token: residual, normalised
 # input, query, key, value, attention output, and the routed result of device and host.
 _LIVE_VECTORS = 8
+# And where one expert, or a dense layer, gets every token: gate, up, act(gate) and their product in fp32,
+# and one more in the weights' type on its way.
+_LIVE_HIDDEN_VECTORS = 5
+# torch gives cuBLAS and cuBLASLt 32 MiB each on Hopper, a quarter of that before.
+_LIBRARY_BYTES = 64 * 2**20
 _GPU_SHARE = 0.9  # of what is free: the rest covers the CUDA context's growth and the allocator's fragments
 
 
@@ -68,10 +73,12 @@ def plan_for(
     host_bytes = config.host_memory
     if host_bytes is None:
         host_bytes = int(psutil.virtual_memory().available) + held_bytes["cpu"]
-    return plan_memory(model_size(model, modules, config), on_gpu, gpu_bytes or 0, host_bytes)
+    return plan_memory(model_size(model, modules, config, on_gpu), on_gpu, gpu_bytes or 0, host_bytes)
 
 
-def model_size(model: nn.Module, modules: Sequence[ExpertsModule], config: MondeConfig) -> ModelSize:
+def model_size(
+    model: nn.Module, modules: Sequence[ExpertsModule], config: MondeConfig, on_gpu: bool
+) -> ModelSize:
     """The sizes of `model` at the longest context and largest batch of `config`."""
     expert_names = {module.full_name(param) for module in modules for param in module.param_names()}
     dense = [p for name, p in model.named_parameters() if name not in expert_names]
@@ -79,14 +86,16 @@ def model_size(model: nn.Module, modules: Sequence[ExpertsModule], config: Monde
     itemsize_bytes = max((p.element_size() for p in dense), default=4)
     text_config: Any = model.config.get_text_config()  # type: ignore[operator,union-attr]
     d_model = max(module.spec.d_model for module in modules)
+    d_hidden = max(_first(text_config, "intermediate_size"), *(module.spec.d_ffn for module in modules))
     return ModelSize(
         dense_bytes=dense_bytes,
         kv_bytes_per_token=_kv_values_per_token(text_config) * itemsize_bytes,
-        act_bytes_per_token=4 * _LIVE_VECTORS * d_model,
+        act_bytes_per_token=4 * (_LIVE_VECTORS * d_model + _LIVE_HIDDEN_VECTORS * d_hidden),
         logits_bytes=4 * config.max_batch * (getattr(text_config, "vocab_size", None) or 0),
         staging_bytes_per_token=(itemsize_bytes + 4) * d_model,
         num_tokens=config.max_context * config.max_batch,
         layers=tuple(_layer_size(module.spec) for module in modules),
+        library_bytes=_LIBRARY_BYTES if on_gpu else 0,
     )
 
 
