@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
@@ -31,6 +29,7 @@ if TYPE_CHECKING:
 
 
 def bench(
+    context: typer.Context,
     model: ModelArgument,
     n_prompt: Annotated[
         str, typer.Option("--n-prompt", "-p", help="Prompt lengths to time, comma-separated; 0 for none.")
@@ -84,14 +83,25 @@ def bench(
     """
     tests = parse_tests(n_prompt, n_gen, n_depth, batch)
     from monde.cli.baselines import parse_baselines
+    from monde.cli.measure import CHECK_PROMPT_TOKENS, CHECK_STEPS
 
     baselines = parse_baselines(baseline or [])
     if plot is not None:
         from monde.cli.plot import check_plot
 
         check_plot(plot)
-    options = LoadOptions(model, gpu_memory, host_memory, device, dtype, backend, threads)
-    report = run(options, tests, baselines, repetitions, text, random_tokens)
+    options = LoadOptions(
+        model,
+        gpu_memory,
+        host_memory,
+        device,
+        dtype,
+        backend,
+        threads,
+        max_context=max(CHECK_PROMPT_TOKENS + CHECK_STEPS, *(test.num_positions for test in tests)),
+        max_batch=max(test.batch for test in tests),
+    )
+    report = run(context.obj, options, tests, baselines, repetitions, text, random_tokens)
     from monde.cli.report import render
 
     typer.echo(render(report, output))
@@ -103,6 +113,7 @@ def bench(
 
 
 def run(
+    command: str,
     options: LoadOptions,
     tests: list[BenchTest],
     baselines: list[str],
@@ -110,7 +121,7 @@ def run(
     text: Path | None,
     random_tokens: bool,
 ) -> BenchReport:
-    """Load, check and measure; progress on standard error."""
+    """Load, check and measure; progress on standard error. `command`: what was typed, for the record."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -141,7 +152,7 @@ def run(
             progress=lambda what: bar.update(task, advance=1, description=what),
         )
     return BenchReport(
-        command=shlex.join(["monde", *sys.argv[1:]]),
+        command=command,
         started=started,
         machine=Machine.here(),
         model=facts,

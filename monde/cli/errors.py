@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -27,12 +28,21 @@ def one_line(error: BaseException) -> str:
 
 
 class OneLineErrors(TyperGroup):
-    """A command group that reports users' mistakes in one line. MONDE_DEBUG=1 keeps the traceback."""
+    """A command group that reports users' mistakes in one line. MONDE_DEBUG=1 keeps the traceback.
+
+    The context's `obj` is the command as it was typed, whoever called.
+    """
 
     def main(self, args: Sequence[str] | None = None, **extra: Any) -> Any:  # type: ignore[override]
-        extra["standalone_mode"] = False
+        args = list(sys.argv[1:] if args is None else args)
+        if sys.stdout is None:
+            _fail("standard output is closed; open it or redirect it to a file")
+        extra |= {"standalone_mode": False, "obj": shlex.join(["monde", *args])}
         try:
             code = super().main(args, **extra)
+            sys.stdout.flush()  # here, where a full disk still gets its line
+            if code == EXIT_INTERRUPTED:  # typer turns Ctrl-C into this
+                raise KeyboardInterrupt
         except _UsageError as error:
             hint = f" (see `{error.ctx.command_path} --help`)" if getattr(error, "ctx", None) else ""
             _fail(one_line(error).rstrip(".") + hint)
@@ -44,10 +54,10 @@ class OneLineErrors(TyperGroup):
                 raise
             _fail(one_line(error))
         except (KeyboardInterrupt, typer.Abort):
-            sys.exit(EXIT_INTERRUPTED)
+            _fail("interrupted", EXIT_INTERRUPTED)
         sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, exit_code: int = EXIT_USER_ERROR) -> NoReturn:
     print(f"monde: error: {message}", file=sys.stderr)
-    sys.exit(EXIT_USER_ERROR)
+    sys.exit(exit_code)

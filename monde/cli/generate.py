@@ -38,7 +38,10 @@ def generate(
         int, typer.Option("--max-new-tokens", "-n", min=1, help="Stop after this many tokens.")
     ] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Makes sampling repeatable; matters above temperature 0.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(min=0, max=2**32 - 1, help="Makes sampling repeatable; matters above temperature 0."),
+    ] = 0,
     gpu_memory: GpuMemoryOption = None,
     host_memory: HostMemoryOption = None,
     device: DeviceOption = None,
@@ -58,16 +61,26 @@ def generate(
 
       monde generate ./my-model - --device cpu < prompt.txt
     """
-    options = LoadOptions(model, gpu_memory, host_memory, device, dtype, backend, threads)
     tokenizer = load_tokenizer(model)
     if tokenizer is None:
         raise ValueError(
             f"{model} has no tokenizer to read PROMPT with; put tokenizer.json next to config.json"
         )
-    text = sys.stdin.read() if prompt == "-" else prompt
-    inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
-    if inputs["input_ids"].shape[1] == 0:
+    inputs = tokenizer(read_prompt(prompt), return_tensors="pt", return_token_type_ids=False, verbose=False)
+    num_tokens = inputs["input_ids"].shape[1]
+    if num_tokens == 0:
         raise ValueError("PROMPT is empty; give at least one word to continue")
+    options = LoadOptions(
+        model,
+        gpu_memory,
+        host_memory,
+        device,
+        dtype,
+        backend,
+        threads,
+        max_context=num_tokens + max_new_tokens,
+    )
+    check_positions(model, num_tokens, max_new_tokens)
 
     from transformers import set_seed
 
@@ -79,6 +92,30 @@ def generate(
     streamer = timed_streamer(tokenizer)
     loaded.generate(**inputs.to(loaded.device), max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
     typer.echo(_summary(streamer.token_times_s, loaded.monde), err=True)
+
+
+def read_prompt(prompt: str) -> str:
+    """PROMPT, or standard input for "-". Errors: ValueError for bytes that are not UTF-8."""
+    try:
+        if prompt == "-":
+            return sys.stdin.buffer.read().decode()
+        prompt.encode()  # the shell's bytes that are not UTF-8 arrive as lone surrogates
+    except UnicodeError as error:
+        raise ValueError(f"PROMPT is not UTF-8 text ({error}); convert it, for example with iconv") from error
+    return prompt
+
+
+def check_positions(model: str, num_tokens: int, max_new_tokens: int) -> None:
+    """Errors: ValueError when prompt and answer are longer than the model's positions."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model).get_text_config()
+    num_positions = getattr(config, "max_position_embeddings", None)
+    if num_positions is not None and num_tokens + max_new_tokens > num_positions:
+        raise ValueError(
+            f"PROMPT has {num_tokens} tokens and -n asks for {max_new_tokens} more; {model} has "
+            f"{num_positions} positions; shorten PROMPT or lower -n"
+        )
 
 
 def timed_streamer(tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -106,7 +143,8 @@ def _summary(token_times_s: list[float], engine: Any) -> str:
         tokens_per_s = (num_tokens - 1) / (token_times_s[-1] - token_times_s[1])
         line += f", then {tokens_per_s:.1f} tokens/s over {num_tokens} tokens"
     report, choice = engine.load_report, engine.host_choice
-    return (
-        f"{line}; {report.num_resident_experts} of {report.num_experts} experts on the GPU, "
-        f"the others on the host ({choice.name}, {choice.isa}); loaded in {report.seconds_s:.1f} s"
-    )
+    where = f"experts on the host ({choice.name}, {choice.isa})"
+    if report.num_resident_experts:
+        resident = f"{report.num_resident_experts} of {report.num_experts} experts on {engine.device}"
+        where = f"{resident}, the other {where}"
+    return f"{line}; {where}; loaded in {report.seconds_s:.1f} s"

@@ -68,6 +68,8 @@ class LoadOptions:
     dtype: DTypeName = DTypeName.AUTO
     backend: BackendName = BackendName.AUTO
     num_threads: int | None = None
+    max_context: int | None = None  # what the run will need; gpu_memory must leave room for it
+    max_batch: int | None = None
 
     def torch_dtype(self) -> Any:
         """What from_pretrained takes as `dtype`."""
@@ -85,8 +87,10 @@ class LoadOptions:
         check_model(self.model)
         if self.num_threads is not None:
             torch.set_num_threads(self.num_threads)
+        lengths = {"max_context": self.max_context, "max_batch": self.max_batch}
         return from_pretrained(
             self.model,
+            **{name: value for name, value in lengths.items() if value is not None},
             gpu_memory=self.gpu_memory,
             host_memory=self.host_memory,
             device=self.device,
@@ -111,10 +115,24 @@ def check_model(model: str) -> None:
         raise ValueError(
             f"{model}: no such folder; give a folder with config.json, or a hub id such as Qwen/Qwen3-30B-A3B"
         )
+    else:
+        check_hub_id(model)
+
+
+def check_hub_id(model: str) -> None:
+    """Errors: ValueError when neither the local cache nor the hub has MODEL's configuration."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(model)
+    except OSError as error:
+        raise ValueError(
+            f"{model}: no such folder here, and as a hub id it cannot be had ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase | None:
-    """The model's tokenizer, or None when its folder holds none."""
+    """The model's tokenizer, or None when its folder holds none. Errors: ValueError when it is damaged."""
     from transformers import AutoTokenizer
 
     check_model(model)
@@ -123,5 +141,10 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase | None:
         (folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")
     ):
         return None
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # tokenizers raises nothing more specific for a damaged file
+        raise ValueError(
+            f"{model}: its tokenizer cannot be read ({error}); copy or download its files again"
+        ) from error
     return tokenizer

@@ -33,6 +33,7 @@ def draw(report: BenchReport, path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.patches import Patch
 
     kinds = [("Prompt (prefill)", True), ("Generation (decode)", False)]
     panels = [
@@ -48,8 +49,9 @@ def draw(report: BenchReport, path: Path) -> None:
     )
     for axis, (title, results) in zip(axes[0], panels, strict=True):
         _panel(axis, title, report, results)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    labels = _labels(report)
+    handles = [Patch(color=_colour(labels, label), label=label) for label in labels]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(labels), frameon=False)
     model, machine = report.model, report.machine
     size = f"{model.num_params / 1e6:,.0f}M parameters, {model.dtype}"
     figure.suptitle(
@@ -65,7 +67,7 @@ def _of_kind(report: BenchReport, is_prompt: bool) -> list[TestResult]:
 
 
 def _panel(axis: Any, title: str, report: BenchReport, results: Sequence[TestResult]) -> None:
-    labels = list(dict.fromkeys(r.runner.label for r in report.results))
+    labels = _labels(report)
     tests = list(dict.fromkeys(r.test for r in results))
     width = 0.8 / len(labels)
     for idx, label in enumerate(labels):
@@ -79,21 +81,26 @@ def _panel(axis: Any, title: str, report: BenchReport, results: Sequence[TestRes
             capsize=3,
             ecolor="#1e293b",
             color=_colour(labels, label),
-            label=label,
         )
         axis.bar_label(bars, [_bar_text(report, r) for r in mine], padding=3, fontsize=8)
     axis.set_title(title, fontsize=10)
     axis.set_ylabel("tokens/s (mean ± standard deviation)")
     axis.set_xticks(range(len(tests)), [_tick(test) for test in tests])
+    axis.set_xlim(-0.5, len(tests) - 0.5)  # the room of a runner that skipped a test stays empty
     axis.set_ylim(bottom=0)
     axis.margins(y=0.15)
     axis.spines[["top", "right"]].set_visible(False)
 
 
 def _bar_text(report: BenchReport, result: TestResult) -> str:
-    speed = f"{result.tokens_per_s:,.1f}" if result.tokens_per_s < 100 else f"{result.tokens_per_s:,.0f}"
+    value = result.tokens_per_s
+    speed = f"{value:#.3g}" if value < 100 else f"{value:,.0f}"
     speedup = report.speedup(result)
     return speed if speedup is None or result.runner.label != "monde" else f"{speed}\n{speedup:.2f}x"
+
+
+def _labels(report: BenchReport) -> list[str]:
+    return list(dict.fromkeys(r.runner.label for r in report.results))
 
 
 def _tick(test: BenchTest) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hostcompute import ExpertSpec
-from monde.config import MondeConfig
+from monde.config import MondeConfig, machine_memory_bytes
 from monde.models.experts import ExpertsModule
 from monde.planning.budget import LayerSize, MemoryPlan, ModelSize, plan_memory
 from monde.sizes import format_bytes
@@ -20,6 +20,11 @@ from monde.weights.slots import slot_bytes
 # Live at the peak of one decoder layer, in fp32 vectors of the model dim per token: residual, normalised
 # input, query, key, value, attention output, and the routed result of device and host.
 _LIVE_VECTORS = 8
+# And where one expert, or a dense layer, gets every token: gate, up, act(gate) and their product in fp32,
+# and one more in the weights' type on its way.
+_LIVE_HIDDEN_VECTORS = 5
+# torch gives cuBLAS and cuBLASLt 32 MiB each on Hopper, a quarter of that before.
+_LIBRARY_BYTES = 64 * 2**20
 _GPU_SHARE = 0.9  # of what is free: the rest covers the CUDA context's growth and the allocator's fragments
 
 
@@ -58,13 +63,23 @@ def plan_for(
         elif gpu_bytes > total_bytes:
             wanted, have = format_bytes(gpu_bytes), format_bytes(total_bytes)
             raise ValueError(f"gpu_memory: {wanted} is more than the {have} of {device}; ask for less")
+    elif gpu_bytes and config.device is None:
+        raise ValueError(
+            f"gpu_memory: {format_bytes(gpu_bytes)} were asked for and this machine has no usable GPU; leave "
+            'gpu_memory out, or set device="cpu" to have the CPU stand in for it'
+        )
+    elif gpu_bytes and gpu_bytes > machine_memory_bytes():
+        wanted, have = format_bytes(gpu_bytes), format_bytes(machine_memory_bytes())
+        raise ValueError(f"gpu_memory: {wanted} is more than the {have} of this machine; ask for less")
     host_bytes = config.host_memory
     if host_bytes is None:
         host_bytes = int(psutil.virtual_memory().available) + held_bytes["cpu"]
-    return plan_memory(model_size(model, modules, config), on_gpu, gpu_bytes or 0, host_bytes)
+    return plan_memory(model_size(model, modules, config, on_gpu), on_gpu, gpu_bytes or 0, host_bytes)
 
 
-def model_size(model: nn.Module, modules: Sequence[ExpertsModule], config: MondeConfig) -> ModelSize:
+def model_size(
+    model: nn.Module, modules: Sequence[ExpertsModule], config: MondeConfig, on_gpu: bool
+) -> ModelSize:
     """The sizes of `model` at the longest context and largest batch of `config`."""
     expert_names = {module.full_name(param) for module in modules for param in module.param_names()}
     dense = [p for name, p in model.named_parameters() if name not in expert_names]
@@ -72,14 +87,16 @@ def model_size(model: nn.Module, modules: Sequence[ExpertsModule], config: Monde
     itemsize_bytes = max((p.element_size() for p in dense), default=4)
     text_config: Any = model.config.get_text_config()  # type: ignore[operator,union-attr]
     d_model = max(module.spec.d_model for module in modules)
+    d_hidden = max(_first(text_config, "intermediate_size"), *(module.spec.d_ffn for module in modules))
     return ModelSize(
         dense_bytes=dense_bytes,
         kv_bytes_per_token=_kv_values_per_token(text_config) * itemsize_bytes,
-        act_bytes_per_token=4 * _LIVE_VECTORS * d_model,
+        act_bytes_per_token=4 * (_LIVE_VECTORS * d_model + _LIVE_HIDDEN_VECTORS * d_hidden),
         logits_bytes=4 * config.max_batch * (getattr(text_config, "vocab_size", None) or 0),
         staging_bytes_per_token=(itemsize_bytes + 4) * d_model,
         num_tokens=config.max_context * config.max_batch,
         layers=tuple(_layer_size(module.spec) for module in modules),
+        library_bytes=_LIBRARY_BYTES if on_gpu else 0,
     )
 
 

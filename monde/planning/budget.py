@@ -33,7 +33,8 @@ class ModelSize:
     """Everything the arithmetic needs to know about a model and its use.
 
     num_tokens is the longest sequence times the largest batch; kv_bytes_per_token sums all attention layers;
-    act_bytes_per_token is the peak of live activations; logits_bytes those of the last positions.
+    act_bytes_per_token is the peak of live activations; logits_bytes those of the last positions;
+    library_bytes what matrix libraries keep on the GPU for themselves.
     """
 
     dense_bytes: int
@@ -43,6 +44,7 @@ class ModelSize:
     staging_bytes_per_token: int
     num_tokens: int
     layers: tuple[LayerSize, ...]
+    library_bytes: int = 0
 
     @property
     def kv_bytes(self) -> int:
@@ -50,7 +52,7 @@ class ModelSize:
 
     @property
     def workspace_bytes(self) -> int:
-        return self.num_tokens * self.act_bytes_per_token + self.logits_bytes
+        return self.num_tokens * self.act_bytes_per_token + self.logits_bytes + self.library_bytes
 
     @property
     def staging_bytes(self) -> int:

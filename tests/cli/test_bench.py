@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ def test_json_has_figures_and_all_it_takes_to_repeat_them(monde: Monde) -> None:
         assert record["text"] == "literature (shipped)"
         assert record["cpu_info"]
         assert set(record["versions"]) >= {"torch", "transformers", "monde"}
-        assert record["command"].startswith("monde ")
+        typed = ["monde", "bench", *map(str, (MODEL, *SHORT)), "-o", "json"]
+        assert shlex.split(record["command"]) == typed
         assert record["resident_share"] == 0
         assert record["peak_host_bytes"] > 0
     assert prompt["ttft_s"] == pytest.approx(prompt["avg_ns"] / 1e9)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
+from transformers import AutoTokenizer
 
 from tests.cli.conftest import MODEL, Monde
 
@@ -10,7 +14,7 @@ PROMPT = "It is a truth universally acknowledged, that"
 
 
 def test_text_is_what_transformers_generates(monde: Monde) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
@@ -39,3 +43,14 @@ def test_one_token(monde: Monde) -> None:
     outcome = monde("generate", MODEL, PROMPT, "-n", 1)
     assert outcome.exit_code == 0
     assert "first token after" in outcome.stderr
+
+
+def test_the_budget_leaves_room_for_what_will_run(monde: Monde, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {}
+    monkeypatch.setattr("monde.models.loading.from_pretrained", lambda model, **given: settings.update(given))
+    with pytest.raises(AttributeError):  # there is no model to run
+        monde("generate", MODEL, PROMPT, "-n", 24)
+    assert settings["max_context"] == len(AutoTokenizer.from_pretrained(MODEL)(PROMPT)["input_ids"]) + 24
+    with pytest.raises(AttributeError):
+        monde("bench", MODEL, "-p", 300, "-n", 20, "-d", "0,200", "-b", "1,3")
+    assert (settings["max_context"], settings["max_batch"]) == (500, 3)

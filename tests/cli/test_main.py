@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from hostcompute.backends.select import choose
 from tests.cli.conftest import MODEL, Monde
@@ -71,6 +75,13 @@ MISTAKES = {
     "plot suffix": (("bench", MODEL, "--plot", "speed.doc"), ".png"),
     "plot folder": (("bench", MODEL, "--plot", "nowhere/speed.png"), "nowhere"),
     "text missing": (("bench", MODEL, "--text", "nowhere.txt"), "nowhere.txt"),
+    "seed": (("generate", MODEL, "Hi", "--seed", "-1"), "--seed"),
+    "not UTF-8": (("generate", MODEL, "\udcff"), "not UTF-8"),
+    "prompt too long": (("generate", MODEL, "word " * 2000, "-n", 5), "1024 positions"),
+    "more than the stand-in": (
+        ("generate", MODEL, "Hi", "--device", "cpu", "--gpu-memory", "900TiB"),
+        "more than the",
+    ),
     "no such device": (("generate", MODEL, "Hi", "--device", "abacus"), "abacus"),
 }
 
@@ -94,6 +105,22 @@ def test_a_model_without_tokenizer_cannot_read_a_prompt(monde: Monde, bare_model
     assert "no tokenizer" in outcome.stderr
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_gpu_memory_without_a_gpu_is_refused(monde: Monde) -> None:
+    outcome = monde("generate", MODEL, "Hi", "--gpu-memory", "1GiB")
+    assert outcome.exit_code == 2
+    assert outcome.stderr.splitlines()[-1].startswith("monde: error: gpu_memory: 1 GiB were asked for")
+
+
+def test_a_damaged_tokenizer_is_named(monde: Monde, bare_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(bare_model, folder)
+    (folder / "tokenizer.json").write_text("{garbage")
+    outcome = monde("generate", folder, "Hi")
+    assert outcome.exit_code == 2
+    assert f"{folder}: its tokenizer cannot be read" in outcome.stderr
+
+
 def test_a_dense_model_is_refused(monde: Monde, tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -109,7 +136,9 @@ def test_a_dense_model_is_refused(monde: Monde, tmp_path: Path) -> None:
 def test_from_a_shell() -> None:
     done = shell("bench", MODEL, "-p", 8, "-n", 2, "-r", 1, "-t", 1, "-o", "json")
     assert done.returncode == 0, done.stderr
-    assert [record["test"] for record in json.loads(done.stdout)] == ["pp8", "tg2"]
+    found = json.loads(done.stdout)
+    assert [record["test"] for record in found] == ["pp8", "tg2"]
+    assert found[0]["command"] == f"monde bench {MODEL} -p 8 -n 2 -r 1 -t 1 -o json"
 
 
 def test_a_mistake_from_a_shell_has_no_traceback_unless_asked_for() -> None:
@@ -118,6 +147,30 @@ def test_a_mistake_from_a_shell_has_no_traceback_unless_asked_for() -> None:
     assert done.stderr.startswith("monde: error:")
     assert done.stderr.count("\n") == 1
     assert "Traceback" in shell("bench", "./nowhere", MONDE_DEBUG="1").stderr
+
+
+@pytest.mark.parametrize("target", ["closed", "full"])
+def test_output_that_goes_nowhere_is_an_error(target: str) -> None:
+    redirect = {"closed": ">&-", "full": "> /dev/full"}[target]
+    command = f"{shlex.quote(sys.executable)} -m monde.cli info {redirect}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("monde: error:")
+    assert done.stderr.count("\n") == 1
+
+
+def test_ctrl_c_is_one_line() -> None:
+    command = [sys.executable, "-m", "monde.cli", "generate", str(MODEL), "Hi", "-n", "1000", "-t", "1"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    ) as run:
+        assert run.stdout is not None
+        run.stdout.read(1)  # it is generating
+        run.send_signal(signal.SIGINT)
+        _, stderr = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert stderr.splitlines()[-1] == "monde: error: interrupted"
+    assert "Traceback" not in stderr
 
 
 def test_an_instruction_set_that_is_absent_is_an_error() -> None:

@@ -11,6 +11,8 @@ import pytest
 from hostcompute import DType, ExpertBank, ExpertSpec
 
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16")
+# Multiply bf16 x by bf16 weights in pairs, and round the hidden values for it; f32 and f16 x keep fp32.
+BF16_DOT_ISAS = ("avx512_bf16", "amx_bf16")
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,9 @@ class Contender:
         kwargs: dict[str, Any] = {} if self.isa is None else {"isa": self.isa}
         return ExpertBank(spec, backend=self.backend, **kwargs)
 
-    def bf16_dots(self, spec: ExpertSpec) -> bool:
+    def bf16_dots(self, spec: ExpertSpec, x_dtype: str) -> bool:
         """Whether activations are rounded to bf16 before they meet the weights."""
-        return spec.dtype is DType.BF16 and self.isa in ("avx512_bf16", "amx_bf16")
+        return spec.dtype is DType.BF16 and x_dtype == "bf16" and self.isa in BF16_DOT_ISAS
 
 
 def _missing(contender: Contender) -> str | None:

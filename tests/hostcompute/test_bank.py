@@ -9,7 +9,18 @@ import pytest
 
 from hostcompute import Activation, ActivationKind, DType, ExpertBank, ExpertSpec
 from hostcompute.backends.select import choose
-from tests.hostcompute.cases import LAYOUTS, forward, host_array, load_all, make_batch, make_expert, sliced
+from tests.hostcompute.bounds import assert_within
+from tests.hostcompute.cases import (
+    LAYOUTS,
+    expected,
+    forward,
+    host_array,
+    load_all,
+    make_batch,
+    make_expert,
+    sliced,
+)
+from tests.hostcompute.conftest import BF16_DOT_ISAS
 
 SPEC = ExpertSpec(num_experts=3, d_model=24, d_ffn=20)
 
@@ -115,25 +126,28 @@ def test_numpy_torch_and_dlpack_agree(backend: str) -> None:
 
 def test_torch_bfloat16_in_and_out(backend: str) -> None:
     torch = pytest.importorskip("torch")
-    with loaded_bank(backend) as bank:
-        x_TD = torch.randn(5, 24).bfloat16()
-        ids_TK, weights_TK = torch.randint(0, 3, (5, 2)), torch.rand(5, 2).bfloat16()
-        y_TD = bank.forward(x_TD, ids_TK, weights_TK)
-        assert y_TD.dtype is torch.bfloat16
-        exact_TD = bank.forward(x_TD.float(), ids_TK, weights_TK.float(), out=torch.empty(5, 24))
-        torch.testing.assert_close(y_TD, exact_TD.bfloat16())
+    generator = rng()
+    experts = {e: make_expert(generator, SPEC, "separate") for e in range(SPEC.num_experts)}
+    batch = make_batch(generator, SPEC, 5, 2, x_dtype="bf16", weights_dtype="bf16")
+    with load_all(ExpertBank(SPEC, backend), experts) as bank:
+        x_TD, weights_TK = (
+            torch.from_numpy(array.numpy()).view(torch.bfloat16) for array in (batch.x_TD, batch.weights_TK)
+        )
+        y_TD = bank.forward(x_TD, torch.from_numpy(batch.ids_TK), weights_TK)
+        bf16_dots = bank.choice.isa in BF16_DOT_ISAS
+    assert y_TD.dtype is torch.bfloat16
+    want = expected(SPEC, experts, batch, "bf16", bf16_dots)
+    assert_within(y_TD.float().numpy(), want, f"{backend}, torch bf16")
 
 
 def test_ml_dtypes_bfloat16(backend: str) -> None:
     ml_dtypes = pytest.importorskip("ml_dtypes")
+    batch = make_batch(rng(), SPEC, 2, 2, x_dtype="bf16")
     with loaded_bank(backend) as bank:
-        x_TD = rng().standard_normal((2, 24)).astype(ml_dtypes.bfloat16)
-        y_TD = bank.forward(x_TD, np.zeros((2, 1), np.int64), np.ones((2, 1), np.float32))
+        x_TD = batch.x_TD.numpy().view(ml_dtypes.bfloat16)
+        y_TD = bank.forward(x_TD, batch.ids_TK, batch.weights_TK.numpy())
         assert y_TD.dtype == x_TD.dtype
-        exact_TD = bank.forward(
-            x_TD.astype(np.float32), np.zeros((2, 1), np.int64), np.ones((2, 1), np.float32)
-        )
-        np.testing.assert_array_equal(y_TD, exact_TD.astype(ml_dtypes.bfloat16))
+        np.testing.assert_array_equal(y_TD.astype(np.float32), forward(bank, batch, "bf16"))
 
 
 def test_strided_batch(backend: str) -> None:

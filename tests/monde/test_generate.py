@@ -103,27 +103,40 @@ def test_pickle_is_refused(pair: tuple[Any, Any]) -> None:
         pickle.dumps(pair[1])
 
 
-def test_lm_eval_accepts_the_model(pair: tuple[Any, Any], checkpoints: Any) -> None:
-    lm_eval = pytest.importorskip("lm_eval.models.huggingface")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of lm-eval's own dependencies
+def test_lm_eval_scores_and_generates(pair: tuple[Any, Any]) -> None:
+    """HFLM takes the model as it is; loglikelihoods and texts are the original's."""
     from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
 
-    original, model = pair
-    requests = [Instance("loglikelihood", {}, ("the cat", " sat down"), 0)]
-    scores = [
-        lm_eval.HFLM(pretrained=m, tokenizer=_letters(), device="cpu").loglikelihood(requests)[0][0]
-        for m in (original, model)
-    ]
-    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+    stories = [("the cat", " sat down"), ("a much longer beginning of", " the tale"), ("so", " it goes")]
+    scored = [Instance("loglikelihood", {}, story, i) for i, story in enumerate(stories)]
+    until = {"until": ["."], "max_gen_toks": 8, "do_sample": False}
+    asked = [Instance("generate_until", {}, (context, until), i) for i, (context, _) in enumerate(stories)]
+    answers = []
+    for model in pair:
+        lm = HFLM(pretrained=model, tokenizer=_letters(), device="cpu", batch_size=2, max_length=64)
+        answers.append(
+            (lm.loglikelihood(scored, disable_tqdm=True), lm.generate_until(asked, disable_tqdm=True))
+        )
+    (want_scores, want_texts), (got_scores, got_texts) = answers
+    assert got_texts == want_texts
+    assert all(len(text) > 0 for text in got_texts)
+    # A log probability errs by up to twice what its logits do, and at most ten of them are summed.
+    allowed = 10 * 2 * tiny.expected(pair[0], tiny.prompt()).tolerance
+    for (got, got_is_greedy), (want, want_is_greedy) in zip(got_scores, want_scores, strict=True):
+        assert got == pytest.approx(want, abs=allowed)
+        assert got_is_greedy == want_is_greedy
 
 
 def _letters() -> Any:
     """A tokenizer of single bytes."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = {chr(i) if i > 31 else f"<{i}>": i for i in range(tiny.VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<0>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<0>", eos_token="<1>", pad_token="<2>"
