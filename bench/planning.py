@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where to write the artefact")
     args = parser.parse_args()
     rng = np.random.default_rng(0)
-    layers = [LayerSize(128, 9437184)] * 48
+    layers = [LayerSize(128, 9437184, 9437184)] * 48
     value_L = [rng.pareto(1.5, 128) for _ in layers]
     later_L = [value_E * rng.lognormal(0, 0.3, 128) for value_E in value_L]
     placements = place(value_L, layers, 16 * 2**30)

@@ -64,7 +64,7 @@ def main() -> None:
         for l, ids_TK in enumerate(step):
             tracker.update(l, ids_TK, np.ones(ids_TK.shape, np.float32))
     heat = tracker.read(other.model)
-    layers = [LayerSize(n, 1) for n in trace.num_experts_L]
+    layers = [LayerSize(n, 1, 1) for n in trace.num_experts_L]
     results = []
     print("| policy | share of experts | found on the device | swaps a step |\n|---|---|---|---|")
     for share in (0.25, 0.5):

@@ -59,7 +59,7 @@ def outline_of(path_or_id: str, max_context: int, max_batch: int, heat: Heat | N
     with torch.device("meta"):
         model = from_config(config, dtype=dtype)
     modules = find_experts(model)
-    size = model_size(model, modules, MondeConfig(max_context=max_context, max_batch=max_batch))
+    size = model_size(model, modules, MondeConfig(max_context=max_context, max_batch=max_batch), on_gpu=True)
     text_config: Any = config.get_text_config()
     num_topk = _num_topk(text_config, config)
     num_experts_L = [module.spec.num_experts for module in modules]

@@ -12,6 +12,8 @@ from torch import nn
 
 from hostcompute import ExpertSpec
 from monde.config import MondeConfig, machine_memory_bytes
+from monde.device.mailbox import DecodeSize
+from monde.executors.decode import MAX_DECODE_TOKENS, MAX_DECODE_TOPK
 from monde.models.experts import ExpertsModule
 from monde.planning.budget import LayerSize, MemoryPlan, ModelSize, plan_memory
 from monde.sizes import format_bytes
@@ -25,6 +27,8 @@ _LIVE_VECTORS = 8
 _LIVE_HIDDEN_VECTORS = 5
 # torch gives cuBLAS and cuBLASLt 32 MiB each on Hopper, a quarter of that before.
 _LIBRARY_BYTES = 64 * 2**20
+# A captured step's private pool rounds every block up to 2 MiB; a few shapes of step are captured.
+_GRAPH_BYTES = 32 * 2**20
 _GPU_SHARE = 0.9  # of what is free: the rest covers the CUDA context's growth and the allocator's fragments
 
 
@@ -96,8 +100,14 @@ def model_size(
         staging_bytes_per_token=(itemsize_bytes + 4) * d_model,
         num_tokens=config.max_context * config.max_batch,
         layers=tuple(_layer_size(module.spec) for module in modules),
-        library_bytes=_LIBRARY_BYTES if on_gpu else 0,
+        library_bytes=_LIBRARY_BYTES + _decode_bytes(modules) if on_gpu else 0,
     )
+
+
+def _decode_bytes(modules: Sequence[ExpertsModule]) -> int:
+    """Scratch of the decode kernels, and the memory of captured steps besides what they compute in."""
+    size = DecodeSize.of([module.spec for module in modules], MAX_DECODE_TOKENS, MAX_DECODE_TOPK)
+    return size.scratch_bytes + _GRAPH_BYTES
 
 
 def _layer_size(spec: ExpertSpec) -> LayerSize:

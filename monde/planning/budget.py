@@ -34,7 +34,7 @@ class ModelSize:
 
     num_tokens is the longest sequence times the largest batch; kv_bytes_per_token sums all attention layers;
     act_bytes_per_token is the peak of live activations; logits_bytes those of the last positions;
-    library_bytes what matrix libraries keep on the GPU for themselves.
+    library_bytes what matrix libraries and captured steps keep on the GPU for themselves.
     """
 
     dense_bytes: int

@@ -39,10 +39,8 @@ def place(value_L: Values, layers: Sequence[LayerSize], budget_bytes: int) -> tu
     gets its first expert before any gets its second. Errors: ValueError for values that do not match `layers`.
     """
     _check(value_L, layers)
-    sizes = sorted({layer.expert_bytes for layer in layers}, reverse=True)
-    queues = [
-        _queue(value_L, [l for l, layer in enumerate(layers) if layer.expert_bytes == s]) for s in sizes
-    ]
+    sizes = sorted({layer.slot_bytes for layer in layers}, reverse=True)
+    queues = [_queue(value_L, [l for l, layer in enumerate(layers) if layer.slot_bytes == s]) for s in sizes]
     counts = _knapsack([queue.total for queue in queues], sizes, budget_bytes)
     resident = [(int(l), int(e)) for q, n in zip(queues, counts, strict=True) for l, e in q.experts[:n]]
     return _placements(resident, layers)

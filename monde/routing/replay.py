@@ -88,7 +88,7 @@ def replay(
             continue
         placements = apply_swaps(placements, swaps)
         num_swaps += len(swaps)
-        swap_bytes += sum(layers[swap.layer].expert_bytes for swap in swaps)
+        swap_bytes += sum(layers[swap.layer].slot_bytes for swap in swaps)
     return Replay(num_pairs, num_hits, num_swaps, swap_bytes)
 
 

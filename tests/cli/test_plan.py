@@ -23,12 +23,23 @@ def test_a_plan_needs_no_weights(monde: Monde, tmp_path: Path) -> None:
     assert DESCRIBED["laptop-4060"].source in outcome.stdout
 
 
+def smallest_budget(monde: Monde) -> int:
+    """The bytes that the error of an impossible budget names."""
+    outcome = monde("plan", MODEL, "-m", "h200", "--gpu-memory", "1MiB")
+    assert outcome.exit_code == 2
+    assert outcome.stderr.count("\n") == 1
+    found = re.search(r"gpu_memory=(\d+)", outcome.stderr)
+    assert found is not None
+    return int(found.group(1))
+
+
 def test_json_says_what_fits_and_what_more_would_buy(monde: Monde) -> None:
-    speeds = []
-    for num_mib in (28, 29, 30):
-        outcome = monde("plan", MODEL, "-m", "h200", "--gpu-memory", f"{num_mib}MiB", "--json")
+    smallest, speeds = smallest_budget(monde), []
+    for more_mib in (0, 1, 2):
+        budget = smallest + more_mib * 2**20
+        outcome = monde("plan", MODEL, "-m", "h200", "--gpu-memory", budget, "--json")
         answer = json.loads(outcome.stdout)
-        assert answer["gpu_used_bytes"] <= answer["gpu_bytes"] == num_mib * 2**20
+        assert answer["gpu_used_bytes"] <= answer["gpu_bytes"] == budget
         assert answer["host_used_bytes"] <= answer["host_bytes"]
         assert answer["decode"]["gain_of_one_more_gib_of_gpu_memory"] >= 1
         assert set(answer["prefill"]["gain_of_10_percent_more"]) == {"host", "bus", "GPU", "launches"}
@@ -39,12 +50,7 @@ def test_json_says_what_fits_and_what_more_would_buy(monde: Monde) -> None:
 
 
 def test_the_smallest_budget_that_an_error_names_works(monde: Monde) -> None:
-    outcome = monde("plan", MODEL, "-m", "h200", "--gpu-memory", "1MiB")
-    assert outcome.exit_code == 2
-    assert outcome.stderr.count("\n") == 1
-    found = re.search(r"gpu_memory=(\d+)", outcome.stderr)
-    assert found is not None
-    smallest = int(found.group(1))
+    smallest = smallest_budget(monde)
     assert monde("plan", MODEL, "-m", "h200", "--gpu-memory", smallest).exit_code == 0
     assert monde("plan", MODEL, "-m", "h200", "--gpu-memory", smallest - 1).exit_code == 2
 
@@ -58,7 +64,8 @@ def test_a_measured_profile_is_a_file(monde: Monde, tmp_path: Path) -> None:
 
 
 def test_known_heat_makes_slots_worth_more(monde: Monde, tmp_path: Path) -> None:
-    path, budget = tmp_path / "h.safetensors", ("-m", "h200", "--gpu-memory", "28MiB", "--json")
+    path = tmp_path / "h.safetensors"
+    budget = ("-m", "h200", "--gpu-memory", smallest_budget(monde) + 2**20, "--json")
     counts = [np.array([90, 90, 90, 90] + [1] * 12, np.float32) for _ in range(4)]
     Heat("moe-3m", tuple(counts), 100.0).save(path)
     equal, hot = monde("plan", MODEL, *budget), monde("plan", MODEL, *budget, "--heat", path)

@@ -22,7 +22,7 @@ def test_sizes_are_those_of_the_model(name: str, tmp_path: Path) -> None:
     model.config.save_pretrained(tmp_path)
     outlined = outline_of(str(tmp_path), max_context=100, max_batch=3)
     modules = find_experts(model)
-    assert outlined.size == model_size(model, modules, MondeConfig(max_context=100, max_batch=3))
+    assert outlined.size == model_size(model, modules, MondeConfig(max_context=100, max_batch=3), on_gpu=True)
     assert len(outlined.outline.layers) == len(modules)
     for layer, module in zip(outlined.outline.layers, modules, strict=True):
         assert layer.shape.expert_bytes == module.spec.expert_bytes

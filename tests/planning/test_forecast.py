@@ -31,7 +31,7 @@ QWEN3_30B = ModelOutline((MoeLayer(SHAPE, 8, UNIFORM),) * 48, 48, 2_500_000_000,
 
 def placed(num_resident: int) -> list[Placement]:
     budget_bytes = 48 * num_resident * 10
-    return list(place_uniform([LayerSize(128, 10)] * 48, budget_bytes))
+    return list(place_uniform([LayerSize(128, 10, 10)] * 48, budget_bytes))
 
 
 def test_more_slots_are_never_slower() -> None:
@@ -71,7 +71,7 @@ def test_known_heat_helps_when_placement_follows_it() -> None:
     skewed = np.sort(np.random.default_rng(0).dirichlet(np.full(128, 0.3)))[::-1]
     model = dataclasses.replace(QWEN3_30B, layers=(MoeLayer(SHAPE, 8, skewed),) * 48)
     hot_first = forecast_decode(model, placed(32), H200, 1, 512).step_s
-    sizes = [LayerSize(128, 10)] * 48
+    sizes = [LayerSize(128, 10, 10)] * 48
     chosen = place_for_decode(model, sizes, 48 * 32 * 10, H200, 1)
     assert forecast_decode(model, chosen, H200, 1, 512).step_s == pytest.approx(hot_first)
     cold_first = [Placement(p.slot_of_expert_E[::-1]) for p in placed(32)]

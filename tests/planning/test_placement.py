@@ -33,7 +33,8 @@ def models(draw: st.DrawFn) -> tuple[Values, list[LayerSize], int]:
     for _ in range(draw(st.integers(1, 4))):
         n = draw(st.integers(0, min(left, 6)))
         left -= n
-        layers.append(LayerSize(n, draw(st.sampled_from([1, 3, 5, 7]))))
+        slot_bytes = draw(st.sampled_from([1, 3, 5, 7]))
+        layers.append(LayerSize(n, slot_bytes, slot_bytes))
         values.append(np.array(draw(st.lists(st.integers(0, 20), min_size=n, max_size=n)), float))
     return values, layers, draw(st.integers(0, 40))
 
@@ -59,7 +60,7 @@ def check_slots(placements: tuple[Placement, ...], layers: list[LayerSize]) -> N
 def test_no_subset_is_worth_more(model: tuple[Values, list[LayerSize], int]) -> None:
     value_L, layers, budget_bytes = model
     experts = [
-        (value_L[l][e], layers[l].expert_bytes) for l in range(len(layers)) for e in range(len(value_L[l]))
+        (value_L[l][e], layers[l].slot_bytes) for l in range(len(layers)) for e in range(len(value_L[l]))
     ]
     best = max(
         sum(v for v, _ in chosen)
@@ -86,14 +87,14 @@ def test_uniform_fits_and_is_even(model: tuple[Values, list[LayerSize], int]) ->
 
 
 def test_equal_values_are_spread_over_the_layers() -> None:
-    layers = [LayerSize(8, 10)] * 4
+    layers = [LayerSize(8, 10, 10)] * 4
     placements = place([np.ones(8)] * 4, layers, 100)
     assert [p.num_resident for p in placements] == [3, 3, 2, 2]
     assert [p.num_resident for p in place_uniform(layers, 100)] == [3, 3, 2, 2]
 
 
 def test_skewed_layers_get_more_slots() -> None:
-    layers = [LayerSize(8, 10)] * 2
+    layers = [LayerSize(8, 10, 10)] * 2
     skewed, flat = np.array([9.0, 8, 7, 6, 0, 0, 0, 0]), np.full(8, 3.0)
     assert [p.num_resident for p in place([skewed, flat], layers, 60)] == [4, 2]
 
@@ -176,6 +177,6 @@ def test_hysteresis_keeps_near_equals_where_they_are() -> None:
 
 def test_wrong_shapes_and_values_are_refused() -> None:
     with pytest.raises(ValueError, match="one value per expert"):
-        place([np.ones(3)], [LayerSize(4, 1)], 10)
+        place([np.ones(3)], [LayerSize(4, 1, 1)], 10)
     with pytest.raises(ValueError, match="at least 0"):
-        place([np.array([np.nan])], [LayerSize(1, 1)], 10)
+        place([np.array([np.nan])], [LayerSize(1, 1, 1)], 10)

@@ -18,7 +18,7 @@ from monde.routing.replay import DynamicSettings, Residency, replay
 from monde.routing.trace import Trace, TraceRecorder, hit_rate
 
 L, E, K = 4, 32, 4
-LAYERS = [LayerSize(E, 10)] * L
+LAYERS = [LayerSize(E, 10, 10)] * L
 
 
 def synthetic_trace(num_steps: int, seed: int) -> Trace:
@@ -87,7 +87,7 @@ def test_the_dynamic_policy_moves_a_fraction_of_what_lru_moves(trace: Trace) -> 
 def test_lru_is_an_lru_cache(ids: list[int], num_slots: int) -> None:
     """One pair a step: the replay against an ordered dictionary that starts with the first experts, oldest last."""
     steps = tuple((np.array([[e]], np.int16),) for e in ids)
-    got = replay(Trace("", (8,), steps), Residency.LRU, [LayerSize(8, 1)], num_slots)
+    got = replay(Trace("", (8,), steps), Residency.LRU, [LayerSize(8, 1, 1)], num_slots)
     cache = OrderedDict((e, None) for e in range(num_slots))
     num_hits = num_misses = 0
     for e in ids:
