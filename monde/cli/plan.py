@@ -58,6 +58,7 @@ def plan(
     profile = _profile(machine)
     check_model(model)
     outlined = outline_of(model, context, batch, None if heat is None else Heat.load(heat))
+    on_gpu = profile.gpu is not None
     card_bytes = 0 if profile.gpu is None else profile.gpu.memory_bytes
     gpu_bytes = parse_size_bytes(gpu_memory, "gpu_memory") if gpu_memory else int(card_bytes * _GPU_SHARE)
     host_bytes = parse_size_bytes(host_memory, "host_memory") if host_memory else profile.memory_bytes
@@ -65,7 +66,7 @@ def plan(
     _check_machine("host_memory", host_bytes, profile.memory_bytes, profile)
 
     def forecast(gpu_bytes: int) -> Forecast:
-        memory = plan_memory(outlined.size, profile.gpu is not None, gpu_bytes, host_bytes)
+        memory = plan_memory(outlined.size, on_gpu, gpu_bytes, host_bytes, wants_moves=on_gpu)
         return _forecast(outlined, memory, profile, batch, context, prompt)
 
     now, more = forecast(gpu_bytes), forecast(gpu_bytes + 2**30) if profile.gpu is not None else None
