@@ -137,7 +137,7 @@ class Residency:
         if self._why_not_pinned or len(bank.loaded_experts) < bank.spec.num_experts:
             return
         try:
-            self._pinned[layer_idx] = PinnedRange(blobs.address, blobs.num_bytes, blobs)
+            self._pinned[layer_idx] = PinnedRange(blobs.address, blobs.num_bytes, blobs, self.device)
         except RuntimeError as error:
             self._why_not_pinned = str(error)
             warnings.warn(
@@ -147,7 +147,8 @@ class Residency:
             )
 
     def close(self) -> None:
-        """Wait for copies and unpin. Closing twice is fine."""
+        """Wait for copies and unpin; nothing moves afterwards. Closing twice is fine."""
+        self._read_N2 = self._reading = None
         self._mover.close()
         for pinned in self._pinned.values():
             pinned.close()

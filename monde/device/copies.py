@@ -72,7 +72,7 @@ class _CudaArrival:
         self._device, self._event = device, event
 
     def done(self) -> bool:
-        return self._event.query()
+        return bool(self._event.query())
 
     def order(self) -> None:
         torch.cuda.current_stream(self._device).wait_event(self._event)

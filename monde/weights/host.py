@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ class HostBlobs:
     def __init__(self, bank: ExpertBank) -> None:
         self.bank, self.spec = bank, bank.spec
         self._layout = make_layout(bank.spec)
-        self._backend: Any = bank.backend
+        self._backend = cast(Any, bank.backend)  # no other backend has these
         self.address, self.num_bytes = self._backend.memory_range
 
     def blob_B(self, expert_id: int) -> Tensor:
