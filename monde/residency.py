@@ -27,6 +27,8 @@ from monde.weights.table import SlotTable
 # A swap reads an expert from host memory once, as the host does each time it computes it. At this share of what the
 # host reads anyway, swaps cost decode at most as much of its bandwidth.
 SWAP_SHARE = 1 / 50
+# A prompt is one step of many tokens: right after it the estimate of what the host reads is far too high.
+MAX_SWAPS = 16
 
 
 class Residency:
@@ -35,6 +37,9 @@ class Residency:
     moves: whether residents may change; then the banks, native ones, hold every expert of layers with some slots.
     """
 
+    @torch.inference_mode(
+        False
+    )  # whatever mode the model is loaded in: steps in any mode change these tensors
     def __init__(
         self,
         banks: Sequence[ExpertBank],
@@ -44,7 +49,7 @@ class Residency:
         moves: bool,
         heat: Heat | None = None,
     ) -> None:
-        self.settings, self.swap_share = DynamicSettings(), SWAP_SHARE
+        self.settings, self.swap_share = DynamicSettings(max_swaps=MAX_SWAPS), SWAP_SHARE
         self.device, self._layers, self._banks = device, layers, banks
         self.tables = [SlotTable(placement, device) for placement in placements]
         self.slots = [

@@ -185,15 +185,12 @@ def test_memory_is_unpinned_at_close_and_when_the_model_is_gone() -> None:
         return [blobs.address for blobs in model.monde.residency._blobs.values()]
 
     def is_pinned(address: int) -> bool:
-        try:
-            cupy.cuda.runtime.hostUnregister(address)
-        except cupy.cuda.runtime.CUDARuntimeError:
-            return False
-        return True
+        return int(cupy.cuda.runtime.pointerGetAttributes(address).type) == 1  # cudaMemoryTypeHost
 
     closed, dropped = offloaded(original), offloaded(original)
     addresses = pinned_addresses(closed) + pinned_addresses(dropped)
     assert len(addresses) == 4
+    assert all(is_pinned(address) for address in addresses)
     closed.monde.close()
     closed.monde.close()
     del dropped

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -95,6 +97,30 @@ def test_text_while_everything_moves() -> None:
     model = restless(original)
     assert torch.equal(tiny.greedy(model, ids), tiny.greedy(original, ids))
     assert model.monde.counters().num_swaps >= 8
+
+
+def test_loaded_in_one_mode_and_run_in_others() -> None:
+    original = tiny.build("mixtral")
+    with torch.inference_mode():
+        model = restless(original)
+    modes = (torch.no_grad, torch.inference_mode)
+    for idx, ids in enumerate(prompts(9)):
+        with torch.no_grad():
+            want = tiny.expected(original, ids)
+        with modes[idx % 2]():
+            tiny.assert_logits(model(ids).logits, want)
+    assert model.monde.counters().num_swaps > 0
+
+
+def test_a_dropped_model_is_gone() -> None:
+    """On a GPU its memory must not stay pinned."""
+    model = restless(tiny.build("mixtral"))
+    model(prompts(1)[0])
+    residency, bank = weakref.ref(model.monde.residency), weakref.ref(model.monde.layers[0].host.bank)
+    del model
+    gc.collect()
+    assert residency() is None
+    assert bank() is None
 
 
 class LateCopies(InOrderCopies):
