@@ -22,6 +22,7 @@ from monde.planning.placement import Swap
 from monde.routing.heat import Heat
 from monde.routing.replay import DynamicSettings
 from tests.monde import tiny
+from tests.monde.eager_capture import with_graphs
 
 pytest.importorskip("hostcompute._native")
 
@@ -121,6 +122,22 @@ def test_a_dropped_model_is_gone() -> None:
     gc.collect()
     assert residency() is None
     assert bank() is None
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_text_of_replayed_steps_while_everything_moves(name: str) -> None:
+    """The engine hears of replays by before_replay, as of captured steps on a GPU."""
+    original = tiny.build(name)
+    model = restless(original)
+    with_graphs(model, engine=model.monde)
+    for ids in prompts(3):
+        settings = {"attention_mask": torch.ones_like(ids), "do_sample": False, "eos_token_id": None}
+        got = model.generate(ids, max_new_tokens=30, **settings)
+        assert torch.equal(got, original.generate(ids, max_new_tokens=30, **settings))
+    assert model._decode_runner.num_replays > 60
+    assert model.monde.counters().num_swaps > 20
+    come_to_rest(model.monde)
+    assert_consistent(model.monde)
 
 
 class LateCopies(InOrderCopies):
