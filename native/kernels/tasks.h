@@ -58,9 +58,10 @@ struct Kernels {
   int activation_itemsize_bytes;  // 4: f32 blocks, 2: bf16 blocks
   // Rows [row_begin, row_end) of a group, row_begin a multiple of kBlockRows: x -> x_blocks.
   void (*gather)(const ExpertLayout&, const Batch&, const ExpertGroup&, int row_begin, int row_end);
-  // h_blocks[:, panels] = act(gate, up) for every row of the group.
-  void (*gate_up)(const ExpertLayout&, const Activation&, const Batch&, const ExpertGroup&, int panel_begin,
-                  int panel_end);
+  // h_blocks[rows, panels] = act(gate, up) for rows [row_begin, row_end) of a group, row_begin a multiple of
+  // kBlockRows.
+  void (*gate_up)(const ExpertLayout&, const Activation&, const Batch&, const ExpertGroup&, int row_begin, int row_end,
+                  int panel_begin, int panel_end);
   // out[:, columns of panels] = sum over groups, in order; y_scratch holds num_tokens * 16 * (end - begin) floats.
   void (*down)(const ExpertLayout&, const Batch&, int panel_begin, int panel_end, float* y_scratch);
 };
