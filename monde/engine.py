@@ -39,7 +39,7 @@ class Engine:
     ) -> None:
         self.config, self.plan, self.device = config, plan, device
         self.staging = Staging(pinned=device.type == "cuda")
-        self._pool = host_pool(config, device)
+        self.pool = host_pool(config, device)
         self._num_replays = 0
         self._hubs: dict[torch.dtype, DecodeHub] = {}
         self._decoders: dict[tuple[int, torch.dtype], DecodeExecutor] = {}
@@ -57,7 +57,7 @@ class Engine:
 
     def _build_layer(self, spec: ExpertSpec, num_resident: int) -> MoELayer:
         placement = first_experts(spec.num_experts, num_resident)
-        host = HostExecutor(ExpertBank(spec, self.config.cpu_backend, self._pool), self.staging)
+        host = HostExecutor(ExpertBank(spec, self.config.cpu_backend, self.pool), self.staging)
         decoder = partial(self._decoder, len(self.layers))
         if num_resident == 0:
             return MoELayer(spec, placement, host, decoder=decoder)
@@ -71,7 +71,7 @@ class Engine:
             return None
         if x_dtype not in self._hubs:
             specs, banks = zip(*((layer.spec, layer.host.bank) for layer in self.layers), strict=True)
-            self._hubs[x_dtype] = DecodeHub(specs, banks, x_dtype, self.device, self._pool)
+            self._hubs[x_dtype] = DecodeHub(specs, banks, x_dtype, self.device, self.pool)
         if (layer_idx, x_dtype) not in self._decoders:
             layer = self.layers[layer_idx]
             slots = None if layer.device is None else layer.device.slots
