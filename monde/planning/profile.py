@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from monde.planning.fit import AlphaBeta
 
 PROFILE_VERSION = 2
+_AT_THE_ROOF = 0.1  # measured rates this close to the memory's are taken for limited by it
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,20 @@ class ExpertRate:
         """
         flops = tuple(t * flops_per_token / s for t, s in zip(tokens, seconds, strict=True))
         return cls(0.0, expert_bytes / min(seconds), Curve(tuple(map(float, tokens)), flops))
+
+    def with_memory(self, factor: float) -> ExpertRate:
+        """The rate if memory were `factor` times as fast and arithmetic the same.
+
+        A table's flops_per_s holds the time of reading too where that was the limit: in bf16, one operation per
+        byte and token. Those points rise as well, up to the greatest that was measured.
+        """
+        curve = self.flops_per_s
+        top = max(curve.y)
+        flops = tuple(
+            min(y * factor, top) if abs(y / (t * self.bytes_per_s) - 1) <= _AT_THE_ROOF else y
+            for t, y in zip(curve.x, curve.y, strict=True)
+        )
+        return ExpertRate(self.overhead_s, self.bytes_per_s * factor, Curve(curve.x, flops))
 
 
 @dataclass(frozen=True)

@@ -72,3 +72,16 @@ def test_impossible_figures_are_refused() -> None:
         MemoryChannels(0, 1e9)
     with pytest.raises(ValueError, match="ExpertRate: expected"):
         ExpertRate(0.0, 0.0, Curve((1,), (1,)))
+
+
+def test_more_memory_bandwidth_helps_where_reading_was_the_limit() -> None:
+    """A table in bf16, one operation per byte and token: 1 and 2 tokens read, 64 compute."""
+    tokens, seconds = (1, 2, 64), (1.0, 1.02, 8.0)
+    rate = ExpertRate.from_table(tokens, seconds, 1e6, 1e6)
+    t = np.asarray(tokens, float)
+
+    def predicted(r: ExpertRate) -> np.ndarray:
+        return np.maximum(1e6 / r.bytes_per_s, t * 1e6 / r.flops_per_s.at(t))
+
+    np.testing.assert_allclose(predicted(rate), seconds)
+    np.testing.assert_allclose(predicted(rate.with_memory(1.25)), [1 / 1.25, 1.02 / 1.25, 8.0])
