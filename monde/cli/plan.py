@@ -73,7 +73,9 @@ def plan(
         check_plot(plot)
     profile = find_profile(machine)
     check_model(model)
-    outlined = outline_of(model, context, batch, None if heat is None else Heat.load(heat))
+    outlined = outline_of(
+        model, context, batch, None if heat is None else Heat.load(heat), profile.gpu is not None
+    )
     card_bytes = 0 if profile.gpu is None else profile.gpu.memory_bytes
     gpu_bytes = parse_size_bytes(gpu_memory, "gpu_memory") if gpu_memory else int(card_bytes * _GPU_SHARE)
     host_bytes = parse_size_bytes(host_memory, "host_memory") if host_memory else profile.memory_bytes
@@ -129,6 +131,10 @@ def find_profile(machine: str | None) -> HardwareProfile:
 def _check_machine(what: str, asked_bytes: int, have_bytes: int, profile: HardwareProfile) -> None:
     from monde.sizes import format_bytes
 
+    if asked_bytes > 0 == have_bytes:
+        raise ValueError(
+            f"{what}: {profile.machine.name} has no GPU; leave {what} out, or plan for another machine with --machine"
+        )
     if asked_bytes > have_bytes:
         raise ValueError(
             f"{what}: {format_bytes(asked_bytes)} is more than the {format_bytes(have_bytes)} of "

@@ -41,11 +41,13 @@ class Outlined:
     stored: StoredSizes | None
 
 
-def outline_of(path_or_id: str, max_context: int, max_batch: int, heat: Heat | None = None) -> Outlined:
+def outline_of(
+    path_or_id: str, max_context: int, max_batch: int, heat: Heat | None = None, on_gpu: bool = True
+) -> Outlined:
     """Build the model that config.json describes on the meta device and read off its shapes.
 
     Sizes are those in memory, in the type that loading gives: config.json's, else the checkpoint's. Experts are as
-    popular as `heat` says, else equally. Errors: OSError where path or id does not exist; CheckpointError for files
+    popular as `heat` says, else equally. on_gpu: whether dense weights will run there. Errors: OSError where path or id does not exist; CheckpointError for files
     that are damaged or of another model; UnsupportedModelError; ValueError for encoder-decoders, heat of another
     model, and when the configuration does not say how many experts a token takes.
     """
@@ -63,7 +65,7 @@ def outline_of(path_or_id: str, max_context: int, max_batch: int, heat: Heat | N
     with torch.device("meta"):
         model = from_config(config, dtype=dtype)
     modules = find_experts(model)
-    size = model_size(model, modules, MondeConfig(max_context=max_context, max_batch=max_batch), on_gpu=True)
+    size = model_size(model, modules, MondeConfig(max_context=max_context, max_batch=max_batch), on_gpu)
     text_config: Any = config.get_text_config()
     num_topk = _num_topk(text_config, config)
     num_experts_L = [module.spec.num_experts for module in modules]

@@ -30,11 +30,12 @@ class StoredSizes:
 
 
 def checkpoint_files(path_or_id: str) -> list[Path]:
-    """All safetensors files of a folder, or of a hub id in the local cache; none where one is missing."""
+    """All safetensors files of a folder, or of a hub id in the local cache; none where one is missing.
+
+    Errors: CheckpointError for an index that is damaged.
+    """
     index = _here(path_or_id, "model.safetensors.index.json")
-    names = ["model.safetensors"]
-    if index is not None:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    names = ["model.safetensors"] if index is None else _shards(index)
     files = [file for file in (_here(path_or_id, name) for name in names) if file is not None]
     return files if len(files) == len(names) else []
 
@@ -74,6 +75,13 @@ def stored_sizes(model: Any, modules: Sequence[ExpertsModule], files: Sequence[P
             "use the config and all shards of one model"
         )
     return StoredSizes(len(files), dense_bytes, expert_bytes, unused_bytes)
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: the file is damaged; download or copy it again") from error
 
 
 def _here(path_or_id: str, name: str) -> Path | None:

@@ -123,6 +123,8 @@ def test_a_plot_of_budgets(monde: Monde, tmp_path: Path) -> None:
     refused = monde("plan", MODEL, "-m", tmp_path / "host.json", "--plot", picture)
     assert refused.exit_code == 2
     assert "no budget to vary" in refused.stderr
+    refused = monde("plan", MODEL, "-m", tmp_path / "host.json", "--gpu-memory", "1GiB")
+    assert "h200 has no GPU; leave gpu_memory out" in refused.stderr
     assert monde("plan", MODEL, "-m", "h200", "--plot", tmp_path / "budgets.txt").exit_code == 2
 
 

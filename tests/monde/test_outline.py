@@ -88,6 +88,20 @@ def test_a_missing_shard_leaves_the_configuration(tmp_path: Path) -> None:
     assert outline_of(str(tmp_path), 16, 1).stored is None
 
 
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}'])
+def test_a_damaged_index_is_named(text: str, tmp_path: Path) -> None:
+    build(NAMES[0]).save_pretrained(tmp_path, max_shard_size="20KB")
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"index\.json: the file is damaged"):
+        outline_of(str(tmp_path), 16, 1)
+
+
+def test_without_a_gpu_nothing_is_kept_for_its_libraries(tmp_path: Path) -> None:
+    build(NAMES[0]).config.save_pretrained(tmp_path)
+    assert outline_of(str(tmp_path), 16, 1, on_gpu=False).size.library_bytes == 0
+    assert outline_of(str(tmp_path), 16, 1).size.library_bytes > 0
+
+
 def test_what_cannot_be_forecast_is_refused(tmp_path: Path) -> None:
     SwitchTransformersConfig(vocab_size=64, d_model=32, d_ff=48, num_experts=4).save_pretrained(
         tmp_path / "switch"
