@@ -24,10 +24,11 @@ import torch
 import hostcompute
 from bench import artefact, host_layers
 from hostcompute import ExpertBank, ExpertSpec
-from monde.core import RoutedBatch
-from monde.engine import host_threads
+from monde.core import Placement, RoutedBatch
 from monde.executors.decode import DecodeExecutor, DecodeHub
+from monde.executors.host import host_threads
 from monde.weights.slots import ExpertSlots
+from monde.weights.table import SlotTable
 
 SPEC, TOPK = ExpertSpec(128, 2048, 768), 8
 NUM_ROUTINGS = 32
@@ -64,13 +65,14 @@ class Hybrid:
         device = torch.device("cuda:0")
         specs = [spec] * len(banks)
         self.hub = DecodeHub(specs, banks, torch.bfloat16, device, pool)
-        table = [e if e < num_resident else -1 for e in range(spec.num_experts)]
+        entries = tuple(e if e < num_resident else -1 for e in range(spec.num_experts))
         self.executors = []
         for layer_idx in range(len(banks)):
             slots = ExpertSlots(spec, num_resident, device) if num_resident else None
             if slots is not None:  # any bytes do for timing, but zeros would not
                 slots.blobs_SB.view(torch.bfloat16).normal_(std=0.02)
             heat_E = torch.zeros(spec.num_experts, device=device)
+            table = SlotTable(Placement(entries), device)
             self.executors.append(DecodeExecutor(layer_idx, spec, slots, table, heat_E, self.hub))
 
     def step(self, batch: RoutedBatch) -> None:

@@ -14,6 +14,7 @@ from monde.sizes import format_bytes, parse_size_bytes
 
 QUANT_METHOD = "monde"
 CPU_BACKENDS = ("auto", "native", "numba", "reference")
+RESIDENCIES = ("dynamic", "static", "uniform")
 
 Size = int | str | None
 
@@ -56,6 +57,10 @@ class MondeConfig(QuantizationConfigMixin):
     num_threads: threads of the host kernels; default all physical cores.
     nllb_upstream_routing: NLLB-MoE as transformers runs it, on experts 0 and 1 alone; default is the routing
         that its router asks for.
+    residency: who has a slot on the GPU. "dynamic" follows the routing while the model runs, for which host_memory
+        must hold the residents too; "static", the default, keeps what it starts with; "uniform" as well, with slots
+        spread evenly over the layers.
+    heat_file: written by Engine.save_heat: the hottest experts start resident. Default: the first ones.
     max_context, max_batch: the longest sequence and largest batch that gpu_memory must leave room for.
 
     Errors: ValueError with the remedy for sizes that cannot be read, are negative or exceed the machine.
@@ -72,6 +77,8 @@ class MondeConfig(QuantizationConfigMixin):
         max_context: int = 4096,
         max_batch: int = 1,
         nllb_upstream_routing: bool = False,
+        residency: str = "static",
+        heat_file: str | Path | None = None,
         quant_method: str = QUANT_METHOD,
     ) -> None:
         self.quant_method = quant_method  # type: ignore[assignment]
@@ -86,6 +93,10 @@ class MondeConfig(QuantizationConfigMixin):
         if cpu_backend not in CPU_BACKENDS:
             raise ValueError(f"cpu_backend: expected one of {', '.join(CPU_BACKENDS)}, got {cpu_backend!r}")
         self.cpu_backend = cpu_backend
+        if residency not in RESIDENCIES:
+            raise ValueError(f"residency: expected one of {', '.join(RESIDENCIES)}, got {residency!r}")
+        self.residency = residency
+        self.heat_file = None if heat_file is None else str(heat_file)
         self.num_threads = _positive("num_threads", num_threads) if num_threads is not None else None
         self.max_context = _positive("max_context", max_context)
         self.max_batch = _positive("max_batch", max_batch)

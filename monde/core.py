@@ -82,6 +82,13 @@ class Counters:
     h2d_bytes: int
     d2h_bytes: int
     host_busy_s: float  # time the host spent computing experts
+    num_swaps: int  # experts that took another's slot
+    swap_bytes: int  # what they copied to the device, besides h2d_bytes
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the pairs whose expert had a slot; 0 before the first."""
+        return self.num_resident_pairs / self.num_pairs if self.num_pairs else 0.0
 
 
 @dataclass(frozen=True)

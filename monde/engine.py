@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from hostcompute import ExpertBank, ExpertSpec, env, make_pool
+from hostcompute import ExpertBank, ExpertSpec
 from hostcompute.backends.select import BackendChoice
-from hostcompute.topology import choose_cores
 from monde.config import MondeConfig
 from monde.core import Counters, LoadReport, Placement
-from monde.executors.decode import DecodeExecutor, DecodeHub
+from monde.executors.decode import DecodeExecutor, DecodeHub, why_not_decode
 from monde.executors.gpu import GpuExecutor
-from monde.executors.host import HostExecutor, HostTotals
+from monde.executors.host import HostExecutor, HostTotals, host_pool
 from monde.layer import MoELayer
 from monde.planning.budget import MemoryPlan
+from monde.planning.placement import best_experts
+from monde.residency import Residency
+from monde.routing.heat import Heat
 from monde.weights.host import from_host_arrays
-from monde.weights.slots import ExpertSlots
 from monde.weights.staging import Staging
 
 
@@ -39,30 +41,29 @@ class Engine:
     ) -> None:
         self.config, self.plan, self.device = config, plan, device
         self.staging = Staging(pinned=device.type == "cuda")
-        self.pool = host_pool(config, device)
+        self.pool = host_pool(config.num_threads, device)
         self._num_replays = 0
         self._hubs: dict[torch.dtype, DecodeHub] = {}
         self._decoders: dict[tuple[int, torch.dtype], DecodeExecutor] = {}
-        self.heat_LE = [torch.zeros(spec.num_experts, device=device) for spec in specs]
-        self.layers: list[MoELayer] = []
-        for spec, num_resident in zip(specs, plan.num_resident_L, strict=True):
-            self.layers.append(self._build_layer(spec, num_resident))
+        placements, heat = placements_of(config, plan)
+        banks = [ExpertBank(spec, config.cpu_backend, self.pool) for spec in specs]
+        self.residency = Residency(banks, placements, plan.size.layers, device, plan.moves, heat)
+        self.layers = [self._build_layer(layer_idx, bank) for layer_idx, bank in enumerate(banks)]
         self.why_not_decode = why_not_decode(self.device, self.host_choice)
         if self.device.type == "cuda" and self.why_not_decode:
-            warnings.warn(
-                f"decode steps wait for the host in Python: {self.why_not_decode}",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+            self._warn(f"decode steps wait for the host in Python: {self.why_not_decode}")
+        if config.residency == "dynamic" and plan.wants_moves and plan.short_for_moves_bytes:
+            self._warn(f"residency is {plan.why_static}")
 
-    def _build_layer(self, spec: ExpertSpec, num_resident: int) -> MoELayer:
-        placement = first_experts(spec.num_experts, num_resident)
-        host = HostExecutor(ExpertBank(spec, self.config.cpu_backend, self.pool), self.staging)
-        decoder = partial(self._decoder, len(self.layers))
-        if num_resident == 0:
-            return MoELayer(spec, placement, host, decoder=decoder)
-        slots = ExpertSlots(spec, num_resident, self.device)
-        return MoELayer(spec, placement, host, GpuExecutor(slots, placement, self.device), decoder)
+    def _build_layer(self, layer_idx: int, bank: ExpertBank) -> MoELayer:
+        table, slots = self.residency.tables[layer_idx], self.residency.slots[layer_idx]
+        host, decoder = HostExecutor(bank, self.staging), partial(self._decoder, layer_idx)
+        device = None if slots is None else GpuExecutor(slots, table)
+        return MoELayer(bank.spec, table, host, device, decoder, layer_idx, self.residency)
+
+    @staticmethod
+    def _warn(what: str) -> None:
+        warnings.warn(what, RuntimeWarning, stacklevel=4)
 
     # ---- decode ----
     def _decoder(self, layer_idx: int, x_dtype: torch.dtype) -> DecodeExecutor | None:
@@ -74,10 +75,9 @@ class Engine:
             self._hubs[x_dtype] = DecodeHub(specs, banks, x_dtype, self.device, self.pool)
         if (layer_idx, x_dtype) not in self._decoders:
             layer = self.layers[layer_idx]
-            slots = None if layer.device is None else layer.device.slots
-            table_E, heat_E = layer.placement.slot_of_expert_E, self.heat_LE[layer_idx]
+            slots, heat_E = self.residency.slots[layer_idx], self.residency.tracker.count_E(layer_idx)
             self._decoders[layer_idx, x_dtype] = DecodeExecutor(
-                layer_idx, layer.spec, slots, table_E, heat_E, self._hubs[x_dtype]
+                layer_idx, layer.spec, slots, layer.table, heat_E, self._hubs[x_dtype]
             )
         return self._decoders[layer_idx, x_dtype]
 
@@ -88,6 +88,7 @@ class Engine:
     def before_replay(self) -> None:
         """Before a CUDA graph that holds a step of the model."""
         self._num_replays += 1
+        self.residency.step()
         for hub in self._hubs.values():
             hub.before_replay()
 
@@ -109,19 +110,27 @@ class Engine:
     def load_expert(self, layer_idx: int, expert_id: int, arrays: Mapping[str, Tensor]) -> None:
         """Copy one expert to where the placement wants it. `arrays` are the keywords of ExpertBank.load."""
         layer = self.layers[layer_idx]
-        slot = layer.placement.slot_of_expert_E[expert_id]
+        slot = layer.table.placement.slot_of_expert_E[expert_id]
         if slot >= 0 and layer.device is not None:
             layer.device.slots.write(slot, arrays)
-        else:
+        if slot < 0 or self.residency.moves(layer_idx):
             layer.host.bank.load(expert_id, **arrays)
+            self.residency.loaded(layer_idx)
 
     def export_expert(self, layer_idx: int, expert_id: int) -> dict[str, Tensor]:
         """One expert as `load_expert` took it, bit for bit, on the CPU."""
         layer = self.layers[layer_idx]
-        slot = layer.placement.slot_of_expert_E[expert_id]
-        if slot >= 0 and layer.device is not None:
+        slot = layer.table.placement.slot_of_expert_E[expert_id]
+        if slot >= 0 and layer.device is not None and not self.residency.moves(layer_idx):
             return {role: tensor.cpu() for role, tensor in layer.device.slots.read(slot).items()}
         return from_host_arrays(layer.host.bank.export(expert_id))
+
+    def save_heat(self, path: str | Path) -> None:
+        """How hot every expert is by now, as a heat file for MondeConfig(heat_file=...). Synchronises.
+
+        Errors: ValueError for a model without slots that runs on the CPU: there nothing is counted.
+        """
+        self.residency.heat().save(path)
 
     # ---- what happened ----
     @property
@@ -143,10 +152,12 @@ class Engine:
             h2d_bytes=sum(t.h2d_bytes for t in totals),
             d2h_bytes=sum(t.d2h_bytes for t in totals),
             host_busy_s=sum(t.busy_s for t in totals),
+            num_swaps=self.residency.num_swaps,
+            swap_bytes=self.residency.swap_bytes,
         )
 
     def reset_counters(self) -> None:
-        self._num_replays = 0
+        self._num_replays = self.residency.num_swaps = self.residency.swap_bytes = 0
         for hub in self._hubs.values():
             hub.reset_totals()
         for layer in self.layers:
@@ -162,6 +173,7 @@ class Engine:
             hub.close()
         self._hubs.clear()
         self._decoders.clear()
+        self.residency.close()
         for layer in self.layers:
             layer.host.bank.close()
 
@@ -173,29 +185,16 @@ class Engine:
         raise TypeError("a model run by monde cannot be pickled; use save_pretrained and load it again")
 
 
-def host_pool(config: MondeConfig, device: torch.device) -> Any:
-    """The host kernels' threads; None for the process's own pool."""
-    if config.num_threads is not None:
-        return make_pool(config.num_threads)
-    return make_pool(host_threads()) if device.type == "cuda" else None
+def placements_of(config: MondeConfig, plan: MemoryPlan) -> tuple[Sequence[Placement], Heat | None]:
+    """Who has a slot at first: the hottest experts of the heat file, else the first of every layer.
 
-
-def host_threads() -> int:
-    """Threads of the host kernels next to a GPU: one core stays with who launches steps and spins for them."""
-    return max(1, len(choose_cores(env.num_threads())) - 1)
-
-
-def why_not_decode(device: torch.device, host: BackendChoice) -> str:
-    """Why GPU and host cannot decode without Python in between; empty if they can."""
-    if device.type != "cuda":
-        return "the model runs on the CPU"
-    if host.name != "native":
-        return f"the host computes with {host.name} ({host.why}), only the native backend answers a GPU"
-    if importlib.util.find_spec("cupy") is None:
-        return "CuPy is not installed; pip install monde[cuda13] or monde[cuda12]"
-    return ""
-
-
-def first_experts(num_experts: int, num_resident: int) -> Placement:
-    """The first `num_resident` experts have the slots: without heat to go by, any choice is as good."""
-    return Placement(tuple(e if e < num_resident else -1 for e in range(num_experts)))
+    Errors: ValueError for a file that holds no heat or that of another model, OSError when it is absent.
+    """
+    num_experts_L = [layer.num_experts for layer in plan.size.layers]
+    if config.heat_file is None:
+        return best_experts(
+            [np.zeros(num_experts) for num_experts in num_experts_L], plan.num_resident_L
+        ), None
+    heat = Heat.load(config.heat_file)
+    heat.check("this model", num_experts_L)
+    return best_experts(heat.count_L, plan.num_resident_L), heat

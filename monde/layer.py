@@ -9,43 +9,62 @@ Letters are explained in `monde.core`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from hostcompute import ExpertSpec
-from monde.core import NOT_MINE, Placement, RoutedBatch, Split
+from monde.core import NOT_MINE, RoutedBatch, Split
 from monde.executors.decode import DecodeExecutor
 from monde.executors.gpu import GpuExecutor, slot_of
 from monde.executors.host import HostExecutor
+from monde.weights.table import SlotTable
+
+
+class Watch(Protocol):
+    """Whoever follows the routing of all layers."""
+
+    def enter(self, layer_idx: int) -> None:
+        """A layer is called; between two steps of the model is the time to change tables."""
+
+    def count(self, layer_idx: int, batch: RoutedBatch) -> None:
+        """Pairs that the decode kernels do not count themselves."""
 
 
 class MoELayer:
     """The experts of one layer. The model's own router has decided already; shared experts stay in the model.
 
-    device is None where no expert of the layer has a slot. `host` is present always, and holds the others.
+    device is None where no expert of the layer has a slot. `host` is present always, and holds the others, or all
+    where residents may change; the table says, to everybody, who is resident. watch hears of every call as layer_idx.
     decoder gives the decode executor for a type of activations, or None where there cannot be one.
     """
 
     def __init__(
         self,
         spec: ExpertSpec,
-        placement: Placement,
+        table: SlotTable,
         host: HostExecutor,
         device: GpuExecutor | None = None,
         decoder: Callable[[torch.dtype], DecodeExecutor | None] = lambda x_dtype: None,
+        layer_idx: int = 0,
+        watch: Watch | None = None,
     ) -> None:
-        self.spec, self.placement = spec, placement
-        self.host, self.device, self.decoder = host, device, decoder
+        self.spec, self.table, self.host, self.device, self.decoder = spec, table, host, device, decoder
+        self.layer_idx, self.watch = layer_idx, watch
         self.num_calls = 0
 
     def forward(self, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
         """y_TD = sum over k of weight_Tk * expert[id_Tk](x_T), summed in fp32, rounded once to x's type."""
         self.num_calls += 1
+        if self.watch is not None:
+            self.watch.enter(self.layer_idx)
         batch = RoutedBatch(x_TD, topk_ids_TK, topk_weights_TK)
         decode = self.decoder(x_TD.dtype) if DecodeExecutor.takes(batch) else None
         if decode is not None:
             return decode.forward(batch)
+        if self.watch is not None:
+            self.watch.count(self.layer_idx, batch)
         split = self.split(batch)
         parts = sum(share is not None for share in (split.host, split.device))
         out_dtype = x_TD.dtype if parts == 1 else torch.float32
@@ -58,11 +77,11 @@ class MoELayer:
         return ys[0] if parts == 1 else (ys[0] + ys[1]).to(x_TD.dtype)
 
     def split(self, batch: RoutedBatch) -> Split:
-        """Resident experts to the device, the rest to the host; decided by the placement alone."""
+        """Resident experts to the device, the rest to the host; decided by the table alone."""
         if self.device is None:
             return Split(device=None, host=batch)
-        if self.placement.num_resident == self.spec.num_experts:
+        if self.device.slots.num_slots == self.spec.num_experts:
             return Split(device=batch, host=None)
-        resident_TK = slot_of(self.device.slot_of_expert_E1, batch.topk_ids_TK) >= 0
+        resident_TK = slot_of(self.table.slot_of_expert_E1, batch.topk_ids_TK) >= 0
         host_ids_TK = batch.topk_ids_TK.masked_fill(resident_TK, NOT_MINE)
         return Split(device=batch, host=RoutedBatch(batch.x_TD, host_ids_TK, batch.topk_weights_TK))

@@ -1,6 +1,7 @@
 """Who may import whom, read from the syntax tree of every file.
 
-    cli, models, calibration -> engine -> layer -> {routing, executors} -> {device, weights, hostcompute} -> core
+    cli, models, calibration -> engine -> {layer, residency} -> {routing, executors}
+        -> {device, weights, hostcompute} -> core
 
 A layer may import what stands to the right of it and nothing to the left; planning is pure: no CUDA, no
 executors. hostcompute is usable alone: it knows neither monde nor torch.
@@ -27,6 +28,7 @@ RANK = {
     "monde.training": 6,
     "monde.engine": 5,
     "monde.layer": 4,
+    "monde.residency": 4,
     "monde.routing": 3,
     "monde.executors": 3,
     "monde.planning": 2,

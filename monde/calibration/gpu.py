@@ -18,13 +18,13 @@ from monde.calibration.host import TOKENS, HostProbes, fill, rate_of, rotating
 from monde.calibration.overlap import overlap_of
 from monde.calibration.samples import Probe, Samples, Timings, repeated, seconds_of
 from monde.core import Placement, RoutedBatch
-from monde.engine import why_not_decode
-from monde.executors.decode import DecodeExecutor, DecodeHub
+from monde.executors.decode import DecodeExecutor, DecodeHub, why_not_decode
 from monde.executors.gpu import GpuExecutor
 from monde.planning.fit import AlphaBeta, fit_alpha_beta
 from monde.planning.machines import BLOCK_OVERHEAD_S
 from monde.planning.profile import GpuProfile
 from monde.weights.slots import ExpertSlots
+from monde.weights.table import SlotTable
 
 _NUM_ACTIVE = 8
 _MAX_DECODE = (
@@ -49,11 +49,11 @@ class GpuProbes:
         self.slots.blobs_SB.view(torch.bfloat16).normal_(
             std=0.02
         )  # any numbers do; zeros would take less power
-        placement = Placement(tuple(range(self.spec.num_experts)))
-        self.grouped = GpuExecutor(self.slots, placement, device)
+        table = SlotTable(Placement(tuple(range(self.spec.num_experts))), device)
+        self.grouped = GpuExecutor(self.slots, table)
         self.hub = DecodeHub([self.spec], [host.bank], torch.bfloat16, device, pool)
         heat_E = torch.zeros(self.spec.num_experts, device=device)
-        self.decode = DecodeExecutor(0, self.spec, self.slots, placement.slot_of_expert_E, heat_E, self.hub)
+        self.decode = DecodeExecutor(0, self.spec, self.slots, table, heat_E, self.hub)
 
     def probes(self) -> list[Probe]:
         trips = [Probe(_trip_name(t), partial(self._round_trip, t)) for t in _TRIP_TOKENS]
@@ -113,10 +113,8 @@ class GpuProbes:
         banks = [fill(ExpertBank(spec, "native", self.pool)) for _ in range(_TRIP_LAYERS)]
         hub = DecodeHub([spec] * _TRIP_LAYERS, banks, torch.bfloat16, self.device, self.pool)
         heat_E = torch.zeros(spec.num_experts, device=self.device)
-        layers = [
-            DecodeExecutor(idx, spec, None, [-1] * spec.num_experts, heat_E, hub)
-            for idx in range(_TRIP_LAYERS)
-        ]
+        table = SlotTable(Placement((-1,) * spec.num_experts), self.device)
+        layers = [DecodeExecutor(idx, spec, None, table, heat_E, hub) for idx in range(_TRIP_LAYERS)]
         ids_T1 = torch.arange(num_tokens)[:, None] % spec.num_experts
         batch = _batch(ids_T1, spec.d_model, self.device)
         graph = _capture(lambda: [layer.forward(batch) for layer in layers])

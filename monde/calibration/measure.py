@@ -14,7 +14,7 @@ from monde.calibration.gpu import GpuProbes
 from monde.calibration.host import HostProbes
 from monde.calibration.samples import Progress, noise_of, take
 from monde.config import machine_memory_bytes
-from monde.engine import host_threads
+from monde.executors.host import host_threads
 from monde.planning.profile import HardwareProfile, MachineIdentity
 from monde.sizes import format_bytes
 

@@ -16,10 +16,13 @@ from monde.cli.options import (
     DTypeName,
     DTypeOption,
     GpuMemoryOption,
+    HeatOption,
     HostMemoryOption,
     LoadOptions,
     ModelArgument,
     OutputFormat,
+    ResidencyName,
+    ResidencyOption,
     ThreadsOption,
     load_tokenizer,
 )
@@ -67,6 +70,8 @@ def bench(
     dtype: DTypeOption = DTypeName.AUTO,
     backend: BackendOption = BackendName.AUTO,
     threads: ThreadsOption = None,
+    residency: ResidencyOption = ResidencyName.STATIC,
+    heat: HeatOption = None,
 ) -> None:
     """Time prompts (pp512) and generation (tg128): tokens/s, TTFT, TPOT, bytes moved, memory speed.
 
@@ -100,6 +105,8 @@ def bench(
         threads,
         max_context=max(CHECK_PROMPT_TOKENS + CHECK_STEPS, *(test.num_positions for test in tests)),
         max_batch=max(test.batch for test in tests),
+        residency=residency,
+        heat_file=heat,
     )
     report = run(context.obj, options, tests, baselines, repetitions, text, random_tokens)
     from monde.cli.report import render

@@ -27,6 +27,12 @@ class BackendName(StrEnum):
     REFERENCE = "reference"
 
 
+class ResidencyName(StrEnum):
+    DYNAMIC = "dynamic"
+    STATIC = "static"
+    UNIFORM = "uniform"
+
+
 class OutputFormat(StrEnum):
     MD = "md"
     CSV = "csv"
@@ -56,6 +62,13 @@ ThreadsOption = Annotated[
     int | None, typer.Option("--threads", "-t", min=1, help="CPU threads.", show_default="all physical cores")
 ]
 
+ResidencyOption = Annotated[
+    ResidencyName, typer.Option(help="Who has a slot on the GPU: who starts there, or follow the routing.")
+]
+HeatOption = Annotated[
+    Path | None, typer.Option(help="A heat file: who is resident at first.", show_default="first experts")
+]
+
 
 @dataclass(frozen=True)
 class LoadOptions:
@@ -70,6 +83,8 @@ class LoadOptions:
     num_threads: int | None = None
     max_context: int | None = None  # what the run will need; gpu_memory must leave room for it
     max_batch: int | None = None
+    residency: ResidencyName = ResidencyName.STATIC
+    heat_file: Path | None = None
 
     def torch_dtype(self) -> Any:
         """What from_pretrained takes as `dtype`."""
@@ -96,6 +111,8 @@ class LoadOptions:
             device=self.device,
             cpu_backend=self.backend.value,
             num_threads=self.num_threads,
+            residency=self.residency.value,
+            heat_file=self.heat_file,
             dtype=self.torch_dtype(),
         )
 

@@ -73,9 +73,8 @@ def plan(
         check_plot(plot)
     profile = find_profile(machine)
     check_model(model)
-    outlined = outline_of(
-        model, context, batch, None if heat is None else Heat.load(heat), profile.gpu is not None
-    )
+    on_gpu = profile.gpu is not None
+    outlined = outline_of(model, context, batch, None if heat is None else Heat.load(heat), on_gpu)
     card_bytes = 0 if profile.gpu is None else profile.gpu.memory_bytes
     gpu_bytes = parse_size_bytes(gpu_memory, "gpu_memory") if gpu_memory else int(card_bytes * _GPU_SHARE)
     host_bytes = parse_size_bytes(host_memory, "host_memory") if host_memory else profile.memory_bytes
@@ -85,7 +84,7 @@ def plan(
         raise ValueError(f"--plot: {profile.machine.name} has no GPU, so there is no budget to vary")
 
     def forecast(gpu_bytes: int, profile: HardwareProfile = profile) -> Forecast:
-        memory = plan_memory(outlined.size, profile.gpu is not None, gpu_bytes, host_bytes)
+        memory = plan_memory(outlined.size, on_gpu, gpu_bytes, host_bytes)
         return _forecast(outlined, memory, profile, batch, context, prompt)
 
     now = forecast(gpu_bytes)

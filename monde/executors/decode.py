@@ -7,6 +7,7 @@ Letters as in monde.core.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hostcompute import DType, ExpertBank, ExpertSpec, make_layout
+from hostcompute.backends.select import BackendChoice
 from hostcompute.doorbell import Doorbell, MailboxAddresses
 from monde.core import RoutedBatch
 from monde.device.kernels import (
@@ -30,6 +32,7 @@ from monde.device.streams import current_stream
 from monde.executors.host import HostTotals
 from monde.weights.packing import TORCH_DTYPES
 from monde.weights.slots import ExpertSlots
+from monde.weights.table import SlotTable
 
 MAX_DECODE_TOKENS = 64  # above, splitting by counts and grouped products are worth a look at the counts
 MAX_DECODE_TOPK = 32
@@ -114,17 +117,16 @@ class DecodeExecutor:
         layer_idx: int,
         spec: ExpertSpec,
         slots: ExpertSlots | None,
-        slot_of_expert_E: Sequence[int],
+        table: SlotTable,
         heat_E: Tensor,
         hub: DecodeHub,
     ) -> None:
         assert spec.num_experts <= MAX_EXPERTS, spec.num_experts
         self.hub, self.spec, self.slots = hub, spec, slots
         self.layout = make_layout(spec)
-        self.rings = any(slot < 0 for slot in slot_of_expert_E)
+        self.rings = slots is None or slots.num_slots < spec.num_experts
         hub.num_ringing += self.rings
-        self._table_E = torch.tensor(slot_of_expert_E, dtype=torch.int32, device=hub.device)
-        self._heat_E = heat_E
+        self._table, self._heat_E = table, heat_E
         self._record = layer_record(self._fields(layer_idx), hub.device)
         self._kernels: DecodeKernels = decode_kernels(hub.x_dtype, TORCH_DTYPES[spec.dtype])
 
@@ -196,7 +198,7 @@ class DecodeExecutor:
             "in_unit_bytes": layout.in_unit_bytes,
             "down_panel_bytes": layout.down_panel_bytes,
             "down_offset_bytes": layout.down_offset_bytes,
-            "slot_of_expert_E": self._table_E.data_ptr(),
+            "slot_of_expert_E": self._table.slot_of_expert_E1.data_ptr(),
             "blobs_SB": 0 if slots is None else slots.blobs_SB.data_ptr(),
             "blob_bytes": layout.weight_bytes,
             "heat_E": self._heat_E.data_ptr(),
@@ -212,3 +214,14 @@ def _blocks(num_threads: int) -> int:
 
 def _int(value: int) -> np.int32:
     return np.int32(value)
+
+
+def why_not_decode(device: torch.device, host: BackendChoice) -> str:
+    """Why GPU and host cannot decode without Python in between; empty if they can."""
+    if device.type != "cuda":
+        return "the model runs on the CPU"
+    if host.name != "native":
+        return f"the host computes with {host.name} ({host.why}), only the native backend answers a GPU"
+    if importlib.util.find_spec("cupy") is None:
+        return "CuPy is not installed; pip install monde[cuda13] or monde[cuda12]"
+    return ""

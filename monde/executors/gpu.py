@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from monde.core import Placement, RoutedBatch
+from monde.core import RoutedBatch
 from monde.executors.activations import activate
 from monde.weights.slots import ExpertSlots
+from monde.weights.table import SlotTable
 
 
 @dataclass(frozen=True)
@@ -29,17 +30,14 @@ class Launched:
 class GpuExecutor:
     """Computes pairs of one layer whose expert has a slot; ignores all others."""
 
-    def __init__(self, slots: ExpertSlots, placement: Placement, device: torch.device) -> None:
-        self.slots = slots
-        # Out-of-range ids look up the last entry, which is no slot.
-        table = (*placement.slot_of_expert_E, -1)
-        self.slot_of_expert_E1 = torch.tensor(table, dtype=torch.int64, device=device)
+    def __init__(self, slots: ExpertSlots, table: SlotTable) -> None:
+        self.slots, self.table = slots, table
         self.num_pairs = 0
 
     def submit(self, batch: RoutedBatch, out_dtype: torch.dtype) -> Launched:
         x_TD, num_topk = batch.x_TD, batch.topk_ids_TK.shape[1]
         num_slots = self.slots.num_slots
-        slots_R = slot_of(self.slot_of_expert_E1, batch.topk_ids_TK).flatten()
+        slots_R = slot_of(self.table.slot_of_expert_E1, batch.topk_ids_TK).flatten()
         weights_R = batch.topk_weights_TK.flatten().float()
         slots_R = torch.where(weights_R != 0, slots_R, -1)
         slots_R, order_R = torch.sort(slots_R)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hostcompute import ExpertBank
+from hostcompute import ExpertBank, env, make_pool
+from hostcompute.topology import choose_cores
 from monde.core import RoutedBatch
 from monde.weights.staging import Staging
 
@@ -88,3 +90,15 @@ def _weights(topk_weights_TK: Tensor) -> Tensor:
     if topk_weights_TK.dtype not in _WEIGHT_DTYPES:
         topk_weights_TK = topk_weights_TK.float()
     return topk_weights_TK.contiguous()
+
+
+def host_pool(num_threads: int | None, device: torch.device) -> Any:
+    """The host kernels' threads; None for the process's own pool."""
+    if num_threads is not None:
+        return make_pool(num_threads)
+    return make_pool(host_threads()) if device.type == "cuda" else None
+
+
+def host_threads() -> int:
+    """Threads of the host kernels next to a GPU: one core stays with who launches steps and spins for them."""
+    return max(1, len(choose_cores(env.num_threads())) - 1)

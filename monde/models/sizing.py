@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from torch import nn
 
 from hostcompute import ExpertSpec
+from hostcompute.backends.select import choose
 from monde.config import MondeConfig, machine_memory_bytes
 from monde.device.mailbox import DecodeSize
 from monde.executors.decode import MAX_DECODE_TOKENS, MAX_DECODE_TOPK
 from monde.models.experts import ExpertsModule
-from monde.planning.budget import LayerSize, MemoryPlan, ModelSize, plan_memory
+from monde.planning.budget import LayerSize, MemoryPlan, ModelSize, Spread, plan_memory
+from monde.planning.placement import place
+from monde.routing.heat import Heat
 from monde.sizes import format_bytes
 from monde.weights.slots import slot_bytes
 
@@ -78,7 +83,35 @@ def plan_for(
     host_bytes = config.host_memory
     if host_bytes is None:
         host_bytes = int(psutil.virtual_memory().available) + held_bytes["cpu"]
-    return plan_memory(model_size(model, modules, config, on_gpu), on_gpu, gpu_bytes or 0, host_bytes)
+    size = model_size(model, modules, config, on_gpu)
+    wants_moves = config.residency == "dynamic"
+    if wants_moves and gpu_bytes and choose(config.cpu_backend).name != "native":
+        wants_moves = False
+        warnings.warn(
+            "residency is static: only the native host backend keeps experts in the form of slots; "
+            'use cpu_backend="native"',
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return plan_memory(size, on_gpu, gpu_bytes or 0, host_bytes, wants_moves, _spread_by_heat(config))
+
+
+def _spread_by_heat(config: MondeConfig) -> Spread | None:
+    """Slots where the heat file says they save most, over all layers; None: evenly."""
+    if config.heat_file is None or config.residency == "uniform":
+        return None
+    heat = Heat.load(config.heat_file)
+
+    def spread(layers: tuple[LayerSize, ...], free_bytes: int) -> tuple[int, ...]:
+        heat.check("this model", [layer.num_experts for layer in layers])
+        # Bytes of reading saved: of experts as hot, a slot for the larger one saves more, and takes as much more.
+        values = [
+            -np.expm1(-hits_E) * layer.slot_bytes
+            for hits_E, layer in zip(heat.hits_per_step_L, layers, strict=True)
+        ]
+        return tuple(placement.num_resident for placement in place(values, layers, free_bytes))
+
+    return spread
 
 
 def model_size(

@@ -2,10 +2,13 @@
 
 dense weights + KV cache + workspace + slots of resident experts <= gpu_memory
 experts on the host + staging                                    <= host_memory
+
+Experts on the host are those without a slot, or, so that residents can change, all of a layer with some slots.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from monde.sizes import format_bytes as text
@@ -70,13 +73,33 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What goes where. num_resident_L[l] experts of layer l have a slot on the device."""
+    """What goes where. num_resident_L[l] experts of layer l have a slot on the device.
+
+    wants_moves: residents shall change while the model runs, if host memory holds them too; `moves` says whether.
+    """
 
     size: ModelSize
     on_gpu: bool  # False: dense weights, KV cache and workspace lie in host memory and share its budget
     gpu_bytes: int
     host_bytes: int
     num_resident_L: tuple[int, ...]
+    wants_moves: bool = False
+
+    @property
+    def movable_L(self) -> tuple[bool, ...]:
+        """Layers in which some experts have a slot and some have not: only there a swap is possible."""
+        pairs = zip(self.num_resident_L, self.size.layers, strict=True)
+        return tuple(0 < n < layer.num_experts for n, layer in pairs)
+
+    @property
+    def moves(self) -> bool:
+        return self.wants_moves and any(self.movable_L) and self.short_for_moves_bytes == 0
+
+    @property
+    def short_for_moves_bytes(self) -> int:
+        """What host_memory lacks to hold a copy of every resident that a swap may evict."""
+        fixed_bytes = _host_fixed_bytes(self.size, self.on_gpu)
+        return max(0, fixed_bytes + self._host_expert_bytes(self.movable_L) - self.host_bytes)
 
     @property
     def slots_bytes(self) -> int:
@@ -86,9 +109,12 @@ class MemoryPlan:
 
     @property
     def host_expert_bytes(self) -> int:
+        return self._host_expert_bytes(self.movable_L if self.moves else (False,) * len(self.num_resident_L))
+
+    def _host_expert_bytes(self, holds_all_L: tuple[bool, ...]) -> int:
+        rows = zip(self.num_resident_L, holds_all_L, self.size.layers, strict=True)
         return sum(
-            (layer.num_experts - n) * layer.expert_bytes
-            for n, layer in zip(self.num_resident_L, self.size.layers, strict=True)
+            (layer.num_experts - (0 if holds_all else n)) * layer.expert_bytes for n, holds_all, layer in rows
         )
 
     @property
@@ -100,23 +126,46 @@ class MemoryPlan:
         return _host_fixed_bytes(self.size, self.on_gpu) + self.host_expert_bytes
 
     def explain(self) -> str:
-        """The arithmetic, one line per budget."""
+        """The arithmetic, one line per budget, and whether residents may change where that was asked for."""
         num_experts = sum(layer.num_experts for layer in self.size.layers)
         slots = f"{sum(self.num_resident_L)} of {num_experts} experts {text(self.slots_bytes)}"
         dense = _fixed_text(self.size)
         if self.on_gpu:
             gpu = f"{dense} + {slots} = {text(self.gpu_used_bytes)} of {text(self.gpu_bytes)}"
-            host = f"other experts {text(self.host_expert_bytes)} + staging {text(self.size.staging_bytes)}"
+            which = "all experts" if self.moves else "other experts"
+            host = f"{which} {text(self.host_expert_bytes)} + staging {text(self.size.staging_bytes)}"
         else:
             gpu = f"{slots} of {text(self.gpu_bytes)}" if self.gpu_bytes else "none"
             host = f"{dense} + experts {text(self.host_expert_bytes)}"
-        return f"GPU:  {gpu}\nhost: {host} = {text(self.host_used_bytes)} of {text(self.host_bytes)}"
+        lines = [f"GPU:  {gpu}", f"host: {host} = {text(self.host_used_bytes)} of {text(self.host_bytes)}"]
+        if self.wants_moves and any(self.movable_L):
+            lines.append(f"residency: {'dynamic' if self.moves else self.why_static}")
+        return "\n".join(lines)
+
+    @property
+    def why_static(self) -> str:
+        """Why residents cannot change although that was asked for, with the remedy."""
+        return (
+            f"static, as host_memory is short by {text(self.short_for_moves_bytes)} of holding residents too; "
+            f"give host_memory={self.host_bytes + self.short_for_moves_bytes}"
+        )
 
 
-def plan_memory(size: ModelSize, on_gpu: bool, gpu_bytes: int, host_bytes: int) -> MemoryPlan:
-    """As many resident experts as `gpu_bytes` holds, spread evenly over the layers; the rest on the host.
+Spread = Callable[[tuple[LayerSize, ...], int], tuple[int, ...]]
 
-    on_gpu says that dense weights run on the GPU. Errors: BudgetError with the arithmetic and the remedy.
+
+def plan_memory(
+    size: ModelSize,
+    on_gpu: bool,
+    gpu_bytes: int,
+    host_bytes: int,
+    wants_moves: bool = False,
+    spread: Spread | None = None,
+) -> MemoryPlan:
+    """As many resident experts as `gpu_bytes` holds; the rest on the host.
+
+    on_gpu says that dense weights run on the GPU; wants_moves is MemoryPlan's; spread(layers, bytes) gives the
+    number of slots of every layer, by default spread_slots. Errors: BudgetError with the arithmetic and the remedy.
     """
     fixed_bytes = _fixed_bytes(size) if on_gpu else 0
     if fixed_bytes > gpu_bytes:
@@ -126,7 +175,8 @@ def plan_memory(size: ModelSize, on_gpu: bool, gpu_bytes: int, host_bytes: int) 
             'lower max_context or max_batch, or use device="cpu".',
             fixed_bytes,
         )
-    plan = MemoryPlan(size, on_gpu, gpu_bytes, host_bytes, spread_slots(size.layers, gpu_bytes - fixed_bytes))
+    num_resident_L = (spread or spread_slots)(size.layers, gpu_bytes - fixed_bytes)
+    plan = MemoryPlan(size, on_gpu, gpu_bytes, host_bytes, num_resident_L, wants_moves)
     if plan.host_used_bytes > host_bytes:
         short_bytes = plan.host_used_bytes - host_bytes
         raise BudgetError(

@@ -53,9 +53,16 @@ def place_uniform(
     if value_L is None:
         value_L = [np.zeros(layer.num_experts) for layer in layers]
     _check(value_L, layers)
-    counts = spread_slots(tuple(layers), budget_bytes)
-    best = [np.argsort(-value_E, kind="stable")[:n] for value_E, n in zip(value_L, counts, strict=True)]
-    return _placements([(l, int(e)) for l, experts in enumerate(best) for e in experts], layers)
+    return best_experts(value_L, spread_slots(tuple(layers), budget_bytes))
+
+
+def best_experts(value_L: Values, num_slots_L: Sequence[int]) -> tuple[Placement, ...]:
+    """In every layer the most valuable experts get the slots; among equals the first."""
+    best = [np.argsort(-v_E, kind="stable")[:n] for v_E, n in zip(value_L, num_slots_L, strict=True)]
+    slots = [np.full(len(value_E), -1) for value_E in value_L]
+    for slot_E, experts in zip(slots, best, strict=True):
+        slot_E[experts] = np.arange(len(experts))
+    return tuple(Placement(tuple(slot_E.tolist())) for slot_E in slots)
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,26 @@ def plan_swaps(
     best = np.argsort(-gains, kind="stable")[:max_swaps]
     outs, ins = coldest_LE[layers, ranks], hottest_LE[layers, ranks]
     return [Swap(int(layers[i]), int(outs[i]), int(slot_LE[layers[i], outs[i]]), int(ins[i])) for i in best]
+
+
+def swap_limit(
+    current: Sequence[Placement],
+    hits_per_step_L: Values,
+    layers: Sequence[LayerSize],
+    num_steps: int,
+    share: float,
+) -> int:
+    """Swaps in `num_steps` whose copies read at most `share` of what the host reads for its experts meanwhile.
+
+    The host reads an expert with h tokens a step with probability 1 - exp(-h). At least 1, so that a nearly perfect
+    placement can still follow the routing.
+    """
+    read_bytes = 0.0
+    for placement, hits_E, layer in zip(current, hits_per_step_L, layers, strict=True):
+        cold_E = np.asarray(placement.slot_of_expert_E) < 0
+        read_bytes += float(-np.expm1(-np.asarray(hits_E, np.float64)[cold_E]).sum()) * layer.slot_bytes
+    largest_bytes = max((layer.slot_bytes for layer in layers), default=1)
+    return max(1, int(min(share * num_steps * read_bytes / largest_bytes, 2**31)))
 
 
 def apply_swaps(current: Sequence[Placement], swaps: Sequence[Swap]) -> tuple[Placement, ...]:

@@ -38,14 +38,18 @@ class HeatTracker:
         self.half_life_steps = float(half_life_steps)
         self.keep_per_step = 0.5 ** (1 / half_life_steps)
         self._start_L = (0, *accumulate(self.num_experts_L))
-        # One more place than experts: what must not count goes there.
-        self.count_N1 = torch.zeros(self._start_L[-1] + 1, dtype=torch.float32, device=device)
-        self._weight_steps = torch.zeros((), dtype=torch.float32, device=device)
+        # Two more places than experts: for what must not count, and for the decayed number of steps.
+        self.state_N2 = torch.zeros(self._start_L[-1] + 2, dtype=torch.float32, device=device)
+        self.count_N1, self._weight_steps = self.state_N2[:-1], self.state_N2[-1]
 
-    def step(self) -> None:
-        """One step of the model begins: older counts weigh less."""
-        self.count_N1.mul_(self.keep_per_step)
-        self._weight_steps.mul_(self.keep_per_step).add_(1.0)
+    def count_E(self, layer_idx: int) -> Tensor:
+        """The counts of one layer, a view at a fixed address: a kernel may add to it."""
+        return self.count_N1[self._start_L[layer_idx] : self._start_L[layer_idx + 1]]
+
+    def step(self, num_steps: int = 1) -> None:
+        """So many steps of the model begin: older counts weigh less. Among these steps all weigh the same."""
+        self.state_N2.mul_(self.keep_per_step**num_steps)
+        self._weight_steps.add_(float(num_steps))
 
     def update(
         self,
@@ -65,9 +69,13 @@ class HeatTracker:
 
     def read(self, model: str = "") -> Heat:
         """Copy to the host; waits for the device."""
-        counts = self.count_N1.cpu().numpy()
-        layers = tuple(counts[a:b].copy() for a, b in zip(self._start_L, self._start_L[1:], strict=False))
-        return Heat(model, layers, float(self._weight_steps.cpu()))
+        return self.record(self.state_N2.cpu(), model)
+
+    def record(self, state_N2: Tensor, model: str = "") -> Heat:
+        """What a copy of `state_N2` on the host says."""
+        values = state_N2.numpy()
+        layers = tuple(values[a:b].copy() for a, b in zip(self._start_L, self._start_L[1:], strict=False))
+        return Heat(model, layers, float(values[-1]))
 
     def load(self, heat: Heat) -> None:
         """Continue from a record. Errors: ValueError when its layers differ from the model's."""

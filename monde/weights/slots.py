@@ -17,7 +17,7 @@ from monde.weights.packing import pack, unpack
 
 def slot_bytes(spec: ExpertSpec) -> int:
     """Device memory of one slot: the blob and, where the spec has biases, their padded fp32 values."""
-    return make_layout(spec).weight_bytes + 4 * sum(_bias_sizes(spec).values())
+    return make_layout(spec).weight_bytes + 4 * sum(bias_sizes(spec).values())
 
 
 class ExpertSlots:
@@ -29,7 +29,7 @@ class ExpertSlots:
             num_slots, make_layout(spec).weight_bytes, dtype=torch.uint8, device=device
         )
         self.biases = {
-            role: torch.zeros(num_slots, size, device=device) for role, size in _bias_sizes(spec).items()
+            role: torch.zeros(num_slots, size, device=device) for role, size in bias_sizes(spec).items()
         }
 
     def write(self, slot: int, weights: Mapping[str, Tensor]) -> None:
@@ -51,7 +51,7 @@ class ExpertSlots:
         return self.blobs_SB.nbytes + sum(bias.nbytes for bias in self.biases.values())
 
 
-def _bias_sizes(spec: ExpertSpec) -> dict[str, int]:
+def bias_sizes(spec: ExpertSpec) -> dict[str, int]:
     if not spec.has_bias:
         return {}
     layout = make_layout(spec)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hostcompute import Activation, ActivationKind, DType, ExpertBank, ExpertSpec, make_pool
-from monde.core import RoutedBatch
+from monde.core import Placement, RoutedBatch
 from tests.hostcompute.bounds import assert_within
 from tests.hostcompute.cases import Batch, expected, load_all, make_batch, make_expert
 
@@ -47,6 +47,7 @@ def build(
 ) -> Layers:
     from monde.executors.decode import DecodeExecutor, DecodeHub
     from monde.weights.slots import ExpertSlots
+    from monde.weights.table import SlotTable
 
     rng, device, pool = np.random.default_rng(seed), torch.device("cuda:0"), make_pool(2)
     experts = [{e: make_expert(rng, spec, "separate") for e in range(spec.num_experts)} for spec in specs]
@@ -62,7 +63,8 @@ def build(
             assert slots is not None
             slots.write(slot, {role: torch_array(a) for role, a in experts[layer_idx][e].items()})
         heat_E = torch.zeros(spec.num_experts, device=device)
-        executors.append(DecodeExecutor(layer_idx, spec, slots, table, heat_E, hub))
+        slot_table = SlotTable(Placement(tuple(table)), device)
+        executors.append(DecodeExecutor(layer_idx, spec, slots, slot_table, heat_E, hub))
         tables.append(table)
     return Layers(specs, experts, tables, hub, executors, pool)
 

@@ -53,6 +53,36 @@ def test_never_over_budget(size: ModelSize, on_gpu: bool, gpu_bytes: int, host_b
 
 
 @given(sizes, st.booleans(), budgets, budgets)
+def test_residents_are_on_the_host_too_where_they_fit(
+    size: ModelSize, on_gpu: bool, gpu_bytes: int, host_bytes: int
+) -> None:
+    fixed = plan(size, on_gpu, gpu_bytes, host_bytes)
+    if fixed is None:  # wanting moves never makes a plan fail that fits without
+        with pytest.raises(BudgetError):
+            plan_memory(size, on_gpu, gpu_bytes, host_bytes, wants_moves=True)
+        return
+    made = plan_memory(size, on_gpu, gpu_bytes, host_bytes, wants_moves=True)
+    assert made.num_resident_L == fixed.num_resident_L
+    assert made.host_used_bytes <= host_bytes
+    extra_bytes = sum(
+        n * layer.expert_bytes
+        for n, layer in zip(made.num_resident_L, size.layers, strict=True)
+        if 0 < n < layer.num_experts
+    )
+    can_move = any(
+        0 < n < layer.num_experts for n, layer in zip(made.num_resident_L, size.layers, strict=True)
+    )
+    assert made.moves == (can_move and fixed.host_used_bytes + extra_bytes <= host_bytes)
+    assert made.host_used_bytes == fixed.host_used_bytes + (extra_bytes if made.moves else 0)
+    if can_move and not made.moves:
+        enough = host_bytes + made.short_for_moves_bytes
+        assert f"give host_memory={enough}" in made.explain()
+        assert plan_memory(size, on_gpu, gpu_bytes, enough, wants_moves=True).moves
+        assert not plan_memory(size, on_gpu, gpu_bytes, enough - 1, wants_moves=True).moves
+    assert ("residency: dynamic" in made.explain()) == made.moves
+
+
+@given(sizes, st.booleans(), budgets, budgets)
 def test_the_smallest_budget_is_what_the_error_says(
     size: ModelSize, on_gpu: bool, gpu_bytes: int, host_bytes: int
 ) -> None:

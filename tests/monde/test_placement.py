@@ -19,6 +19,7 @@ from monde.executors.host import HostExecutor
 from monde.layer import MoELayer
 from monde.weights.slots import ExpertSlots
 from monde.weights.staging import Staging
+from monde.weights.table import SlotTable
 from tests.monde import tiny
 
 CPU = torch.device("cpu")
@@ -26,15 +27,15 @@ CPU = torch.device("cpu")
 
 def _layer(spec: ExpertSpec, resident: list[int], weights: list[dict[str, torch.Tensor]]) -> MoELayer:
     table = [resident.index(e) if e in resident else -1 for e in range(spec.num_experts)]
-    placement = Placement(tuple(table))
+    slot_table = SlotTable(Placement(tuple(table)), CPU)
     bank, slots = ExpertBank(spec, "reference"), ExpertSlots(spec, max(1, len(resident)), CPU)
     for e, arrays in enumerate(weights):
         if table[e] >= 0:
             slots.write(table[e], arrays)
         else:
             bank.load(e, **arrays)
-    device = GpuExecutor(slots, placement, CPU) if resident else None
-    return MoELayer(spec, placement, HostExecutor(bank, Staging(pinned=False)), device)
+    device = GpuExecutor(slots, slot_table) if resident else None
+    return MoELayer(spec, slot_table, HostExecutor(bank, Staging(pinned=False)), device)
 
 
 def _random_weights(spec: ExpertSpec) -> list[dict[str, torch.Tensor]]:

@@ -17,9 +17,11 @@ from monde.planning.machines import DESCRIBED
 from monde.planning.placement import (
     Swap,
     apply_swaps,
+    best_experts,
     place,
     place_uniform,
     plan_swaps,
+    swap_limit,
     time_saved_s,
 )
 
@@ -180,3 +182,34 @@ def test_wrong_shapes_and_values_are_refused() -> None:
         place([np.ones(3)], [LayerSize(4, 1, 1)], 10)
     with pytest.raises(ValueError, match="at least 0"):
         place([np.array([np.nan])], [LayerSize(1, 1, 1)], 10)
+
+
+# ---- how many swaps ----
+@given(
+    st.lists(st.floats(0, 3), min_size=6, max_size=6),
+    st.integers(0, 6),
+    st.integers(1, 20),
+    st.floats(0.01, 5),
+)
+def test_swaps_read_a_share_of_what_the_host_reads(
+    hits: list[float], num_slots: int, num_steps: int, share: float
+) -> None:
+    layers = [LayerSize(6, 10, 12), LayerSize(6, 25, 30)]
+    value_L = [np.array(hits), np.array(hits[::-1])]
+    placements = best_experts(value_L, [num_slots, num_slots])
+    limit = swap_limit(placements, value_L, layers, num_steps, share)
+    host_bytes = sum(
+        layer.slot_bytes * (1 - np.exp(-value_E[e]))
+        for placement, value_E, layer in zip(placements, value_L, layers, strict=True)
+        for e in range(6)
+        if placement.slot_of_expert_E[e] < 0
+    )
+    allowed_bytes = share * num_steps * host_bytes
+    assert limit == 1 or limit * 30 <= allowed_bytes * (1 + 1e-9)
+    assert (limit + 1) * 30 > allowed_bytes * (1 - 1e-9)
+
+
+def test_best_experts_of_every_layer() -> None:
+    values = [np.array([1.0, 3, 2]), np.zeros(4)]
+    placements = best_experts(values, [2, 3])
+    assert [p.slot_of_expert_E for p in placements] == [(-1, 0, 1), (0, 1, 2, -1)]

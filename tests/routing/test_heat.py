@@ -54,6 +54,34 @@ def test_hits_per_step_are_what_was_routed() -> None:
     np.testing.assert_array_equal(HeatTracker((3,), 1).read().hits_per_step_L[0], 0)
 
 
+def test_steps_taken_together_weigh_the_same() -> None:
+    """Routing that does not change is read exactly, whatever the steps between two decays."""
+    for num_steps in (1, 4, 30):
+        tracker = HeatTracker((3,), half_life_steps=7)
+        for _ in range(5):
+            tracker.step(num_steps)
+            for _ in range(num_steps):
+                tracker.update(0, np.array([[0, 1], [0, 2]]), np.ones((2, 2)))
+        np.testing.assert_allclose(tracker.read().hits_per_step_L[0], [2, 1, 1], rtol=1e-5)
+    once, twice = HeatTracker((1,), 7), HeatTracker((1,), 7)
+    for tracker in (once, twice):
+        tracker.step()
+        tracker.update(0, np.array([[0]]), np.ones((1, 1)))
+    once.step(2)
+    twice.step()
+    twice.step()
+    np.testing.assert_allclose(once.read().count_L[0], twice.read().count_L[0], rtol=1e-6)
+
+
+def test_a_kernel_may_count_into_a_layer() -> None:
+    tracker = HeatTracker((2, 3), 5)
+    tracker.step()
+    tracker.count_E(1)[2] += 4
+    tracker.update(1, np.array([[2]]), np.ones((1, 1)))
+    assert [count_E.tolist() for count_E in tracker.read().count_L] == [[0, 0], [0, 0, 5]]
+    assert tracker.count_E(0).shape == (2,)
+
+
 def test_update_never_reads_back() -> None:
     """On the meta device any operation that needs a value on the host raises."""
     tracker = HeatTracker((4, 4), 5, device="meta")

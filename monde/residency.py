@@ -1,0 +1,155 @@
+"""Which experts of a model have slots, and how that follows the routing: the hot/cold tracker.
+
+Every few steps of the model: read the heat back without waiting, plan swaps over all layers, move the experts.
+L layers, E experts of a layer, N sum of E over layers, T tokens, K experts per token.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+
+from hostcompute import ExpertBank
+from monde.core import Placement, RoutedBatch
+from monde.device.copies import Arrival, copies_of
+from monde.device.pinned import PinnedRange
+from monde.executors.mover import SlotMover
+from monde.planning.budget import LayerSize
+from monde.planning.placement import plan_swaps, swap_limit
+from monde.routing.heat import Heat, HeatTracker
+from monde.routing.replay import DynamicSettings
+from monde.weights.host import HostBlobs
+from monde.weights.slots import ExpertSlots
+from monde.weights.table import SlotTable
+
+# A swap reads an expert from host memory once, as the host does each time it computes it. At this share of what the
+# host reads anyway, swaps cost decode at most as much of its bandwidth.
+SWAP_SHARE = 1 / 50
+
+
+class Residency:
+    """Tables, slots and heat of all layers. One step of the model runs at a time, as everywhere in monde.
+
+    moves: whether residents may change; then the banks, native ones, hold every expert of layers with some slots.
+    """
+
+    def __init__(
+        self,
+        banks: Sequence[ExpertBank],
+        placements: Sequence[Placement],
+        layers: Sequence[LayerSize],
+        device: torch.device,
+        moves: bool,
+        heat: Heat | None = None,
+    ) -> None:
+        self.settings, self.swap_share = DynamicSettings(), SWAP_SHARE
+        self.device, self._layers, self._banks = device, layers, banks
+        self.tables = [SlotTable(placement, device) for placement in placements]
+        self.slots = [
+            ExpertSlots(bank.spec, p.num_resident, device) if p.num_resident else None
+            for bank, p in zip(banks, placements, strict=True)
+        ]
+        # On a GPU the decode kernels count in any case; without slots nobody would use the counts.
+        self.counts = device.type == "cuda" or any(slots is not None for slots in self.slots)
+        self.tracker = HeatTracker(
+            [bank.spec.num_experts for bank in banks], self.settings.half_life_steps, device
+        )
+        if heat is not None:
+            self.tracker.load(heat)
+        self.tracker.step(self.settings.interval_steps)
+        self._steps_in_round, self._last_layer = 0, len(banks)
+        self.num_swaps = self.swap_bytes = 0
+        self._movable = {
+            l: slots
+            for l, slots in enumerate(self.slots)
+            if moves and slots is not None and slots.num_slots < banks[l].spec.num_experts
+        }
+        self._blobs = {l: HostBlobs(banks[l]) for l in self._movable}
+        self._copies = copies_of(device)
+        self._mover = SlotMover(self.tables, self._movable, self._blobs, self._copies)
+        self._read_N2 = self._copies.host_like(self.tracker.state_N2) if self._movable else None
+        self._reading: Arrival | None = None
+        self._pinned: dict[int, PinnedRange] = {}
+        self._why_not_pinned = ""
+
+    # ---- while the model runs ----
+    def enter(self, layer_idx: int) -> None:
+        """A layer is called, not as part of a replay. A step of the model begins where layers do not go up."""
+        begins, self._last_layer = layer_idx <= self._last_layer, layer_idx
+        if begins and not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            self.step()
+
+    def count(self, layer_idx: int, batch: RoutedBatch) -> None:
+        """Pairs that the decode kernels have not counted. No synchronisation."""
+        if self.counts:
+            self.tracker.update(layer_idx, batch.topk_ids_TK, batch.topk_weights_TK)
+
+    def step(self) -> None:
+        """Between two steps of the model. Launches copies at most, and waits for nothing."""
+        if not self.counts:
+            return
+        done = self._mover.finish()
+        self.num_swaps += len(done)
+        self.swap_bytes += sum(self._layers[swap.layer].slot_bytes for swap in done)
+        if self._steps_in_round >= self.settings.interval_steps:
+            if self._read_N2 is not None and self._reading is None:
+                self._reading = self._copies.to_host(self._read_N2, self.tracker.state_N2)
+            self.tracker.step(self.settings.interval_steps)
+            self._steps_in_round = 0
+        self._steps_in_round += 1
+        if self._reading is not None and not self._mover.is_busy and self._reading.done():
+            assert self._read_N2 is not None
+            self._reading = None
+            self._swap(self.tracker.record(self._read_N2))
+
+    def _swap(self, heat: Heat) -> None:
+        placements = [table.placement for table in self.tables]
+        limit = swap_limit(
+            placements, heat.hits_per_step_L, self._layers, self.settings.interval_steps, self.swap_share
+        )
+        limit = 1 if self._why_not_pinned else min(limit, self.settings.max_swaps)
+        swaps = plan_swaps(placements, heat.count_L, limit, self.settings.hysteresis)
+        if swaps:
+            self._mover.start(swaps)
+
+    def heat(self) -> Heat:
+        """As of now; waits for the device. Errors: ValueError where nothing counts it."""
+        if not self.counts:
+            raise ValueError(
+                "heat: no expert of this model can be on a GPU, so nothing is counted; set gpu_memory"
+            )
+        heat = self.tracker.read()
+        missing_steps = self.settings.interval_steps - self._steps_in_round
+        return Heat(heat.model, heat.count_L, max(heat.weight_steps - missing_steps, 0.0))
+
+    # ---- weights ----
+    def moves(self, layer_idx: int) -> bool:
+        """Whether the host must hold this layer's residents too."""
+        return layer_idx in self._movable
+
+    def loaded(self, layer_idx: int) -> None:
+        """An expert was loaded into the layer's bank; with the last one the bank's memory is pinned."""
+        if self.device.type != "cuda" or layer_idx not in self._blobs or layer_idx in self._pinned:
+            return
+        bank, blobs = self._banks[layer_idx], self._blobs[layer_idx]
+        if self._why_not_pinned or len(bank.loaded_experts) < bank.spec.num_experts:
+            return
+        try:
+            self._pinned[layer_idx] = PinnedRange(blobs.address, blobs.num_bytes, blobs, self.device)
+        except RuntimeError as error:
+            self._why_not_pinned = str(error)
+            warnings.warn(
+                f"residents change slowly, one at a time through a pinned buffer: {error}; raise `ulimit -l`",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def close(self) -> None:
+        """Wait for copies and unpin; nothing moves afterwards. Closing twice is fine."""
+        self._read_N2 = self._reading = None
+        self._mover.close()
+        for pinned in self._pinned.values():
+            pinned.close()
+        self._pinned.clear()

@@ -1,0 +1,305 @@
+"""Residents follow the routing, and answers do not depend on it. The CPU stands in for the GPU."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import monde
+from monde.device.copies import Arrival, InOrderCopies
+from monde.executors.mover import SlotMover
+from monde.planning.placement import Swap
+from monde.routing.heat import Heat
+from monde.routing.replay import DynamicSettings
+from tests.monde import tiny
+
+pytest.importorskip("hostcompute._native")
+
+RESTLESS = DynamicSettings(interval_steps=1, max_swaps=1000, hysteresis=0.0)
+
+
+def slots_bytes(original: Any) -> int:
+    """Device memory of all experts."""
+    plan = monde.offload(copy.deepcopy(original), device="cpu").monde.plan
+    return int(plan.size.all_slots_bytes)
+
+
+def dynamic(original: Any, share: float = 0.5, **settings: Any) -> Any:
+    """A copy of `original` with a share of the experts in slots that follow the routing."""
+    gpu_memory = int(share * slots_bytes(original))
+    wanted = {"device": "cpu", "gpu_memory": gpu_memory, "residency": "dynamic"} | settings
+    return monde.offload(copy.deepcopy(original), **wanted)
+
+
+def restless(original: Any, share: float = 0.5) -> Any:
+    """Every step may exchange every resident, and all that counts is the step before."""
+    model = dynamic(original, share)
+    residency = model.monde.residency
+    residency.settings, residency.swap_share, residency.tracker.keep_per_step = RESTLESS, 1e9, 0.01
+    return model
+
+
+def come_to_rest(engine: Any) -> None:
+    """What is under way arrives, and nothing else starts."""
+    engine.residency.settings = DynamicSettings(max_swaps=0, interval_steps=1)
+    engine.residency.step()
+    assert not engine.residency._mover.is_busy
+
+
+def assert_consistent(engine: Any) -> None:
+    """Tables say the same on both sides, and every slot holds, bit for bit, the expert that they name."""
+    for layer_idx, layer in enumerate(engine.layers):
+        entries = layer.table.slot_of_expert_E1.tolist()
+        assert entries[:-1] == list(layer.table.placement.slot_of_expert_E)
+        assert entries[-1] == -1
+        assert sorted(slot for slot in entries if slot >= 0) == list(range(layer.device.slots.num_slots))
+        for expert_id, slot in enumerate(entries[:-1]):
+            if slot >= 0:
+                here, there = layer.device.slots.read(slot), engine.export_expert(layer_idx, expert_id)
+                assert here.keys() == there.keys()
+                assert all(torch.equal(here[role], there[role]) for role in here), (layer_idx, expert_id)
+
+
+def prompts(count: int) -> list[Tensor]:
+    """Of few tokens each, so that the routing differs from one to the next."""
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(3, tiny.VOCABULARY, (1, 4), generator=generator) for _ in range(count)]
+
+
+# ---- answers ----
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_logits_while_everything_moves(name: str) -> None:
+    original = tiny.build(name)
+    model = restless(original)
+    for ids in prompts(24):
+        with torch.no_grad():
+            tiny.assert_logits(model(ids).logits, tiny.expected(original, ids))
+    counters = model.monde.counters()
+    assert counters.num_swaps >= 24
+    assert counters.swap_bytes == counters.num_swaps * model.monde.plan.size.layers[0].slot_bytes
+    assert 0 < counters.hit_rate < 1
+    model.monde.reset_counters()
+    assert model.monde.counters().num_swaps == model.monde.counters().swap_bytes == 0
+
+
+def test_text_while_everything_moves() -> None:
+    original, ids = tiny.build("qwen3_moe"), tiny.prompt()
+    model = restless(original)
+    assert torch.equal(tiny.greedy(model, ids), tiny.greedy(original, ids))
+    assert model.monde.counters().num_swaps >= 8
+
+
+class LateCopies(InOrderCopies):
+    """Slots hold NaN from the start of a copy until it was asked for `patience` times."""
+
+    def __init__(self, patience: int) -> None:
+        self.patience, self.num_late = patience, 0
+
+    def to_device(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Arrival:
+        for target, _ in pairs:
+            target.view(torch.uint8).fill_(0xFF)
+        late, kept = self, list(pairs)
+
+        class Late:
+            asked = 0
+
+            def done(self) -> bool:
+                self.asked += 1
+                late.num_late += 1
+                return self.asked > late.patience
+
+            def order(self) -> None:
+                for target, source in kept:
+                    target.copy_(source)
+
+        return Late()
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_nobody_reads_a_slot_that_is_being_written(name: str) -> None:
+    original = tiny.build(name)
+    model = restless(original)
+    residency, late = model.monde.residency, LateCopies(patience=3)
+    residency._mover = SlotMover(residency.tables, residency._movable, residency._blobs, late)
+    for ids in prompts(24):
+        with torch.no_grad():
+            tiny.assert_logits(model(ids).logits, tiny.expected(original, ids))
+    assert late.num_late > 10
+    assert model.monde.counters().num_swaps > 0
+
+
+def test_a_swap_in_three_parts() -> None:
+    engine = restless(tiny.build("qwen3_moe")).monde
+    residency, late = engine.residency, LateCopies(patience=1)
+    mover = SlotMover(residency.tables, residency._movable, residency._blobs, late)
+    table = residency.tables[0]
+    assert table.placement.slot_of_expert_E[:2] == (0, 1)
+    address = table.slot_of_expert_E1.data_ptr()
+    swap = Swap(0, 1, 1, 6)
+    mover.start([swap])
+    assert (table.slot_of_expert_E1[1], table.slot_of_expert_E1[6]) == (-1, -1)
+    assert residency.slots[0].blobs_SB[1].min() == 255
+    assert mover.finish() == ()
+    assert table.slot_of_expert_E1[6] == -1
+    assert mover.finish() == [swap]
+    assert not mover.is_busy
+    assert (table.slot_of_expert_E1[1], table.slot_of_expert_E1[6]) == (-1, 1)
+    assert table.slot_of_expert_E1.data_ptr() == address
+    assert_consistent(engine)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_weights_come_back_exactly_after_swaps(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    original = tiny.build(name, dtype)
+    model = restless(original)
+    for ids in prompts(8):
+        model(ids)
+    assert model.monde.counters().num_swaps > 0
+    come_to_rest(model.monde)
+    assert_consistent(model.monde)
+    model.save_pretrained(tmp_path)
+    again = type(original).from_pretrained(tmp_path)
+    for state in (model.state_dict(), again.state_dict()):
+        assert state.keys() == original.state_dict().keys()
+        assert all(torch.equal(state[key], tensor) for key, tensor in original.state_dict().items())
+
+
+# ---- following the routing ----
+def route(engine: Any, favourites: list[int], num_steps: int) -> float:
+    """Steps in which nine of ten tokens go to `favourites`; the share of pairs that met a slot."""
+    generator = torch.Generator().manual_seed(0)
+    engine.reset_counters()
+    for _ in range(num_steps):
+        for layer in engine.layers:
+            spec = layer.spec
+            x_TD = torch.randn(4, spec.d_model, generator=generator)
+            hot = torch.tensor(favourites)[torch.randint(len(favourites), (4, 1), generator=generator)]
+            any_one = torch.randint(spec.num_experts, (4, 1), generator=generator)
+            ids_TK = torch.where(torch.rand(4, 1, generator=generator) < 0.9, hot, any_one)
+            layer.forward(x_TD, ids_TK, torch.ones(4, 1))
+    return float(engine.counters().hit_rate)
+
+
+def test_hits_rise_and_follow_a_change() -> None:
+    engine = dynamic(tiny.build("qwen3_moe"), share=0.4).monde
+    num_slots = engine.layers[0].device.slots.num_slots
+    assert num_slots == 3
+    cold, other = [5, 6, 7], [0, 3, 4]
+    assert route(engine, cold, 4) < 0.2
+    route(engine, cold, 60)
+    assert route(engine, cold, 40) > 0.85
+    assert engine.counters().num_swaps <= 4  # hysteresis: the placement is at rest
+    route(engine, other, 120)
+    assert route(engine, other, 40) > 0.85
+
+
+def test_static_and_uniform_do_not_move() -> None:
+    for residency in ("static", "uniform"):
+        engine = dynamic(tiny.build("qwen3_moe"), residency=residency).monde
+        engine.residency.settings = RESTLESS
+        route(engine, [5, 6, 7], 20)
+        counters = engine.counters()
+        assert counters.num_swaps == counters.swap_bytes == 0
+        assert engine.layers[0].table.placement.resident_experts == (0, 1, 2, 3)
+        # and their residents are in memory once
+        assert engine.layers[0].host.bank.loaded_experts == {4, 5, 6, 7}
+
+
+def test_layers_without_a_choice_do_not_move() -> None:
+    original = tiny.build("qwen3_moe")
+    for share in (0, 1):
+        engine = dynamic(original, share).monde
+        engine.residency.settings = RESTLESS
+        route(engine, [5], 5)
+        assert engine.counters().num_swaps == 0
+        assert all(len(layer.host.bank.loaded_experts) == 8 * (1 - share) for layer in engine.layers)
+
+
+# ---- host memory ----
+def test_residency_is_static_where_host_memory_is_tight() -> None:
+    original = tiny.build("qwen3_moe")
+    plan = dynamic(original, residency="static").monde.plan
+    fits = plan.host_used_bytes
+    needs = dynamic(original).monde.plan.host_used_bytes
+    assert needs - fits == sum(
+        n * layer.expert_bytes for n, layer in zip(plan.num_resident_L, plan.size.layers, strict=True)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        enough = dynamic(original, host_memory=needs)
+    assert enough.monde.plan.explain().endswith("residency: dynamic")
+    with pytest.warns(RuntimeWarning, match=f"static, as host_memory is short by .* host_memory={needs}"):
+        tight = dynamic(original, host_memory=needs - 1)
+    assert f"give host_memory={needs}" in tight.monde.plan.explain()
+    assert tight.monde.plan.host_used_bytes == fits
+    assert tight.monde.layers[0].host.bank.loaded_experts == {4, 5, 6, 7}
+    tight.monde.residency.settings = RESTLESS
+    for ids in prompts(6):
+        with torch.no_grad():
+            tiny.assert_logits(tight(ids).logits, tiny.expected(original, ids))
+    assert tight.monde.counters().num_swaps == 0
+
+
+def test_backends_of_another_form_are_static() -> None:
+    with pytest.warns(RuntimeWarning, match='residency is static: .* use cpu_backend="native"'):
+        engine = dynamic(tiny.build("mixtral"), cpu_backend="reference").monde
+    assert "residency" not in engine.plan.explain()
+    assert not any(engine.residency.moves(layer_idx) for layer_idx in range(2))
+
+
+# ---- heat files ----
+def test_a_heat_file_decides_who_starts_resident(tmp_path: Path) -> None:
+    original, path = tiny.build("qwen3_moe"), tmp_path / "heat.safetensors"
+    engine = dynamic(original, residency="static").monde
+    route(engine, [5, 6], 30)
+    engine.save_heat(path)
+    heat = Heat.load(path)
+    # 4 pairs a step and layer; the longer half-life forgets, the rate stays
+    assert [float(hits_E.sum()) for hits_E in heat.hits_per_step_L] == pytest.approx([4, 4], rel=0.05)
+    for residency in ("static", "uniform", "dynamic"):
+        model = dynamic(original, share=0.25, residency=residency, heat_file=path)
+        assert all({5, 6} <= set(layer.table.placement.resident_experts) for layer in model.monde.layers)
+        assert route(model.monde, [5, 6], 3) > 0.8
+        with torch.no_grad():
+            tiny.assert_logits(model(tiny.prompt()).logits, tiny.expected(original, tiny.prompt()))
+    # It counts on from there.
+    np.testing.assert_allclose(
+        [h.sum() for h in dynamic(original, heat_file=path).monde.residency.heat().count_L],
+        [count_E.sum() * 0.5 ** (4 / 32) for count_E in heat.count_L],
+        rtol=1e-5,
+    )
+
+
+def test_slots_go_to_the_layers_that_need_them(tmp_path: Path) -> None:
+    original, path = tiny.build("qwen3_moe"), tmp_path / "heat.safetensors"
+    counts = (np.full(8, 1, np.float32), np.array([0] * 7 + [1], np.float32))
+    Heat("", counts, 1.0).save(path)
+    engine = dynamic(original, share=9 / 16, residency="static", heat_file=str(path)).monde
+    assert engine.plan.num_resident_L == (8, 1)
+    assert engine.layers[1].table.placement.resident_experts == (7,)
+    engine = dynamic(original, share=0.5, residency="uniform", heat_file=str(path)).monde
+    assert engine.plan.num_resident_L == (4, 4)
+
+
+def test_heat_of_another_model_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "heat.safetensors"
+    engine = dynamic(tiny.build("mixtral"), residency="static").monde
+    engine.save_heat(path)
+    with pytest.raises(ValueError, match="has 2 layers of 4 experts, this model has 2 of 8; record"):
+        dynamic(tiny.build("qwen3_moe"), heat_file=path)
+    with pytest.raises(ValueError, match="nothing is counted; set gpu_memory"):
+        monde.offload(tiny.build("mixtral"), device="cpu").monde.save_heat(path)
+
+
+def test_unknown_policies_are_refused() -> None:
+    with pytest.raises(ValueError, match="residency: expected one of dynamic, static, uniform, got 'lru'"):
+        monde.MondeConfig(residency="lru")
