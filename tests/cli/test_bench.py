@@ -54,6 +54,19 @@ def test_generation_reads_top_k_experts_of_every_layer(monde: Monde) -> None:
     assert record["h2d_bytes_per_token"] == record["d2h_bytes_per_token"] == 0
 
 
+def test_residents_that_follow_the_routing_are_met_more_often(monde: Monde) -> None:
+    """Half of moe-3m's experts have slots, and the CPU stands in for the GPU."""
+    shape = ("-p", 0, "-n", 200, "-r", 1, "-t", 1, "-o", "json", "--device", "cpu", "--gpu-memory", "768KiB")
+    found = {
+        residency: records(monde("bench", MODEL, *shape, "--residency", residency))[0]
+        for residency in ("static", "dynamic")
+    }
+    assert found["static"]["swaps_per_token"] == 0
+    assert found["dynamic"]["resident_share"] > 1.2 * found["static"]["resident_share"] > 0
+    swapped_bytes = found["dynamic"]["swaps_per_token"] * 3 * 128 * 64 * 2
+    assert found["dynamic"]["swap_bytes_per_token"] == pytest.approx(swapped_bytes)
+
+
 def test_csv_and_jsonl_hold_the_same_records(monde: Monde) -> None:
     lines = monde("bench", MODEL, *SHORT, "-o", "jsonl").stdout.splitlines()
     rows = list(csv.DictReader(io.StringIO(monde("bench", MODEL, *SHORT, "-o", "csv").stdout)))
