@@ -8,3 +8,6 @@ mkdir -p .cache bench/results
 [ -f .cache/demo-model/model.safetensors.index.json ] || "$bin/python" bench/make_model.py .cache/demo-model
 "$bin/monde" bench .cache/demo-model -p 512 -n 64 -r 5 --baseline transformers:best \
   -o json --plot bench/results/whole-model.png > bench/results/whole-model.json
+if "$bin/python" -c 'import sys, torch, cupy; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
+  "$bin/python" -m bench.decode
+fi

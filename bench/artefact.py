@@ -37,7 +37,7 @@ def write(name: str, configuration: dict[str, Any], results: Any, out: Path | No
     record = {
         "benchmark": name,
         "configuration": configuration,
-        "command": sys.argv,
+        "command": [os.path.relpath(sys.argv[0], RESULTS.parents[1]), *sys.argv[1:]],
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "commit": commit(),
         "machine": cpu,

@@ -9,8 +9,8 @@ say() { printf '\n\033[1m%s\033[0m\n' "$*" >&2; }
 
 say '1/3  Text from assets/moe-3m (2.9M parameters: expect local sense only)'
 prompt='It is a truth universally acknowledged, that'
-printf '%s' "$prompt"
-"$bin/monde" generate assets/moe-3m "$prompt" -n 60 --temperature 0.7 --seed 3
+text=$("$bin/monde" generate assets/moe-3m "$prompt" -n 60 --temperature 0.7 --seed 3) # whole, lest progress bars cut in
+printf '\n%s%s\n' "$prompt" "$text"
 
 say '2/3  assets/moe-3m next to transformers'
 "$bin/monde" bench assets/moe-3m -p 512 -n 32 -r 3 --baseline transformers:best --plot $out/moe-3m.png

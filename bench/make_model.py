@@ -71,10 +71,11 @@ def layer_tensors(config: Qwen3MoeConfig, layer_idx: int) -> dict[str, Tensor]:
 
 
 def _values(shape: tuple[int, ...]) -> Tensor:
-    """Ones for norms, else N(0, STD)."""
-    return (
-        torch.ones(shape, dtype=DTYPE) if len(shape) == 1 else torch.empty(shape, dtype=DTYPE).normal_(0, STD)
-    )
+    """Ones for norms, else N(0, STD); a GPU draws them a hundred times faster."""
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=DTYPE)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.empty(shape, dtype=DTYPE, device=device).normal_(0, STD).cpu()
 
 
 def write_model(out: Path, config: Qwen3MoeConfig) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,3 +72,13 @@ def choose_cores(num_threads: int | None) -> list[Core]:
     picked = [cores[i * len(cores) // num_threads] for i in range(num_threads)]
     used = sorted({core.node_id for core in picked})
     return [Core(core.cpu_id, used.index(core.node_id)) for core in picked]
+
+
+def cpu_name() -> str:
+    """The processor as it calls itself."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

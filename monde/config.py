@@ -58,8 +58,8 @@ class MondeConfig(QuantizationConfigMixin):
     nllb_upstream_routing: NLLB-MoE as transformers runs it, on experts 0 and 1 alone; default is the routing
         that its router asks for.
     residency: who has a slot on the GPU. "dynamic" follows the routing while the model runs, for which host_memory
-        must hold the residents too; "static" keeps what it starts with; "uniform" as well, with slots spread evenly
-        over the layers. Default "dynamic" on a GPU, "static" where the CPU stands in for one.
+        must hold the residents too; "static", the default, keeps what it starts with; "uniform" as well, with slots
+        spread evenly over the layers.
     heat_file: written by Engine.save_heat: the hottest experts start resident. Default: the first ones.
     max_context, max_batch: the longest sequence and largest batch that gpu_memory must leave room for.
 
@@ -77,7 +77,7 @@ class MondeConfig(QuantizationConfigMixin):
         max_context: int = 4096,
         max_batch: int = 1,
         nllb_upstream_routing: bool = False,
-        residency: str | None = None,
+        residency: str = "static",
         heat_file: str | Path | None = None,
         quant_method: str = QUANT_METHOD,
     ) -> None:
@@ -93,7 +93,7 @@ class MondeConfig(QuantizationConfigMixin):
         if cpu_backend not in CPU_BACKENDS:
             raise ValueError(f"cpu_backend: expected one of {', '.join(CPU_BACKENDS)}, got {cpu_backend!r}")
         self.cpu_backend = cpu_backend
-        if residency not in (None, *RESIDENCIES):
+        if residency not in RESIDENCIES:
             raise ValueError(f"residency: expected one of {', '.join(RESIDENCIES)}, got {residency!r}")
         self.residency = residency
         self.heat_file = None if heat_file is None else str(heat_file)

@@ -41,12 +41,12 @@ class Engine:
     ) -> None:
         self.config, self.plan, self.device = config, plan, device
         self.staging = Staging(pinned=device.type == "cuda")
-        self._pool = host_pool(config.num_threads, device)
+        self.pool = host_pool(config.num_threads, device)
         self._num_replays = 0
         self._hubs: dict[torch.dtype, DecodeHub] = {}
         self._decoders: dict[tuple[int, torch.dtype], DecodeExecutor] = {}
         placements, heat = placements_of(config, plan)
-        banks = [ExpertBank(spec, config.cpu_backend, self._pool) for spec in specs]
+        banks = [ExpertBank(spec, config.cpu_backend, self.pool) for spec in specs]
         self.residency = Residency(banks, placements, plan.size.layers, device, plan.moves, heat)
         self.layers = [self._build_layer(layer_idx, bank) for layer_idx, bank in enumerate(banks)]
         self.why_not_decode = why_not_decode(self.device, self.host_choice)
@@ -72,7 +72,7 @@ class Engine:
             return None
         if x_dtype not in self._hubs:
             specs, banks = zip(*((layer.spec, layer.host.bank) for layer in self.layers), strict=True)
-            self._hubs[x_dtype] = DecodeHub(specs, banks, x_dtype, self.device, self._pool)
+            self._hubs[x_dtype] = DecodeHub(specs, banks, x_dtype, self.device, self.pool)
         if (layer_idx, x_dtype) not in self._decoders:
             layer = self.layers[layer_idx]
             slots, heat_E = self.residency.slots[layer_idx], self.residency.tracker.count_E(layer_idx)

@@ -27,6 +27,12 @@ ExpertLayout make_layout(int d_model, int d_ffn, bool gated, DType dtype) {
   return layout;
 }
 
+int stretch_rows(int k_pad, int activation_itemsize_bytes) {
+  constexpr int kPairRows = 2 * kBlockRows;
+  const int pairs = kStretchBytes / (k_pad * activation_itemsize_bytes * kPairRows);
+  return (pairs > 0 ? pairs : 1) * kPairRows;
+}
+
 size_t panel_offset(int k_group, int row, int k) {
   return (size_t(k / k_group) * kLanes + row) * k_group + k % k_group;
 }

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bench import artefact, peers
+from bench.cost_model import Call, Mix
 from bench.rounds import Summary, interleave, ratio, repeated
+from hostcompute import ExpertBank, ExpertSpec, make_pool
+from monde.calibration.host import fill
 
 
 def test_contenders_take_turns_and_the_first_one_rotates() -> None:
@@ -67,3 +71,20 @@ def test_a_peer_that_fails_is_an_error(tmp_path: Path) -> None:
         peers.ggml(f"ik={program}").measure(1, 1)(0.1)
     with pytest.raises(ValueError, match="NAME=PATH"):
         peers.ggml(str(program))
+
+
+def test_a_call_of_a_mix_gives_every_expert_its_tokens() -> None:
+    pytest.importorskip("hostcompute._native")
+    spec = ExpertSpec(num_experts=6, d_model=16, d_ffn=16)
+    with fill(ExpertBank(spec, "native", make_pool(1))) as bank:
+        call = Call(bank, np.array([3, 1, 5, 2]))
+        for first in (0, 4, 8):  # the next experts in every call
+            assert call.first == first
+            assert call.seconds() > 0
+            assert bank.last_counts is not None
+            assert bank.last_counts.num_pairs == 11
+            assert bank.last_counts.num_experts == 4
+
+
+def test_a_mix_is_as_wrong_as_its_median() -> None:
+    assert Mix(1, 1, [1], 0.5, [1.0, 9.0, 1.0]).relative_error == 0.5

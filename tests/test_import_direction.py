@@ -1,6 +1,7 @@
 """Who may import whom, read from the syntax tree of every file.
 
-    cli, models -> engine -> {layer, residency} -> {routing, executors} -> {device, weights, hostcompute} -> core
+    cli, models, calibration -> engine -> {layer, residency} -> {routing, executors}
+        -> {device, weights, hostcompute} -> core
 
 A layer may import what stands to the right of it and nothing to the left; planning is pure: no CUDA, no
 executors. hostcompute is usable alone: it knows neither monde nor torch.
@@ -23,6 +24,7 @@ RANK = {
     "monde": 7,  # the public names; the command line uses them as any user does
     "monde.cli": 8,
     "monde.models": 6,
+    "monde.calibration": 6,
     "monde.training": 6,
     "monde.engine": 5,
     "monde.layer": 4,
@@ -146,6 +148,7 @@ def test_every_import_points_down() -> None:
             "must not import monde.routing",
         ),
         ("monde.engine", "from monde.models import families", "must not import monde.models"),
+        ("monde.planning.cost", "from monde.calibration import host", "must not import monde.calibration"),
     ],
 )
 def test_a_planted_violation_is_found(module: str, source: str, message: str) -> None:

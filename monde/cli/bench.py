@@ -21,6 +21,7 @@ from monde.cli.options import (
     LoadOptions,
     ModelArgument,
     OutputFormat,
+    ResidencyName,
     ResidencyOption,
     ThreadsOption,
     load_tokenizer,
@@ -69,7 +70,7 @@ def bench(
     dtype: DTypeOption = DTypeName.AUTO,
     backend: BackendOption = BackendName.AUTO,
     threads: ThreadsOption = None,
-    residency: ResidencyOption = None,
+    residency: ResidencyOption = ResidencyName.STATIC,
     heat: HeatOption = None,
 ) -> None:
     """Time prompts (pp512) and generation (tg128): tokens/s, TTFT, TPOT, bytes moved, memory speed.

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 import monde
+from hostcompute.topology import cpu_name
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,6 @@ def commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def read_ceiling(num_threads: int | None) -> float | None:

@@ -8,6 +8,7 @@ import typer
 
 from monde import __version__
 from monde.cli.bench import bench
+from monde.cli.calibrate import calibrate
 from monde.cli.errors import OneLineErrors
 from monde.cli.generate import generate
 from monde.cli.info import info
@@ -29,6 +30,7 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(bench)
 app.command()(plan)
+app.command()(calibrate)
 app.command()(info)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from monde.cli.records import BenchTest, Sample, TestResult
 from monde.cli.runners import Runner
 from monde.cli.texts import TokenSource
+from monde.models.decode_graph import step_cache
 from monde.models.memory import PeakMemory
 
 CHECK_PROMPT_TOKENS, CHECK_STEPS = 64, 32
@@ -105,26 +106,27 @@ def _sample(runner: Runner, test: BenchTest, tokens: Tensor) -> Sample:
     """
     runner.activate()
     tokens = tokens.to(runner.model.device)
-    decoder = Decoder(runner.model)
-    if test.depth:
-        decoder.step(tokens[:, : test.depth])
-    end = test.depth + (test.num_prompt or 1)
-    runner.reset_counters()
-    start_s = time.perf_counter()
-    if test.num_prompt:
-        decoder.step(tokens[:, test.depth : end])
-    for position in range(test.depth, test.depth + test.num_generated):
-        decoder.step(tokens[:, position : position + 1])
-    duration_s = time.perf_counter() - start_s
+    with step_cache(runner.model, test.batch, test.num_positions) as cache:
+        decoder = Decoder(runner.model, cache)
+        if test.depth:
+            decoder.step(tokens[:, : test.depth])
+        end = test.depth + (test.num_prompt or 1)
+        runner.reset_counters()
+        start_s = time.perf_counter()
+        if test.num_prompt:
+            decoder.step(tokens[:, test.depth : end])
+        for position in range(test.depth, test.depth + test.num_generated):
+            decoder.step(tokens[:, position : position + 1])
+        duration_s = time.perf_counter() - start_s
     return Sample(duration_s, runner.counters() if runner.counters else None)
 
 
 class Decoder:
     """A sequence under way: the model and its cache."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, cache: Any = None) -> None:
         self._model = model
-        self._cache: Any = None
+        self._cache = cache
 
     def step(self, tokens_BT: Tensor) -> list[int]:
         """Feed tokens; the likeliest next token of each sequence, on the host."""
@@ -168,8 +170,9 @@ def _choices(runner: Runner, source: TokenSource) -> list[int]:
     tokens_1T = source.window(0, 1, CHECK_PROMPT_TOKENS + CHECK_STEPS).to(runner.model.device)
     prompt = tokens_1T[:, :CHECK_PROMPT_TOKENS]
     chosen: list[int] = runner.model(prompt, use_cache=False).logits[0].argmax(-1).tolist()
-    decoder = Decoder(runner.model)
-    decoder.step(prompt)
-    for position in range(CHECK_PROMPT_TOKENS, CHECK_PROMPT_TOKENS + CHECK_STEPS):
-        chosen += decoder.step(tokens_1T[:, position : position + 1])
+    with step_cache(runner.model, 1, CHECK_PROMPT_TOKENS + CHECK_STEPS) as cache:
+        decoder = Decoder(runner.model, cache)
+        decoder.step(prompt)
+        for position in range(CHECK_PROMPT_TOKENS, CHECK_PROMPT_TOKENS + CHECK_STEPS):
+            chosen += decoder.step(tokens_1T[:, position : position + 1])
     return chosen

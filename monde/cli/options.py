@@ -63,8 +63,7 @@ ThreadsOption = Annotated[
 ]
 
 ResidencyOption = Annotated[
-    ResidencyName | None,
-    typer.Option(help="Who has a slot on the GPU.", show_default="dynamic on a GPU, else static"),
+    ResidencyName, typer.Option(help="Who has a slot on the GPU: who starts there, or follow the routing.")
 ]
 HeatOption = Annotated[
     Path | None, typer.Option(help="A heat file: who is resident at first.", show_default="first experts")
@@ -84,7 +83,7 @@ class LoadOptions:
     num_threads: int | None = None
     max_context: int | None = None  # what the run will need; gpu_memory must leave room for it
     max_batch: int | None = None
-    residency: ResidencyName | None = None
+    residency: ResidencyName = ResidencyName.STATIC
     heat_file: Path | None = None
 
     def torch_dtype(self) -> Any:
@@ -112,7 +111,7 @@ class LoadOptions:
             device=self.device,
             cpu_backend=self.backend.value,
             num_threads=self.num_threads,
-            residency=None if self.residency is None else self.residency.value,
+            residency=self.residency.value,
             heat_file=self.heat_file,
             dtype=self.torch_dtype(),
         )

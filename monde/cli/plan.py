@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,8 +30,14 @@ class Forecast:
 def plan(
     model: ModelArgument,
     machine: Annotated[
-        str, typer.Option("--machine", "-m", help="A described machine, or the file of a measured profile.")
-    ],
+        str | None,
+        typer.Option(
+            "--machine",
+            "-m",
+            help="A described machine, or the file of a measured profile.",
+            show_default="this one, as measured by `monde calibrate`",
+        ),
+    ] = None,
     gpu_memory: GpuMemoryOption = None,
     host_memory: HostMemoryOption = None,
     context: Annotated[int, typer.Option(min=1, help="The longest sequence, in tokens.")] = 4096,
@@ -41,6 +47,9 @@ def plan(
         Path | None, typer.Option(help="A heat file: how popular experts are.", show_default="all equally")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Store a picture of tokens/s over gpu_memory: .png, .svg or .pdf.")
+    ] = None,
 ) -> None:
     """Plan a model on a machine, here or elsewhere: what goes where, how fast, and what limits it.
 
@@ -49,35 +58,66 @@ def plan(
       monde plan Qwen/Qwen3-30B-A3B --machine laptop-4060 --gpu-memory 7GiB
 
       monde plan assets/moe-3m -m h200 --batch 4 --json
+
+      monde plan MODEL --gpu-memory 16GiB --plot budget.png
     """
+    from monde.cli.plan_plot import draw_budgets, sweep
+    from monde.cli.plot import check_plot
     from monde.models.outline import outline_of
     from monde.planning.budget import plan_memory
+    from monde.planning.forecast import with_one_more_channel
     from monde.routing.heat import Heat
     from monde.sizes import parse_size_bytes
 
-    profile = _profile(machine)
+    if plot is not None:
+        check_plot(plot)
+    profile = find_profile(machine)
     check_model(model)
-    outlined = outline_of(model, context, batch, None if heat is None else Heat.load(heat))
     on_gpu = profile.gpu is not None
+    outlined = outline_of(model, context, batch, None if heat is None else Heat.load(heat), on_gpu)
     card_bytes = 0 if profile.gpu is None else profile.gpu.memory_bytes
     gpu_bytes = parse_size_bytes(gpu_memory, "gpu_memory") if gpu_memory else int(card_bytes * _GPU_SHARE)
     host_bytes = parse_size_bytes(host_memory, "host_memory") if host_memory else profile.memory_bytes
     _check_machine("gpu_memory", gpu_bytes, card_bytes, profile)
     _check_machine("host_memory", host_bytes, profile.memory_bytes, profile)
+    if plot is not None and profile.gpu is None:
+        raise ValueError(f"--plot: {profile.machine.name} has no GPU, so there is no budget to vary")
 
-    def forecast(gpu_bytes: int) -> Forecast:
-        memory = plan_memory(outlined.size, on_gpu, gpu_bytes, host_bytes, wants_moves=on_gpu)
+    def forecast(gpu_bytes: int, profile: HardwareProfile = profile) -> Forecast:
+        memory = plan_memory(outlined.size, on_gpu, gpu_bytes, host_bytes)
         return _forecast(outlined, memory, profile, batch, context, prompt)
 
-    now, more = forecast(gpu_bytes), forecast(gpu_bytes + 2**30) if profile.gpu is not None else None
-    answer = _answer(profile, now, more)
+    now = forecast(gpu_bytes)
+    faster = with_one_more_channel(profile)
+    answer = _answer(
+        "this machine, calibrated" if machine is None else machine,
+        profile,
+        outlined,
+        now,
+        one_more_gib=forecast(gpu_bytes + 2**30) if profile.gpu is not None else None,
+        one_more_channel=None if faster is None else forecast(gpu_bytes, faster),
+    )
     typer.echo(json.dumps(answer, indent=1) if as_json else _text(now, answer, heat))
+    if plot is not None:
+        title = f"{Path(model).name} on {profile.machine.name}"
+        draw_budgets(sweep(forecast, now, card_bytes), now, title, plot)
+        typer.echo(f"monde: plot saved to {plot}", err=True)
 
 
-def _profile(machine: str) -> HardwareProfile:
+def find_profile(machine: str | None) -> HardwareProfile:
+    """Of a described machine, a file, or this machine. Errors: ValueError with the remedy where there is none."""
+    from monde.calibration import store
     from monde.planning.machines import DESCRIBED
     from monde.planning.profile import HardwareProfile
 
+    if machine is None:
+        here = store.load(store.this_machine())
+        if here is None:
+            raise ValueError(
+                "this machine has not been measured; run `monde calibrate`, or give --machine with a file or one of "
+                f"the described machines {', '.join(DESCRIBED)}"
+            )
+        return here
     if machine in DESCRIBED:
         return DESCRIBED[machine]
     if not Path(machine).is_file():
@@ -90,6 +130,10 @@ def _profile(machine: str) -> HardwareProfile:
 def _check_machine(what: str, asked_bytes: int, have_bytes: int, profile: HardwareProfile) -> None:
     from monde.sizes import format_bytes
 
+    if asked_bytes > 0 == have_bytes:
+        raise ValueError(
+            f"{what}: {profile.machine.name} has no GPU; leave {what} out, or plan for another machine with --machine"
+        )
     if asked_bytes > have_bytes:
         raise ValueError(
             f"{what}: {format_bytes(asked_bytes)} is more than the {format_bytes(have_bytes)} of "
@@ -107,23 +151,41 @@ def _forecast(
     return Forecast(memory, decode, forecast_prefill(outlined.outline, placements, profile, prompt))
 
 
-def _answer(profile: HardwareProfile, now: Forecast, more: Forecast | None) -> dict[str, Any]:
+def _answer(
+    profile_is: str,
+    profile: HardwareProfile,
+    outlined: Outlined,
+    now: Forecast,
+    one_more_gib: Forecast | None,
+    one_more_channel: Forecast | None,
+) -> dict[str, Any]:
     def speed(name: str) -> dict[str, Any]:
         s: Speed = getattr(now, name)
-        more_s = None if more is None else getattr(more, name).step_s
+
+        def gain(better: Forecast | None) -> float | None:
+            return None if better is None else s.step_s / getattr(better, name).step_s
+
         return {
             "tokens_per_s": s.tokens_per_s,
             "step_s": s.step_s,
             "limit": s.limit,
             "gain_of_10_percent_more": s.gain,
-            "gain_of_one_more_gib_of_gpu_memory": None if more_s is None else s.step_s / more_s,
+            "gain_of_one_more_gib_of_gpu_memory": gain(one_more_gib),
+            "gain_of_one_more_memory_channel": gain(one_more_channel),
         }
 
+    channels, stored = profile.memory_channels, outlined.stored
     return {
+        "profile": profile_is,
         "machine": profile.machine.name,
         "source": profile.source,
+        "noisy": [str(noise) for noise in profile.noisy],
+        "memory_channels": None if channels is None else asdict(channels),
+        "checkpoint": None if stored is None else asdict(stored),
         "num_resident": sum(now.plan.num_resident_L),
         "num_experts": sum(layer.num_experts for layer in now.plan.size.layers),
+        "dense_bytes": now.plan.size.dense_bytes,
+        "expert_bytes": now.plan.size.expert_bytes,
         "gpu_used_bytes": now.plan.gpu_used_bytes,
         "gpu_bytes": now.plan.gpu_bytes,
         "host_used_bytes": now.plan.host_used_bytes,
@@ -134,17 +196,46 @@ def _answer(profile: HardwareProfile, now: Forecast, more: Forecast | None) -> d
 
 
 def _text(now: Forecast, answer: dict[str, Any], heat: Path | None) -> str:
-    lines = [f"{answer['machine']} ({answer['source']})", now.plan.explain()]
+    lines = [f"profile of {answer['profile']}: {answer['machine']} ({answer['source']})"]
+    if answer["noisy"]:
+        lines.append(
+            f"measured while the machine was noisy: {len(answer['noisy'])} figures in doubt; "
+            "run `monde calibrate --force` when it is idle"
+        )
+    lines += [_checkpoint_text(answer["checkpoint"]), now.plan.explain()]
     for name in ("decode", "prefill"):
         s = answer[name]
-        gains = ", ".join(f"{r} {100 * (g - 1):.1f}%" for r, g in s["gain_of_10_percent_more"].items())
-        gib = s["gain_of_one_more_gib_of_gpu_memory"]
-        gib_text = "" if gib is None else f"; one more GiB of GPU memory: {100 * (gib - 1):.1f}%"
+        gains = [f"{r} {_percent(g)}" for r, g in s["gain_of_10_percent_more"].items()]
         lines.append(
             f"{name + ':':<8} {s['tokens_per_s']:.3g} tokens/s at best, limited by the {s['limit']}\n"
-            f"         faster with a tenth more of: {gains}{gib_text}"
+            f"         faster with a tenth more of: {', '.join(gains)}"
         )
+        more = {
+            "one more GiB of GPU memory": s["gain_of_one_more_gib_of_gpu_memory"],
+            "one more memory channel": s["gain_of_one_more_memory_channel"],
+        }
+        known = [f"{what}: {_percent(g)}" for what, g in more.items() if g is not None]
+        if known:
+            lines.append(f"         {', '.join(known)}")
     lines.append(
         "Speeds are bounds for equally popular experts; routing that is skewed makes slots worth more."
+        if heat is None
+        else f"Speeds are bounds for experts as popular as in {heat}."
     )
     return "\n".join(lines)
+
+
+def _checkpoint_text(stored: dict[str, int] | None) -> str:
+    from monde.sizes import format_bytes as text
+
+    if stored is None:
+        return "no checkpoint here: sizes from the configuration"
+    unused = f", {text(stored['unused_bytes'])} not loaded" if stored["unused_bytes"] else ""
+    return (
+        f"checkpoint: {text(stored['dense_bytes'])} dense, {text(stored['expert_bytes'])} of experts{unused} "
+        f"in {stored['num_files']} file{'s' if stored['num_files'] > 1 else ''}"
+    )
+
+
+def _percent(gain: float) -> str:
+    return f"{100 * (gain - 1):.1f}%"

@@ -14,11 +14,14 @@ is; inside torch.compile's own tracing the wrapper steps aside.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from transformers import StaticCache
 
 from monde.models.decode_cache import KvRoom
 from monde.models.decode_capture import Capture, CudaCapture
@@ -43,6 +46,22 @@ def install_on_gpu(model: Any, engine: Any) -> None:
         size = engine.plan.size
         room = KvRoom(size.kv_bytes, size.kv_bytes_per_token)
         install(model, CudaCapture(engine.device), room, engine)
+
+
+@contextlib.contextmanager
+def step_cache(model: Any, num_rows: int, num_positions: int) -> Iterator[StaticCache | None]:
+    """A cache whose decode steps run as graphs, for callers that step a model themselves; it returns to the pool.
+
+    None where `model` has no graphs or the plan no room: then the model's own kind of cache will do.
+    """
+    runner = getattr(model, "_decode_runner", None)
+    if runner is None or runner.why_not_cache(num_rows, num_positions):
+        yield None
+        return
+    with runner.lease() as lease:
+        pooled = runner.pool.take(num_rows, num_positions)
+        lease.taken.append(pooled)
+        yield pooled.cache
 
 
 @functools.cache

@@ -150,11 +150,11 @@ class DecodeRunner:
         num_rows *= max(config.num_beams or 1, config.num_return_sequences or 1)
         num_positions = max(num_positions, config.max_cache_len or 0)
         given = model_kwargs.get("past_key_values")
-        reason = self._off or self.traits.why_not or _why_not_generation(config, model_kwargs, mode)
+        reason = _why_not_generation(config, model_kwargs, mode)
         if given is not None:
-            reason = reason or why_not_static(given)
+            reason = self._off or self.traits.why_not or reason or why_not_static(given)
         else:
-            reason = reason or self.pool.why_not(num_rows, num_positions)
+            reason = self.why_not_cache(num_rows, num_positions) or reason
         if reason is not None:
             lease.why_not = reason
             self._warn(reason)
@@ -166,6 +166,10 @@ class DecodeRunner:
         lease.taken.append(pooled)
         model_kwargs["past_key_values"] = pooled.cache
         return True
+
+    def why_not_cache(self, num_rows: int, num_positions: int) -> str | None:
+        """Why no graph can write a cache of this size; None where one can."""
+        return self._off or self.traits.why_not or self.pool.why_not(num_rows, num_positions)
 
     # ---- one step ----
     def call(self, model: Any, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""A model's sizes from its configuration alone: no weights, not even a checkpoint, needed."""
+"""A model's sizes from its configuration and, where they are here, the headers of its checkpoint. No weights needed."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from monde.config import MondeConfig
 from monde.models.experts import find_experts
 from monde.models.loading import model_class
 from monde.models.sizing import model_size
+from monde.models.stored import StoredSizes, checkpoint_files, stored_dtype, stored_sizes
 from monde.planning.budget import ModelSize
 from monde.planning.cost import ExpertShape
 from monde.planning.forecast import ModelOutline, MoeLayer
@@ -33,18 +34,22 @@ _TOP_K = (
 
 @dataclass(frozen=True)
 class Outlined:
-    """What the memory plan needs, and what the forecast needs."""
+    """What the memory plan needs, what the forecast needs, and what the checkpoint holds, None without one."""
 
     size: ModelSize
     outline: ModelOutline
+    stored: StoredSizes | None
 
 
-def outline_of(path_or_id: str, max_context: int, max_batch: int, heat: Heat | None = None) -> Outlined:
+def outline_of(
+    path_or_id: str, max_context: int, max_batch: int, heat: Heat | None = None, on_gpu: bool = True
+) -> Outlined:
     """Build the model that config.json describes on the meta device and read off its shapes.
 
-    Experts are as popular as `heat` says, else equally. Errors: OSError where path or id does not exist;
-    UnsupportedModelError; ValueError for encoder-decoders, heat of another model, and when the configuration does not say how many experts a
-    token takes.
+    Sizes are those in memory, in the type that loading gives: config.json's, else the checkpoint's. Experts are as
+    popular as `heat` says, else equally. on_gpu: whether dense weights will run there. Errors: OSError where path or id does not exist; CheckpointError for files
+    that are damaged or of another model; UnsupportedModelError; ValueError for encoder-decoders, heat of another
+    model, and when the configuration does not say how many experts a token takes.
     """
     config = AutoConfig.from_pretrained(path_or_id)
     if config.is_encoder_decoder:
@@ -55,11 +60,12 @@ def outline_of(path_or_id: str, max_context: int, max_batch: int, heat: Heat | N
     cls = model_class(config)
     # An auto class, of configurations without architectures, has the public method only.
     from_config = getattr(cls, "_from_config", None) or cls.from_config
-    dtype = getattr(config, "dtype", None) or torch.bfloat16
+    files = checkpoint_files(path_or_id)
+    dtype = getattr(config, "dtype", None) or stored_dtype(files) or torch.bfloat16
     with torch.device("meta"):
         model = from_config(config, dtype=dtype)
     modules = find_experts(model)
-    size = model_size(model, modules, MondeConfig(max_context=max_context, max_batch=max_batch), on_gpu=True)
+    size = model_size(model, modules, MondeConfig(max_context=max_context, max_batch=max_batch), on_gpu)
     text_config: Any = config.get_text_config()
     num_topk = _num_topk(text_config, config)
     num_experts_L = [module.spec.num_experts for module in modules]
@@ -82,7 +88,7 @@ def outline_of(path_or_id: str, max_context: int, max_batch: int, heat: Heat | N
         dense_bytes_per_weight=embedding.element_size(),
         kv_bytes_per_token=size.kv_bytes_per_token,
     )
-    return Outlined(size, outline)
+    return Outlined(size, outline, stored_sizes(model, modules, files) if files else None)
 
 
 def _normalised(count_E: NDArray[np.floating]) -> NDArray[np.float64]:

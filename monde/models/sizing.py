@@ -84,16 +84,15 @@ def plan_for(
     if host_bytes is None:
         host_bytes = int(psutil.virtual_memory().available) + held_bytes["cpu"]
     size = model_size(model, modules, config, on_gpu)
-    wants_moves = config.residency == "dynamic" or (config.residency is None and on_gpu)
+    wants_moves = config.residency == "dynamic"
     if wants_moves and gpu_bytes and choose(config.cpu_backend).name != "native":
         wants_moves = False
-        if config.residency == "dynamic":
-            warnings.warn(
-                "residency is static: only the native host backend keeps experts in the form of slots; "
-                'use cpu_backend="native"',
-                RuntimeWarning,
-                stacklevel=3,
-            )
+        warnings.warn(
+            "residency is static: only the native host backend keeps experts in the form of slots; "
+            'use cpu_backend="native"',
+            RuntimeWarning,
+            stacklevel=3,
+        )
     return plan_memory(size, on_gpu, gpu_bytes or 0, host_bytes, wants_moves, _spread_by_heat(config))
 
 

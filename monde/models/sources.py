@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -201,27 +201,43 @@ class _ShapeOnly:
         return torch.empty(self.shape, device="meta")
 
 
-def find_sources(model: Any, modules: Sequence[ExpertsModule], checkpoint: Checkpoint) -> list[ModuleSource]:
-    """One source per module. Must run before the modules lose their parameters. Errors: CheckpointError."""
+@dataclass(frozen=True)
+class KeyUse:
+    """What one tensor of a checkpoint becomes: the parameters it contributes to, whether the model has them or not."""
+
+    key: str
+    params: list[str]
+    pattern: str | None
+    converter: WeightConverter | None
+
+
+def uses_of(model: Any, keys: Iterable[str]) -> Iterator[KeyUse]:
+    """In natural order of the keys, so that experts come by number."""
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     state_dict = model.state_dict()
-    num_experts = {name: m.spec.num_experts for m in modules for name in m.all_full_names()}
-    found: dict[str, ParameterSource] = {}
-    for key in sorted(checkpoint.entries, key=dot_natural_key):
+    for key in sorted(keys, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state_dict)
         if name not in state_dict and key in state_dict:
             name, pattern = key, None
-        for param in _targets(name, converter_of.get(pattern) if pattern else None):
+        converter = converter_of.get(pattern) if pattern else None
+        yield KeyUse(key, _targets(name, converter), pattern, converter)
+
+
+def find_sources(model: Any, modules: Sequence[ExpertsModule], checkpoint: Checkpoint) -> list[ModuleSource]:
+    """One source per module. Must run before the modules lose their parameters. Errors: CheckpointError."""
+    num_experts = {name: m.spec.num_experts for m in modules for name in m.all_full_names()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found: dict[str, ParameterSource] = {}
+    for use in uses_of(model, checkpoint.entries):
+        for param in use.params:
             if param in num_experts:
-                converter = converter_of[pattern] if pattern else None
                 source = found.setdefault(
-                    param,
-                    ParameterSource(param, tuple(state_dict[param].shape), num_experts[param], converter),
+                    param, ParameterSource(param, shapes[param], num_experts[param], use.converter)
                 )
-                source.keys[pattern or key].append(key)
+                source.keys[use.pattern or use.key].append(use.key)
     for tied, original in model.all_tied_weights_keys.items():  # a checkpoint holds one of them
         if original in found:
             found.setdefault(tied, found[original])

@@ -18,7 +18,7 @@ from monde.planning.budget import LayerSize
 from monde.planning.cost import CostModel, ExpertShape
 from monde.planning.fit import AlphaBeta
 from monde.planning.placement import place, place_uniform, time_saved_s
-from monde.planning.profile import Curve, ExpertRate, GpuProfile, HardwareProfile
+from monde.planning.profile import Curve, ExpertRate, GpuProfile, HardwareProfile, MemoryChannels
 from monde.planning.share import best_share
 from monde.planning.split import Load, best_split
 
@@ -125,6 +125,16 @@ def faster(profile: HardwareProfile, resource: str, factor: float) -> HardwarePr
     else:
         raise ValueError(f"faster: expected one of {', '.join(RESOURCES)}, got {resource!r}")
     return replace(profile, gpu=gpu)
+
+
+def with_one_more_channel(profile: HardwareProfile) -> HardwareProfile | None:
+    """The machine with its host memory that much faster; the bus stays. None where its channels are not known."""
+    channels = profile.memory_channels
+    if channels is None:
+        return None
+    more = MemoryChannels(channels.num_channels + 1, channels.channel_bytes_per_s)
+    factor = more.num_channels / channels.num_channels
+    return replace(profile, host_expert=profile.host_expert.with_memory(factor), memory_channels=more)
 
 
 def _speed(step_s: _StepTime, profile: HardwareProfile, num_tokens: int) -> Speed:

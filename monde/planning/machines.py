@@ -13,6 +13,7 @@ from monde.planning.profile import (
     GpuProfile,
     HardwareProfile,
     MachineIdentity,
+    MemoryChannels,
     Overlap,
 )
 
@@ -22,7 +23,7 @@ _COPY_LATENCY_S = 10e-6  # queued behind another copy; 15-17 us when the host wa
 _SHARED_DRAM = Overlap(1.15, 1.10)  # assumed until measured: host and copies share one memory
 _SAME_HBM = Overlap(1.02, 1.02)
 # 8.3 ms for a captured step of 48 blocks without experts on the measured machine, less 0.6 ms of reading.
-_BLOCK_S = 160e-6
+BLOCK_OVERHEAD_S = 160e-6
 
 
 def _machine(
@@ -40,6 +41,7 @@ def _machine(
     gpu_gbytes_per_s: float,
     gpu_tflops_per_s: float,
     host_read: Curve | None = None,
+    channels: MemoryChannels | None = None,
     host_while_copying: Overlap = _SHARED_DRAM,
     round_trip: AlphaBeta = _DOORBELL,
 ) -> HardwareProfile:
@@ -63,8 +65,9 @@ def _machine(
             round_trip=round_trip,
             host_while_copying=host_while_copying,
             gpu_while_copying=_SAME_HBM,
-            block_overhead_s=_BLOCK_S,
+            block_overhead_s=BLOCK_OVERHEAD_S,
         ),
+        memory_channels=channels,
     )
 
 
@@ -95,6 +98,7 @@ DESCRIBED: dict[str, HardwareProfile] = {
             "data sheets: 8 GB at 256 GB/s, PCIe 15.8 GB/s; AVX2 fp32 at half of 1.0 TFLOP/s",
             host_gib=32,
             host_gbytes_per_s=70,
+            channels=MemoryChannels(2, 44.8e9),
             host_tflops_per_s=Curve((1, 16), (0.1, 0.5)),
             bus_gbytes_per_s=13.4,
             gpu_gib=8,
@@ -109,6 +113,7 @@ DESCRIBED: dict[str, HardwareProfile] = {
             "data sheets: 24 GB at 1008 GB/s, 165 TFLOP/s; PCIe 31.5 GB/s; AVX-512-BF16 at half of 12 TFLOP/s",
             host_gib=384,
             host_gbytes_per_s=370,
+            channels=MemoryChannels(12, 38.4e9),
             host_tflops_per_s=Curve((1, 16, 64), (0.5, 4.0, 6.0)),
             bus_gbytes_per_s=26.8,
             gpu_gib=24,
@@ -124,6 +129,7 @@ DESCRIBED: dict[str, HardwareProfile] = {
             "take most of the memory's bandwidth: overlap 1.6 and 1.3 assumed",
             host_gib=96,
             host_gbytes_per_s=77,
+            channels=MemoryChannels(2, 48e9),
             host_tflops_per_s=Curve((1, 16, 64), (0.15, 2.0, 4.5)),
             bus_gbytes_per_s=53.6,
             gpu_gib=32,
@@ -140,6 +146,7 @@ DESCRIBED: dict[str, HardwareProfile] = {
             "kernels of this kind; experts lie on the node of the cores that read them",
             host_gib=512,
             host_gbytes_per_s=490,
+            channels=MemoryChannels(16, 38.4e9),
             host_tflops_per_s=Curve((1, 16, 64, 256), (0.6, 8.0, 25.0, 42.0)),
             bus_gbytes_per_s=26.8,
             gpu_gib=40,

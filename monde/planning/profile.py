@@ -16,7 +16,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from monde.planning.fit import AlphaBeta
 
-PROFILE_VERSION = 1
+PROFILE_VERSION = 2
+_AT_THE_ROOF = 0.1  # measured rates this close to the memory's are taken for limited by it
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,20 @@ class ExpertRate:
         flops = tuple(t * flops_per_token / s for t, s in zip(tokens, seconds, strict=True))
         return cls(0.0, expert_bytes / min(seconds), Curve(tuple(map(float, tokens)), flops))
 
+    def with_memory(self, factor: float) -> ExpertRate:
+        """The rate if memory were `factor` times as fast and arithmetic the same.
+
+        A table's flops_per_s holds the time of reading too where that was the limit: in bf16, one operation per
+        byte and token. Those points rise as well, up to the greatest that was measured.
+        """
+        curve = self.flops_per_s
+        top = max(curve.y)
+        flops = tuple(
+            min(y * factor, top) if abs(y / (t * self.bytes_per_s) - 1) <= _AT_THE_ROOF else y
+            for t, y in zip(curve.x, curve.y, strict=True)
+        )
+        return ExpertRate(self.overhead_s, self.bytes_per_s * factor, Curve(curve.x, flops))
+
 
 @dataclass(frozen=True)
 class Overlap:
@@ -121,10 +136,42 @@ class MachineIdentity:
 
 
 @dataclass(frozen=True)
+class MemoryChannels:
+    """The host memory's channels and the nominal bandwidth of one."""
+
+    num_channels: int
+    channel_bytes_per_s: float
+
+    def __post_init__(self) -> None:
+        if not (self.num_channels >= 1 and self.channel_bytes_per_s > 0):
+            raise ValueError(
+                f"MemoryChannels: expected at least one channel with a bandwidth above 0, got {self}"
+            )
+
+
+@dataclass(frozen=True)
+class Noise:
+    """A measurement whose two halves, taken one after the other, disagree: their medians in seconds."""
+
+    what: str
+    first_s: float
+    second_s: float
+
+    @property
+    def share(self) -> float:
+        """By how much the slower half is above the quicker one."""
+        return max(self.first_s, self.second_s) / min(self.first_s, self.second_s) - 1
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.first_s:.3g} s, then {self.second_s:.3g} s ({self.share:.0%} apart)"
+
+
+@dataclass(frozen=True)
 class HardwareProfile:
     """One machine. gpu is None where there is none; source says what was measured and what is assumed.
 
     host_read: bytes per second over threads. host_expert: all threads on one expert after the other.
+    memory_channels: None where nobody knows them. noisy: what not to trust, accepted by whoever measured.
     """
 
     machine: MachineIdentity
@@ -133,6 +180,8 @@ class HardwareProfile:
     host_read: Curve
     host_expert: ExpertRate
     gpu: GpuProfile | None
+    memory_channels: MemoryChannels | None = None
+    noisy: tuple[Noise, ...] = ()
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(json.dumps({"version": PROFILE_VERSION, **asdict(self)}, indent=1) + "\n")
@@ -163,12 +212,14 @@ class HardwareProfile:
 
 
 def _profile(data: dict[str, Any]) -> HardwareProfile:
-    gpu = data.pop("gpu")
+    gpu, channels = data.pop("gpu"), data.pop("memory_channels")
     return HardwareProfile(
         machine=MachineIdentity(**data.pop("machine")),
         host_read=_curve(data.pop("host_read")),
         host_expert=_rate(data.pop("host_expert")),
         gpu=None if gpu is None else _gpu(gpu),
+        memory_channels=None if channels is None else MemoryChannels(**channels),
+        noisy=tuple(Noise(**noise) for noise in data.pop("noisy")),
         **data,
     )
 

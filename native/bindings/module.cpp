@@ -8,6 +8,7 @@
 
 #include <stdexcept>
 
+#include "../runtime/dense.h"
 #include "../runtime/doorbell.h"
 #include "../runtime/probe.h"
 #include "../runtime/submit.h"
@@ -235,6 +236,26 @@ NB_MODULE(_native, m) {
         return submit_queue().submit(std::move(bank), args);
       },
       "Starts a forward; the arrays must stay alive and unchanged until wait().");
+
+  // Addresses and row strides of bf16 matrices that the caller has checked; x and out [tokens, ...], weights [N, K].
+  m.def("dense",
+        [](Pool& pool, const std::string& isa, uintptr_t x, int64_t x_stride, uintptr_t weights, int64_t weights_stride,
+           uintptr_t bias, uintptr_t out, int64_t out_stride, int num_tokens, int num_inputs, int num_outputs) {
+          const DenseArgs args{reinterpret_cast<const uint16_t*>(x),
+                               ptrdiff_t(x_stride),
+                               reinterpret_cast<const uint16_t*>(weights),
+                               ptrdiff_t(weights_stride),
+                               reinterpret_cast<const uint16_t*>(bias),
+                               reinterpret_cast<uint16_t*>(out),
+                               ptrdiff_t(out_stride),
+                               num_tokens,
+                               num_inputs,
+                               num_outputs};
+          const Isa& chosen = isa_named(isa);
+          nb::gil_scoped_release release;
+          dense(pool, chosen, args);
+        });
+  m.attr("MAX_DENSE_TOKENS") = kMaxDenseTokens;
 
   m.def(
       "read_bytes_per_s",

@@ -4,6 +4,7 @@
 #define MONDE_SIMD "../simd/avx512.h"
 #include "../kernels/amx_multiply.h"
 #include "../kernels/body.h"
+#include "../kernels/dense.h"
 #include "isa.h"
 
 namespace monde {
@@ -14,6 +15,7 @@ const Isa kAmxBf16 = {
     MONDE_ISA::kernels_of<MONDE_ISA::VectorMultiply<MONDE_ISA::F32ByBF16>>(),
     MONDE_ISA::kernels_of<MONDE_ISA::VectorMultiply<MONDE_ISA::F32ByF16>>(),
     MONDE_ISA::kernels_of<MONDE_ISA::AmxMultiply>(),
+    &MONDE_ISA::dense,
     &MONDE_ISA::read_bytes,
     &MONDE_ISA::amx_peak,
 };

@@ -2,6 +2,7 @@
 #define MONDE_FAR_TILES 0
 #define MONDE_SIMD "../simd/avx512.h"
 #include "../kernels/body.h"
+#include "../kernels/dense.h"
 #include "isa.h"
 
 namespace monde {
@@ -12,6 +13,7 @@ const Isa kAvx512Bf16 = {
     MONDE_ISA::kernels_of<MONDE_ISA::VectorMultiply<MONDE_ISA::F32ByBF16>>(),
     MONDE_ISA::kernels_of<MONDE_ISA::VectorMultiply<MONDE_ISA::F32ByF16>>(),
     MONDE_ISA::kernels_of<MONDE_ISA::VectorMultiply<MONDE_ISA::BF16ByBF16>>(),
+    &MONDE_ISA::dense,
     &MONDE_ISA::read_bytes,
     &MONDE_ISA::vector_peak<MONDE_ISA::BF16ByBF16>,
 };

@@ -82,55 +82,47 @@ inline A* hidden_at(const ExpertLayout& layout, const Batch& batch, const Expert
          (ptrdiff_t(k / kTileK) * block_rows + row - block_row) * kTileK + k % kTileK;
 }
 
-// Rows are taken in stretches whose activations stay in L2 while the unit's panels pass over them.
-inline constexpr int kStretchBytes = 1 << 19;
-
 template <class Multiply>
 void gate_up(const ExpertLayout& layout, const monde::Activation& activation, const Batch& batch,
-             const ExpertGroup& group, int panel_begin, int panel_end) {
+             const ExpertGroup& group, int row_begin, int row_end, int panel_begin, int panel_end) {
   using A = typename Multiply::A;
   constexpr int kChunk = Multiply::kChunkRows;
   const int num_tiles = layout.d_pad_k * int(sizeof(A)) / kTileBytes;
-  const int row_bytes = layout.d_pad_k * int(sizeof(A));
-  const int whole_pairs = kStretchBytes / row_bytes / (2 * kBlockRows) * (2 * kBlockRows);
-  const int stretch_rows = whole_pairs > 0 ? whole_pairs : 2 * kBlockRows;
   const Depth depth = {0, num_tiles, num_tiles};
+  const int num_passes = (row_end - row_begin + kChunk - 1) / kChunk;
   alignas(64) float sums[2][kChunk * kLanes];
   float* const sum_of[2] = {sums[0], sums[1]};
-  for (int stretch = 0; stretch < group.num_rows; stretch += stretch_rows) {
-    const int stretch_end = min_int(stretch + stretch_rows, group.num_rows);
-    for (int panel = panel_begin; panel < panel_end; ++panel) {
-      const unsigned char* gate = group.in_panels + layout.in_unit_bytes * panel;
-      const unsigned char* const pair[2] = {gate, gate + layout.in_panel_bytes};
-      // The adjacent panel comes next, in this unit or (likely) this thread's next; after the expert's last panel the
-      // next expert's first one.
-      const unsigned char* const after = panel + 1 < layout.num_f_panels                ? gate + layout.in_unit_bytes
-                                         : &group + 1 < batch.groups + batch.num_groups ? (&group)[1].in_panels
-                                                                                        : gate;
-      const unsigned char* const next[2] = {after, after + layout.in_panel_bytes};
-      const Vec up_bias = group.up_bias ? load(group.up_bias + panel * kLanes) : splat(0.f);
-      const Vec gate_bias = group.gate_bias ? load(group.gate_bias + panel * kLanes) : splat(0.f);
-      for (int row = stretch; row < stretch_end; row += kChunk) {
-        const int rows = min_int(kChunk, stretch_end - row);
-        const A* x = block_at<A>(batch.x_blocks, group, row, layout.d_pad_k);
-        const Pass pass = {(row - stretch) / kChunk, (stretch_end - stretch + kChunk - 1) / kChunk};
-        if (layout.gated)
-          Multiply::template run<2>(rows, x, depth, pair, next, pass, sum_of);
-        else
-          Multiply::template run<1>(rows, x, depth, pair, next, pass, sum_of);
-        for (int r = 0; r < rows; ++r) {
-          const Vec first = load(sums[0] + r * kLanes);
-          const Vec h =
-              layout.gated ? activate(activation, true, add(first, gate_bias), add(load(sums[1] + r * kLanes), up_bias))
-                           : activate(activation, false, add(first, up_bias), splat(0.f));
-          store_activation(hidden_at<A>(layout, batch, group, row + r, panel), h);
-        }
+  for (int panel = panel_begin; panel < panel_end; ++panel) {
+    const unsigned char* gate = group.in_panels + layout.in_unit_bytes * panel;
+    const unsigned char* const pair[2] = {gate, gate + layout.in_panel_bytes};
+    // The adjacent panel comes next, in this unit or (likely) this thread's next; after the expert's last panel the
+    // next expert's first one.
+    const unsigned char* const after = panel + 1 < layout.num_f_panels                ? gate + layout.in_unit_bytes
+                                       : &group + 1 < batch.groups + batch.num_groups ? (&group)[1].in_panels
+                                                                                      : gate;
+    const unsigned char* const next[2] = {after, after + layout.in_panel_bytes};
+    const Vec up_bias = group.up_bias ? load(group.up_bias + panel * kLanes) : splat(0.f);
+    const Vec gate_bias = group.gate_bias ? load(group.gate_bias + panel * kLanes) : splat(0.f);
+    for (int row = row_begin; row < row_end; row += kChunk) {
+      const int rows = min_int(kChunk, row_end - row);
+      const A* x = block_at<A>(batch.x_blocks, group, row, layout.d_pad_k);
+      const Pass pass = {(row - row_begin) / kChunk, num_passes};
+      if (layout.gated)
+        Multiply::template run<2>(rows, x, depth, pair, next, pass, sum_of);
+      else
+        Multiply::template run<1>(rows, x, depth, pair, next, pass, sum_of);
+      for (int r = 0; r < rows; ++r) {
+        const Vec first = load(sums[0] + r * kLanes);
+        const Vec h = layout.gated
+                          ? activate(activation, true, add(first, gate_bias), add(load(sums[1] + r * kLanes), up_bias))
+                          : activate(activation, false, add(first, up_bias), splat(0.f));
+        store_activation(hidden_at<A>(layout, batch, group, row + r, panel), h);
       }
     }
   }
   // F padded to 32 may exceed the 16-row panels: the last half tile has no panel and must read as zero.
   if (panel_end == layout.num_f_panels && layout.num_f_panels * kLanes < layout.f_pad_k)
-    for (int row = 0; row < group.num_rows; ++row)
+    for (int row = row_begin; row < row_end; ++row)
       store_activation(hidden_at<A>(layout, batch, group, row, layout.num_f_panels), splat(0.f));
   Multiply::finish();
 }
@@ -177,7 +169,7 @@ void down(const ExpertLayout& layout, const Batch& batch, int panel_begin, int p
     for (int row = 0; row < group.num_rows; row += kChunk) {
       const int rows = min_int(kChunk, group.num_rows - row);
       // A chunk's hidden rows stay in L2 while the panels pass: F is cut where they would not. Few rows fit whole.
-      const int fitting_tiles = kStretchBytes / (rows * kTileBytes);
+      const int fitting_tiles = monde::kStretchBytes / (rows * kTileBytes);
       const int cut_tiles = num_tiles <= fitting_tiles ? num_tiles : fitting_tiles;
       for (int tile = 0; tile < num_tiles; tile += cut_tiles) {
         const Depth depth = {tile, min_int(tile + cut_tiles, num_tiles), num_tiles};

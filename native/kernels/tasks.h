@@ -58,18 +58,34 @@ struct Kernels {
   int activation_itemsize_bytes;  // 4: f32 blocks, 2: bf16 blocks
   // Rows [row_begin, row_end) of a group, row_begin a multiple of kBlockRows: x -> x_blocks.
   void (*gather)(const ExpertLayout&, const Batch&, const ExpertGroup&, int row_begin, int row_end);
-  // h_blocks[:, panels] = act(gate, up) for every row of the group.
-  void (*gate_up)(const ExpertLayout&, const Activation&, const Batch&, const ExpertGroup&, int panel_begin,
-                  int panel_end);
+  // h_blocks[rows, panels] = act(gate, up) for rows [row_begin, row_end) of a group, row_begin a multiple of
+  // kBlockRows.
+  void (*gate_up)(const ExpertLayout&, const Activation&, const Batch&, const ExpertGroup&, int row_begin, int row_end,
+                  int panel_begin, int panel_end);
   // out[:, columns of panels] = sum over groups, in order; y_scratch holds num_tokens * 16 * (end - begin) floats.
   void (*down)(const ExpertLayout&, const Batch&, int panel_begin, int panel_end, float* y_scratch);
 };
+
+// A dense layer: x [num_tokens, num_inputs] by weights [num_outputs, num_inputs], all bf16. Strides count elements.
+struct DenseArgs {
+  const uint16_t* x;
+  ptrdiff_t x_row_stride;
+  const uint16_t* weights;
+  ptrdiff_t weights_row_stride;
+  const uint16_t* bias;  // null: none
+  uint16_t* out;
+  ptrdiff_t out_row_stride;
+  int num_tokens, num_inputs, num_outputs;
+};
+
+inline constexpr int kMaxDenseTokens = 4;
 
 // One instruction set. Entries are null where an element combination has no special kernel.
 struct Isa {
   const char* name;
   Kernels f32_by_f32, f32_by_bf16, f32_by_f16;
-  Kernels bf16_by_bf16;                               // gather == nullptr: use f32_by_bf16
+  Kernels bf16_by_bf16;  // gather == nullptr: use f32_by_bf16
+  void (*dense)(const DenseArgs&, int row_begin, int row_end);
   float (*read)(const void* data, size_t num_bytes);  // the plain read test: loads every byte once
   double (*peak)(int num_iterations);  // runs the widest multiply-add from registers or L1, returns operations done
 };

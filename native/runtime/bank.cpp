@@ -186,7 +186,8 @@ struct Bank::Plan {
     const Plan& plan = *static_cast<const Plan*>(context);
     const Segment& segment = segment_of(plan.segments, plan.num_segments, unit);
     const int panel = segment.panel_begin + (unit - segment.first_unit) * segment.panels_per_unit;
-    plan.kernels->gate_up(*plan.layout, *plan.activation, plan.batch, plan.batch.groups[segment.group], panel,
+    plan.kernels->gate_up(*plan.layout, *plan.activation, plan.batch, plan.batch.groups[segment.group],
+                          segment.row_begin, segment.row_end, panel,
                           std::min(panel + segment.panels_per_unit, segment.panel_end));
   }
   static void down_unit(void* context, int unit, int thread) {
@@ -239,7 +240,9 @@ ForwardCounts Bank::forward(const ForwardArgs& args) {
 ForwardCounts Bank::forward_chunk(const ForwardArgs& args, int64_t token_begin, int num_tokens, Pool::Lease& lease) {
   const int E = shape_.num_experts, num_threads = pool_->num_threads();
   const int64_t max_rows = num_tokens * args.num_topk;
-  const int max_segments = E * pool_->num_nodes();
+  const Kernels& kernels = kernels_for(args.x_dtype);
+  const size_t item_bytes = kernels.activation_itemsize_bytes;
+  const int rows_at_once = stretch_rows(layout_.d_pad_k, int(item_bytes));
   const int64_t max_blocks = max_rows / kBlockRows + E;
 
   // Index arrays, carved from one block of scratch.
@@ -251,7 +254,7 @@ ForwardCounts Bank::forward_chunk(const ForwardArgs& args, int64_t token_begin, 
   };
   const size_t at_group_of = reserve(E * sizeof(int)), at_groups = reserve(E * sizeof(ExpertGroup));
   const size_t at_token = reserve(max_rows * sizeof(int)), at_weight = reserve(max_rows * sizeof(float));
-  const size_t at_segments = reserve(max_segments * sizeof(Segment));
+  const size_t at_segments = reserve(max_segments(E, max_rows, rows_at_once, pool_->num_nodes()) * sizeof(Segment));
   const size_t at_gather_group = reserve(max_blocks * sizeof(int)), at_gather_row = reserve(max_blocks * sizeof(int));
   const size_t at_ranges = reserve(3 * (num_threads + 1) * sizeof(int)), at_nodes = reserve(num_threads * sizeof(int));
   unsigned char* index = lease.scratch(kIndexSlot, used);
@@ -300,8 +303,6 @@ ForwardCounts Bank::forward_chunk(const ForwardArgs& args, int64_t token_begin, 
     row_weight[counts[id]++] = weight;
   });
 
-  const Kernels& kernels = kernels_for(args.x_dtype);
-  const size_t item_bytes = kernels.activation_itemsize_bytes;
   Plan plan{};
   plan.kernels = &kernels;
   plan.layout = &layout_;
@@ -321,7 +322,8 @@ ForwardCounts Bank::forward_chunk(const ForwardArgs& args, int64_t token_begin, 
                 lease.scratch(kHSlot, size_t(num_rows) * layout_.f_pad_k * item_bytes + kOverreadBytes)};
   for (int i = 0; i < num_threads; ++i) nodes[i] = pool_->node_of_thread(i);
   plan.segments = segments;
-  plan.num_segments = schedule_gate_up(layout_, groups, num_groups, {num_threads, nodes}, segments, ranges);
+  plan.num_segments =
+      schedule_gate_up(layout_, groups, num_groups, rows_at_once, {num_threads, nodes}, segments, ranges);
   plan.down_panels_per_unit = down_panels_per_unit(layout_, num_rows, num_groups, num_threads);
   plan.y_stride = size_t(num_tokens) * kLanes * plan.down_panels_per_unit;
   plan.y_scratch = reinterpret_cast<float*>(lease.scratch(kYSlot, plan.y_stride * num_threads * sizeof(float)));

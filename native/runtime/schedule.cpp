@@ -22,8 +22,12 @@ int panels_per_unit(int num_rows, int64_t total_panels, int num_threads) {
 
 int panel_share(int num_panels, int thread, int num_threads) { return int(int64_t(num_panels) * thread / num_threads); }
 
-int schedule_gate_up(const ExpertLayout& layout, const ExpertGroup* groups, int num_groups, const ThreadMap& threads,
-                     Segment* segments, int* range_begin) {
+int64_t max_segments(int num_groups, int64_t num_rows, int rows_at_once, int num_nodes) {
+  return (num_groups + num_rows / rows_at_once) * num_nodes;
+}
+
+int schedule_gate_up(const ExpertLayout& layout, const ExpertGroup* groups, int num_groups, int rows_at_once,
+                     const ThreadMap& threads, Segment* segments, int* range_begin) {
   int num_segments = 0, unit = 0, node_begin = 0;
   while (node_begin < threads.num_threads) {
     int node_end = node_begin;
@@ -33,16 +37,20 @@ int schedule_gate_up(const ExpertLayout& layout, const ExpertGroup* groups, int 
     const int panel_end = panel_share(layout.num_f_panels, node_end, threads.num_threads);
     const int first_segment = num_segments;
     double node_cost = 0;
-    for (int g = 0; g < num_groups && panel_begin < panel_end; ++g) {
-      Segment& segment = segments[num_segments++];
-      segment = {unit, g, panel_begin, panel_end, 0, 0};
-      segment.panels_per_unit =
-          panels_per_unit(groups[g].num_rows, int64_t(num_groups) * (panel_end - panel_begin), node_end - node_begin);
-      const int units = (panel_end - panel_begin + segment.panels_per_unit - 1) / segment.panels_per_unit;
-      segment.unit_cost = float(segment.panels_per_unit) * float(std::max(groups[g].num_rows, kMemoryBoundRows));
-      node_cost += double(units) * segment.unit_cost;
-      unit += units;
-    }
+    const int num_panels = panel_end - panel_begin;
+    int64_t num_stretches = 0;
+    for (int g = 0; g < num_groups; ++g) num_stretches += (groups[g].num_rows + rows_at_once - 1) / rows_at_once;
+    for (int g = 0; g < num_groups && num_panels > 0; ++g)
+      for (int row = 0; row < groups[g].num_rows; row += rows_at_once) {
+        const int row_end = std::min(row + rows_at_once, groups[g].num_rows), num_rows = row_end - row;
+        Segment& segment = segments[num_segments++];
+        segment = {unit, g, row, row_end, panel_begin, panel_end, 0, 0};
+        segment.panels_per_unit = panels_per_unit(num_rows, num_stretches * num_panels, node_end - node_begin);
+        const int units = (num_panels + segment.panels_per_unit - 1) / segment.panels_per_unit;
+        segment.unit_cost = float(segment.panels_per_unit) * float(std::max(num_rows, kMemoryBoundRows));
+        node_cost += double(units) * segment.unit_cost;
+        unit += units;
+      }
     // Walk the node's units and hand each thread the next equal share of cost.
     int thread = node_begin;
     double cost = 0;

@@ -4,10 +4,12 @@
 
 namespace monde {
 
-// A run of equally expensive units: panels [panel_begin, panel_end) of one group, `panels_per_unit` at a time.
+// A run of equally expensive units: rows [row_begin, row_end) of one group by panels [panel_begin, panel_end),
+// `panels_per_unit` at a time.
 struct Segment {
   int first_unit;
   int group;
+  int row_begin, row_end;
   int panel_begin, panel_end;
   int panels_per_unit;
   float unit_cost;
@@ -21,10 +23,12 @@ struct ThreadMap {
 // Panels of `num_panels` that belong to thread range [begin, end) of num_threads: the NUMA share of a matrix.
 int panel_share(int num_panels, int thread, int num_threads);
 
-// Gate-up units of every group, NUMA node by node. Returns the number of segments (at most groups * nodes) and sets
-// range_begin[num_threads + 1].
-int schedule_gate_up(const ExpertLayout& layout, const ExpertGroup* groups, int num_groups, const ThreadMap& threads,
-                     Segment* segments, int* range_begin);
+// Gate-up units of every group, NUMA node by node and stretch by stretch of `rows_at_once` rows: a thread keeps a
+// stretch in its cache while it goes through the panels. Returns the number of segments, at most max_segments(), and
+// sets range_begin[num_threads + 1].
+int schedule_gate_up(const ExpertLayout& layout, const ExpertGroup* groups, int num_groups, int rows_at_once,
+                     const ThreadMap& threads, Segment* segments, int* range_begin);
+int64_t max_segments(int num_groups, int64_t num_rows, int rows_at_once, int num_nodes);
 
 // Which segment holds `unit`.
 const Segment& segment_of(const Segment* segments, int num_segments, int unit);

@@ -41,14 +41,24 @@ TEST(schedule_covers_every_panel_once) {
     const Case c = random_case(random);
     const int num_threads = int(c.node_of_thread.size()), num_nodes = c.node_of_thread.back() + 1;
     const int num_groups = int(c.groups.size()), num_panels = c.layout.num_f_panels;
-    std::vector<Segment> segments(c.groups.size() * num_nodes);
+    const int rows_at_once = 32 * (1 + random.below(6));
+    int64_t num_rows = 0;
+    for (const ExpertGroup& group : c.groups) num_rows += group.num_rows;
+    const int64_t most = max_segments(num_groups, num_rows, rows_at_once, num_nodes);
+    std::vector<Segment> segments(most);
     std::vector<int> begin(num_threads + 1, -1);
-    const int num_segments = schedule_gate_up(c.layout, c.groups.data(), num_groups,
+    const int num_segments = schedule_gate_up(c.layout, c.groups.data(), num_groups, rows_at_once,
                                               {num_threads, c.node_of_thread.data()}, segments.data(), begin.data());
-    CHECK(num_segments <= num_groups * num_nodes, c.what);
+    CHECK(num_segments <= most, c.what);
     CHECK(begin[0] == 0 && std::is_sorted(begin.begin(), begin.end()), c.what);
 
-    std::vector<int> times_covered(size_t(num_groups) * num_panels);
+    // By pair of blocks, of which stretches are made, and panel.
+    constexpr int kPairRows = 2 * kBlockRows;
+    std::vector<int> first_pair(num_groups + 1);
+    for (int g = 0; g < num_groups; ++g)
+      first_pair[g + 1] = first_pair[g] + (c.groups[g].num_rows + kPairRows - 1) / kPairRows;
+    const size_t num_cells = size_t(first_pair[num_groups]) * num_panels;
+    std::vector<int> times_covered(num_cells);
     std::vector<double> thread_cost(num_threads), node_cost(num_nodes), node_dearest(num_nodes);
     for (int thread = 0; thread < num_threads; ++thread) {
       const int node = c.node_of_thread[thread];
@@ -61,7 +71,11 @@ TEST(schedule_covers_every_panel_once) {
         const int panel_end = std::min(panel + s.panels_per_unit, s.panel_end);
         CHECK(panel < panel_end, c.what + ": an empty unit");
         CHECK(panel >= node_panels_begin && panel_end <= node_panels_end, c.what + ": a unit of another node's panels");
-        for (int p = panel; p < panel_end; ++p) ++times_covered[size_t(s.group) * num_panels + p];
+        const int group_rows = c.groups[s.group].num_rows;
+        CHECK(s.row_begin < s.row_end && (s.row_end % kPairRows == 0 || s.row_end == group_rows), c.what);
+        for (int row = s.row_begin; row < s.row_end; row += kPairRows)
+          for (int p = panel; p < panel_end; ++p)
+            ++times_covered[size_t(first_pair[s.group] + row / kPairRows) * num_panels + p];
         thread_cost[thread] += s.unit_cost;
         node_cost[node] += s.unit_cost;
         node_dearest[node] = std::max<double>(node_dearest[node], s.unit_cost);

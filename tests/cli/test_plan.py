@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from monde.calibration import store
+from monde.cli.plan import Forecast
+from monde.cli.plan_plot import sweep
+from monde.planning.budget import LayerSize, ModelSize, plan_memory
+from monde.planning.forecast import Speed
 from monde.planning.machines import DESCRIBED
+from monde.planning.profile import Noise
 from monde.routing.heat import Heat
+from monde.weights.checkpoint import read_header
 from tests.cli.conftest import MODEL, Monde
 
 
@@ -21,6 +30,7 @@ def test_a_plan_needs_no_weights(monde: Monde, tmp_path: Path) -> None:
     assert "64 of 64 experts" in outcome.stdout
     assert re.search(r"decode: +[\d.e+]+ tokens/s at best, limited by the launches", outcome.stdout)
     assert DESCRIBED["laptop-4060"].source in outcome.stdout
+    assert "no checkpoint here: sizes from the configuration" in outcome.stdout
 
 
 def smallest_budget(monde: Monde) -> int:
@@ -57,10 +67,79 @@ def test_the_smallest_budget_that_an_error_names_works(monde: Monde) -> None:
 
 def test_a_measured_profile_is_a_file(monde: Monde, tmp_path: Path) -> None:
     DESCRIBED["epyc-4090"].save(tmp_path / "mine.json")
-    from_file = monde("plan", MODEL, "-m", tmp_path / "mine.json", "--json")
-    assert json.loads(from_file.stdout) == json.loads(
-        monde("plan", MODEL, "-m", "epyc-4090", "--json").stdout
-    )
+    answers = [
+        json.loads(monde("plan", MODEL, "-m", machine, "--json").stdout)
+        for machine in (tmp_path / "mine.json", "epyc-4090")
+    ]
+    assert [answer.pop("profile") for answer in answers] == [str(tmp_path / "mine.json"), "epyc-4090"]
+    assert answers[0] == answers[1]
+
+
+def test_this_machine_is_the_default_once_it_is_measured(
+    monde: Monde, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    refused = monde("plan", MODEL)
+    assert refused.exit_code == 2
+    assert "run `monde calibrate`, or give --machine" in refused.stderr
+    noise = Noise("host read, 2 threads, per byte", 1e-11, 2e-11)
+    here = store.this_machine()
+    store.save(dataclasses.replace(DESCRIBED["laptop-4060"], machine=here, noisy=(noise,)))
+    outcome = monde("plan", MODEL)
+    assert outcome.exit_code == 0, outcome.stderr
+    assert f"profile of this machine, calibrated: {here.name}" in outcome.stdout
+    assert "1 figures in doubt" in outcome.stdout
+    assert "profile of h200" in monde("plan", MODEL, "-m", "h200").stdout
+
+
+def test_the_checkpoint_says_what_it_holds(monde: Monde) -> None:
+    answer = json.loads(monde("plan", MODEL, "-m", "h200", "--json").stdout)
+    stored = answer["checkpoint"]
+    entries = read_header(MODEL / "model.safetensors").values()
+    assert stored["dense_bytes"] + stored["expert_bytes"] == sum(e.end - e.start for e in entries)
+    assert stored["expert_bytes"] == answer["expert_bytes"]
+    assert (stored["num_files"], stored["unused_bytes"]) == (1, 0)
+
+
+def test_a_channel_is_worth_something_where_memory_is_the_limit(monde: Monde, tmp_path: Path) -> None:
+    host_only = dataclasses.replace(DESCRIBED["laptop-4060"], gpu=None)
+    host_only.save(tmp_path / "host.json")
+    answer = json.loads(monde("plan", MODEL, "-m", tmp_path / "host.json", "--json").stdout)
+    assert answer["memory_channels"] == {"num_channels": 2, "channel_bytes_per_s": 44.8e9}
+    assert (
+        1.3 < answer["decode"]["gain_of_one_more_memory_channel"] <= 1.5
+    )  # of two channels, one more is half
+    unknown = json.loads(monde("plan", MODEL, "-m", "h200", "--json").stdout)
+    assert unknown["decode"]["gain_of_one_more_memory_channel"] is None
+
+
+def test_a_plot_of_budgets(monde: Monde, tmp_path: Path) -> None:
+    picture = tmp_path / "budgets.svg"
+    outcome = monde("plan", MODEL, "-m", "h200", "--plot", picture)
+    assert outcome.exit_code == 0, outcome.stderr
+    assert "gpu_memory in GiB" in picture.read_text()
+    host_only = dataclasses.replace(DESCRIBED["h200"], gpu=None)
+    host_only.save(tmp_path / "host.json")
+    refused = monde("plan", MODEL, "-m", tmp_path / "host.json", "--plot", picture)
+    assert refused.exit_code == 2
+    assert "no budget to vary" in refused.stderr
+    refused = monde("plan", MODEL, "-m", tmp_path / "host.json", "--gpu-memory", "1GiB")
+    assert "h200 has no GPU; leave gpu_memory out" in refused.stderr
+    assert monde("plan", MODEL, "-m", "h200", "--plot", tmp_path / "budgets.txt").exit_code == 2
+
+
+def test_a_sweep_goes_from_what_fits_to_what_holds_everything() -> None:
+    size = ModelSize(100, 0, 0, 0, 0, 1, (LayerSize(10, 10, 10),) * 4)
+
+    def forecast(gpu_bytes: int) -> Forecast:
+        speed = Speed(1, 1.0, {})
+        return Forecast(plan_memory(size, True, gpu_bytes, 300), speed, speed)
+
+    found = [f.plan.gpu_bytes for f in sweep(forecast, forecast(300), card_bytes=10_000)]
+    assert found[0] >= 200  # 100 bytes fixed; below 200 the host cannot hold the others
+    assert found[-1] == 500
+    assert found == sorted(found)
+    assert sweep(forecast, forecast(300), card_bytes=400)[-1].plan.gpu_bytes == 400
 
 
 def test_known_heat_makes_slots_worth_more(monde: Monde, tmp_path: Path) -> None:

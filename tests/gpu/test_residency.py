@@ -34,10 +34,8 @@ def budget_bytes(original: Any, share: float) -> int:
 
 
 def offloaded(original: Any, share: float = 0.5, **settings: Any) -> Any:
-    gpu_memory = budget_bytes(original, share)
-    return monde.offload(
-        copy.deepcopy(original), gpu_memory=gpu_memory, max_context=64, max_batch=2, **settings
-    )
+    settings = {"residency": "dynamic", "gpu_memory": budget_bytes(original, share)} | settings
+    return monde.offload(copy.deepcopy(original), max_context=64, max_batch=2, **settings)
 
 
 def restless(original: Any, share: float = 0.5) -> Any:
@@ -137,8 +135,8 @@ def test_prefill_while_everything_moves() -> None:
     assert_consistent(model.monde)
 
 
-def test_the_default_follows_skewed_routing() -> None:
-    """The settings that users get; experts are chosen by hand, so that the right residents are known."""
+def test_the_usual_pace_follows_skewed_routing() -> None:
+    """At the pace that users get; experts are chosen by hand, so that the right residents are known."""
     engine = offloaded(tiny.build("qwen3_moe")).monde
     favourites = torch.tensor([4, 5, 6, 7], device="cuda")
     x_TD = torch.randn(2, 32, device="cuda")

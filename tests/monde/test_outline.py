@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 from transformers import SwitchTransformersConfig
 
 from monde.config import MondeConfig
-from monde.models.experts import find_experts
+from monde.models.experts import ExpertsModule, find_experts
 from monde.models.outline import outline_of
 from monde.models.sizing import model_size
+from monde.weights.checkpoint import CheckpointError
 from tests.monde.tiny import NAMES, build
 
 
@@ -32,6 +34,72 @@ def test_sizes_are_those_of_the_model(name: str, tmp_path: Path) -> None:
     embedding_bytes = model.get_input_embeddings().weight.nbytes
     tied = model.config.tie_word_embeddings
     assert outlined.size.dense_bytes - outlined.outline.dense_read_bytes == (0 if tied else embedding_bytes)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shard", ["10GB", "20KB"])
+def test_a_checkpoint_is_split_as_loading_would(name: str, shard: str, tmp_path: Path) -> None:
+    tiny = build(name)
+    tiny.save_pretrained(tmp_path, max_shard_size=shard)
+    outlined = outline_of(str(tmp_path), 16, 1)
+    stored, modules = outlined.stored, find_experts(tiny)
+    assert stored is not None
+    names = {module.full_name(param) for module in modules for param in module.param_names()}
+    own = {
+        t.data_ptr(): (name, t.nbytes) for name, t in tiny.state_dict().items()
+    }  # tied ones are stored once
+    held = dict(own.values())
+    assert stored.expert_bytes == sum(n for name, n in held.items() if name in names)
+    assert stored.dense_bytes == sum(n for name, n in held.items() if name not in names)
+    assert (stored.num_files > 1) == (shard == "20KB")
+    assert stored.unused_bytes == 0
+
+
+def test_the_checkpoint_gives_the_type_where_the_configuration_has_none(tmp_path: Path) -> None:
+    tiny = build(NAMES[0])
+    tiny.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.pop("dtype")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with_checkpoint = outline_of(str(tmp_path), 16, 1).size
+    assert with_checkpoint.expert_bytes == sum(p.nbytes for m in find_experts(tiny) for p in _params(m))
+    (tmp_path / "model.safetensors").unlink()
+    without = outline_of(str(tmp_path), 16, 1)
+    assert without.stored is None
+    assert 2 * without.size.expert_bytes == with_checkpoint.expert_bytes
+
+
+def _params(module: ExpertsModule) -> list[torch.Tensor]:
+    return [module.module.get_parameter(name) for name in module.param_names()]
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    tiny = build(NAMES[0])
+    tiny.save_pretrained(tmp_path)
+    tiny.config.num_experts *= 2
+    tiny.config.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="use the config and all shards of one model"):
+        outline_of(str(tmp_path), 16, 1)
+
+
+def test_a_missing_shard_leaves_the_configuration(tmp_path: Path) -> None:
+    build(NAMES[0]).save_pretrained(tmp_path, max_shard_size="20KB")
+    next(tmp_path.glob("*.safetensors")).unlink()
+    assert outline_of(str(tmp_path), 16, 1).stored is None
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}'])
+def test_a_damaged_index_is_named(text: str, tmp_path: Path) -> None:
+    build(NAMES[0]).save_pretrained(tmp_path, max_shard_size="20KB")
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"index\.json: the file is damaged"):
+        outline_of(str(tmp_path), 16, 1)
+
+
+def test_without_a_gpu_nothing_is_kept_for_its_libraries(tmp_path: Path) -> None:
+    build(NAMES[0]).config.save_pretrained(tmp_path)
+    assert outline_of(str(tmp_path), 16, 1, on_gpu=False).size.library_bytes == 0
+    assert outline_of(str(tmp_path), 16, 1).size.library_bytes > 0
 
 
 def test_what_cannot_be_forecast_is_refused(tmp_path: Path) -> None:

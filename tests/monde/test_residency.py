@@ -246,7 +246,7 @@ def test_hits_rise_and_follow_a_change() -> None:
 
 
 def test_static_and_uniform_do_not_move() -> None:
-    for residency in (None, "static", "uniform"):
+    for residency in ("static", "uniform"):
         engine = dynamic(tiny.build("qwen3_moe"), residency=residency).monde
         engine.residency.settings = RESTLESS
         route(engine, [5, 6, 7], 20)

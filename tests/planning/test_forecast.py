@@ -18,6 +18,7 @@ from monde.planning.forecast import (
     forecast_decode,
     forecast_prefill,
     place_for_decode,
+    with_one_more_channel,
 )
 from monde.planning.machines import DESCRIBED
 from monde.planning.placement import place_uniform
@@ -101,3 +102,14 @@ def test_without_gpu_everything_is_host() -> None:
 def test_unknown_resources_are_refused() -> None:
     with pytest.raises(ValueError, match="expected one of host, bus, GPU, launches"):
         faster(H200, "luck", 2.0)
+
+
+def test_one_more_channel_is_that_share_of_the_host() -> None:
+    laptop = dataclasses.replace(DESCRIBED["laptop-4060"], gpu=None)
+    more = with_one_more_channel(laptop)
+    assert more is not None
+    assert more.memory_channels is not None
+    assert more.memory_channels.num_channels == 3
+    assert more.host_expert.bytes_per_s == pytest.approx(1.5 * laptop.host_expert.bytes_per_s)
+    assert more.host_expert.flops_per_s.y[-1] == laptop.host_expert.flops_per_s.y[-1]
+    assert with_one_more_channel(H200) is None

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from monde.planning.machines import DESCRIBED
-from monde.planning.profile import Curve, ExpertRate, HardwareProfile, Overlap
+from monde.planning.profile import Curve, ExpertRate, HardwareProfile, MemoryChannels, Noise, Overlap
 
 
 @pytest.mark.parametrize("name", DESCRIBED)
@@ -23,7 +23,8 @@ def test_a_profile_survives_the_disk(name: str, tmp_path: Path) -> None:
 
 
 def test_a_profile_without_gpu_survives_the_disk(tmp_path: Path) -> None:
-    profile = dataclasses.replace(DESCRIBED["h200"], gpu=None)
+    noise = Noise("host read, 2 threads", 1e-10, 1.5e-10)
+    profile = dataclasses.replace(DESCRIBED["h200"], gpu=None, noisy=(noise,))
     profile.save(tmp_path / "p.json")
     assert HardwareProfile.load(tmp_path / "p.json") == profile
 
@@ -35,7 +36,7 @@ def test_another_machine_or_version_is_refused(tmp_path: Path) -> None:
         HardwareProfile.load(path, DESCRIBED["laptop-4060"].machine)
     data = json.loads(path.read_text())
     path.write_text(json.dumps({**data, "version": 99}))
-    with pytest.raises(ValueError, match="profile version 99, expected 1"):
+    with pytest.raises(ValueError, match="profile version 99, expected 2"):
         HardwareProfile.load(path)
     path.write_text(json.dumps({**data, "host_read": {}}))
     with pytest.raises(ValueError, match="damaged hardware profile"):
@@ -67,5 +68,20 @@ def test_impossible_figures_are_refused() -> None:
         Overlap(3.0, 2.0)
     with pytest.raises(ValueError, match="Overlap: expected"):
         Overlap(0.9, 1.0)
+    with pytest.raises(ValueError, match="MemoryChannels: expected"):
+        MemoryChannels(0, 1e9)
     with pytest.raises(ValueError, match="ExpertRate: expected"):
         ExpertRate(0.0, 0.0, Curve((1,), (1,)))
+
+
+def test_more_memory_bandwidth_helps_where_reading_was_the_limit() -> None:
+    """A table in bf16, one operation per byte and token: 1 and 2 tokens read, 64 compute."""
+    tokens, seconds = (1, 2, 64), (1.0, 1.02, 8.0)
+    rate = ExpertRate.from_table(tokens, seconds, 1e6, 1e6)
+    t = np.asarray(tokens, float)
+
+    def predicted(r: ExpertRate) -> np.ndarray:
+        return np.maximum(1e6 / r.bytes_per_s, t * 1e6 / r.flops_per_s.at(t))
+
+    np.testing.assert_allclose(predicted(rate), seconds)
+    np.testing.assert_allclose(predicted(rate.with_memory(1.25)), [1 / 1.25, 1.02 / 1.25, 8.0])

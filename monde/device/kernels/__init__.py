@@ -12,6 +12,7 @@ import torch
 from hostcompute import ActivationKind
 from monde.device.layer_record import c_struct
 
+SOURCES = ("elements.cuh", "product.cuh", "activation.cuh", "decode.cu")  # joined in this order
 MAX_EXPERTS = 1024  # of one layer; sizes an array in shared memory
 ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # 64-bit words of device memory that the layers of a model share.
@@ -33,7 +34,7 @@ class DecodeKernels:
 
 
 def decode_source() -> str:
-    """decode.cu behind the constants it takes from here and from the native module."""
+    """decode.cu, behind what it is made of and the constants it takes from here and from the native module."""
     from hostcompute import _native
 
     ring = {f"RING_{name}": value for name, value in _native.ring_layout().items()}
@@ -41,7 +42,8 @@ def decode_source() -> str:
     kinds = {f"KIND_{kind.name}": code for kind, code in ACTIVATION_CODES.items()}
     constants = {"MAX_EXPERTS": MAX_EXPERTS} | ring | state | kinds
     lines = [f"constexpr int {name} = {value};" for name, value in constants.items()]
-    return "\n".join(lines) + "\n" + c_struct() + Path(__file__).with_name("decode.cu").read_text()
+    parts = (Path(__file__).with_name(name).read_text() for name in SOURCES)
+    return "\n".join((*lines, c_struct(), *parts))
 
 
 def compile_options(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> tuple[str, ...]:

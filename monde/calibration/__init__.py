@@ -1,0 +1,1 @@
+"""Measuring this machine into the profile that planning decides by. Measures and fits; decides nothing."""

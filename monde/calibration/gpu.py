@@ -1,0 +1,177 @@
+"""What the GPU and its bus can do, alone and while the host computes. Needs CUDA and CuPy.
+
+Letters: T tokens, A active experts of one call, S slots, D model dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hostcompute import ExpertBank, ExpertSpec
+from monde.calibration.copies import Copies
+from monde.calibration.host import TOKENS, HostProbes, fill, rate_of, rotating
+from monde.calibration.overlap import overlap_of
+from monde.calibration.samples import Probe, Samples, Timings, repeated, seconds_of
+from monde.core import Placement, RoutedBatch
+from monde.executors.decode import DecodeExecutor, DecodeHub, why_not_decode
+from monde.executors.gpu import GpuExecutor
+from monde.planning.fit import AlphaBeta, fit_alpha_beta
+from monde.planning.machines import BLOCK_OVERHEAD_S
+from monde.planning.profile import GpuProfile
+from monde.weights.slots import ExpertSlots
+from monde.weights.table import SlotTable
+
+_NUM_ACTIVE = 8
+_MAX_DECODE = (
+    16  # tokens of an expert up to which decode's kernels are timed, beyond them the grouped products
+)
+_TRIP_TOKENS = (1, 4, 16, 64)
+_TRIP_LAYERS = 24
+_NUM_REPLAYS = 20
+
+
+class GpuProbes:
+    """Slots for all experts of the host's bank on one GPU, and what is timed on them."""
+
+    def __init__(self, host: HostProbes, pool: Any, device: torch.device, copied_bytes: int) -> None:
+        why_not = why_not_decode(device, host.bank.choice)
+        if why_not:
+            raise ValueError(f"calibrate: {why_not}")
+        self.host, self.pool, self.device = host, pool, device
+        self.spec = host.spec
+        self.copies = Copies(copied_bytes, device)
+        self.slots = ExpertSlots(self.spec, self.spec.num_experts, device)
+        self.slots.blobs_SB.view(torch.bfloat16).normal_(
+            std=0.02
+        )  # any numbers do; zeros would take less power
+        table = SlotTable(Placement(tuple(range(self.spec.num_experts))), device)
+        self.grouped = GpuExecutor(self.slots, table)
+        self.hub = DecodeHub([self.spec], [host.bank], torch.bfloat16, device, pool)
+        heat_E = torch.zeros(self.spec.num_experts, device=device)
+        self.decode = DecodeExecutor(0, self.spec, self.slots, table, heat_E, self.hub)
+
+    def probes(self) -> list[Probe]:
+        trips = [Probe(_trip_name(t), partial(self._round_trip, t)) for t in _TRIP_TOKENS]
+        experts = [Probe(_expert_name(t), partial(self._experts, t)) for t in TOKENS]
+        pairs = [Probe("host while copying", self._host_pair), Probe("GPU while copying", self._gpu_pair)]
+        return [*self.copies.probes(), *experts, *trips, *pairs]
+
+    def profile(self, samples: dict[str, Samples]) -> GpuProfile:
+        return GpuProfile(
+            memory_bytes=torch.cuda.get_device_properties(self.device).total_memory,
+            expert=rate_of(self.spec, tuple(samples[_expert_name(t)].median_s for t in TOKENS)),
+            h2d=self.copies.fit("h2d", samples),
+            d2h=self.copies.fit("d2h", samples),
+            zero_copy_bytes_per_s=self.copies.zero_copy_bytes_per_s(samples),
+            round_trip=self._fit_trips(samples),
+            host_while_copying=overlap_of("host", samples),
+            gpu_while_copying=overlap_of("GPU", samples),
+            block_overhead_s=BLOCK_OVERHEAD_S,
+        )
+
+    def close(self) -> None:
+        self.hub.close()
+
+    # ---- experts ----
+    def _experts(self, num_tokens: int) -> Timings:
+        step, num_experts = self._gpu_step(num_tokens)
+        return {_expert_name(num_tokens): [s / num_experts for s in repeated(step, self.host.sample_s)]}
+
+    def _gpu_step(self, num_tokens: int) -> tuple[Callable[[], None], int]:
+        """A step that waits for its end: every expert once, A at a time; and how many that is."""
+        num_active = min(_NUM_ACTIVE, self.spec.num_experts)
+        batches = [
+            _batch(ids_TA, self.spec.d_model, self.device)
+            for ids_TA in rotating(self.spec.num_experts, num_active, num_tokens)
+        ]
+        stream = torch.cuda.current_stream(self.device)
+        graph = (
+            _capture(lambda: [self.decode.forward(batch) for batch in batches])
+            if num_tokens <= _MAX_DECODE
+            else None
+        )
+
+        def step() -> None:
+            if graph is not None:
+                graph.replay()
+            else:
+                for batch in batches:
+                    self.grouped.submit(batch, torch.bfloat16).wait()
+            stream.synchronize()  # of this stream alone: copies may run beside it
+
+        return step, num_active * len(batches)
+
+    # ---- the way to the host and back ----
+    def _round_trip(self, num_tokens: int) -> Timings:
+        """Layers whose experts are next to nothing, in one graph."""
+        spec = ExpertSpec(_NUM_ACTIVE, self.spec.d_model, 16)
+        banks = [fill(ExpertBank(spec, "native", self.pool)) for _ in range(_TRIP_LAYERS)]
+        hub = DecodeHub([spec] * _TRIP_LAYERS, banks, torch.bfloat16, self.device, self.pool)
+        heat_E = torch.zeros(spec.num_experts, device=self.device)
+        table = SlotTable(Placement((-1,) * spec.num_experts), self.device)
+        layers = [DecodeExecutor(idx, spec, None, table, heat_E, hub) for idx in range(_TRIP_LAYERS)]
+        ids_T1 = torch.arange(num_tokens)[:, None] % spec.num_experts
+        batch = _batch(ids_T1, spec.d_model, self.device)
+        graph = _capture(lambda: [layer.forward(batch) for layer in layers])
+        stream = torch.cuda.current_stream(self.device)
+
+        def step() -> None:
+            hub.before_replay()
+            graph.replay()
+            stream.synchronize()
+
+        step()
+        samples = [seconds_of(step) / _TRIP_LAYERS for _ in range(_NUM_REPLAYS)]
+        hub.check()
+        hub.close()
+        for bank in banks:
+            bank.close()
+        return {_trip_name(num_tokens): samples}
+
+    def _fit_trips(self, samples: dict[str, Samples]) -> AlphaBeta:
+        row_bytes = self.spec.d_model * torch.bfloat16.itemsize
+        timed = [(t * row_bytes, s) for t in _TRIP_TOKENS for s in samples[_trip_name(t)].all_s]
+        return fit_alpha_beta([size for size, _ in timed], [s for _, s in timed])
+
+    # ---- two at once ----
+    def _host_pair(self) -> Timings:
+        step, _ = self.host.step(1)
+        return self.copies.beside("host", step)
+
+    def _gpu_pair(self) -> Timings:
+        step, _ = self._gpu_step(1)
+        return self.copies.beside("GPU", step)
+
+
+def _capture(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """`step` as a CUDA graph, after three steps to compile kernels and fill the allocator."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        step()
+    return graph
+
+
+def _batch(ids_TA: Tensor, d_model: int, device: torch.device) -> RoutedBatch:
+    num_tokens, num_active = ids_TA.shape
+    x_TD = torch.randn(num_tokens, d_model, device=device).bfloat16()
+    weights_TA = torch.full((num_tokens, num_active), 1 / num_active, device=device)
+    return RoutedBatch(x_TD, ids_TA.to(device), weights_TA)
+
+
+def _expert_name(num_tokens: int) -> str:
+    return f"GPU expert, {num_tokens} tokens"
+
+
+def _trip_name(num_tokens: int) -> str:
+    return f"round trip, {num_tokens} tokens"

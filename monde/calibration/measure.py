@@ -1,0 +1,88 @@
+"""The whole measurement: every probe twice, fits, one HardwareProfile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from hostcompute import ExpertSpec, env, make_pool
+from hostcompute.topology import choose_cores
+from monde.calibration.gpu import GpuProbes
+from monde.calibration.host import HostProbes
+from monde.calibration.samples import Progress, noise_of, take
+from monde.config import machine_memory_bytes
+from monde.executors.host import host_threads
+from monde.planning.profile import HardwareProfile, MachineIdentity
+from monde.sizes import format_bytes
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much to measure. spec: the experts timed; all of them must not fit the caches.
+
+    sample_s: the time of a half of the samples of a host probe. read_bytes: of the plain read test.
+    copied_bytes: pinned memory that copies and zero-copy reads go through.
+    """
+
+    spec: ExpertSpec
+    sample_s: float
+    read_bytes: int
+    copied_bytes: int
+
+
+# The experts of Qwen3-30B-A3B: 9.4 MB each, 1.2 GB a layer. About half a minute, most of it reading by threads.
+FULL = Effort(ExpertSpec(128, 2048, 768), sample_s=0.25, read_bytes=1 << 29, copied_bytes=1 << 29)
+
+
+def calibrate(
+    machine: MachineIdentity, effort: Effort = FULL, start: Callable[[int], Progress] | None = None
+) -> HardwareProfile:
+    """Measure this machine. `start` is told how many probes will run and gives back who hears of each.
+
+    A profile with `noisy` entries is returned like any other: trusting it is the caller's choice.
+    Errors: ImportError without the native kernels, ValueError when memory is short or the GPU cannot decode.
+    """
+    on_gpu = machine.gpu is not None
+    _check_memory(effort, on_gpu)
+    pool = make_pool(host_threads() if on_gpu else len(choose_cores(env.num_threads())))
+    host = HostProbes(effort.spec, pool, effort.sample_s, effort.read_bytes)
+    gpu = GpuProbes(host, pool, torch.device("cuda:0"), effort.copied_bytes) if on_gpu else None
+    try:
+        probes = [*host.probes(), *(gpu.probes() if gpu is not None else [])]
+        progress = start(2 * len(probes)) if start is not None else lambda what: None
+        samples = take(probes, progress)
+        return HardwareProfile(
+            machine=machine,
+            source=_source(effort, host.num_threads, on_gpu),
+            memory_bytes=machine_memory_bytes(),
+            host_read=host.read_curve(samples),
+            host_expert=host.expert_rate(samples),
+            gpu=None if gpu is None else gpu.profile(samples),
+            noisy=noise_of(samples),
+        )
+    finally:
+        if gpu is not None:
+            gpu.close()
+        host.close()
+
+
+def _check_memory(effort: Effort, on_gpu: bool) -> None:
+    experts_bytes = effort.spec.num_experts * effort.spec.expert_bytes
+    need_bytes = experts_bytes + effort.read_bytes + (effort.copied_bytes if on_gpu else 0)
+    free_bytes = psutil.virtual_memory().available
+    if need_bytes > free_bytes:
+        raise ValueError(
+            f"calibrate: needs {format_bytes(need_bytes)} of host memory, {format_bytes(free_bytes)} are free; "
+            "end other programs and try again"
+        )
+
+
+def _source(effort: Effort, num_threads: int, on_gpu: bool) -> str:
+    spec = effort.spec
+    text = (
+        f"measured: experts of {spec.d_model}x{spec.d_ffn} in {spec.dtype.value}, {num_threads} host threads"
+    )
+    return text + (". Assumed: overhead of a block's dense kernels" if on_gpu else "")

@@ -1,0 +1,49 @@
+"""Where this machine's profile is kept, and what it is valid for: the machine, its GPU, and monde's version."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from hostcompute import env
+from hostcompute.topology import choose_cores, cpu_name
+from monde.planning.profile import HardwareProfile, MachineIdentity
+
+
+def this_machine() -> MachineIdentity:
+    """num_cores is that of the cores that host kernels get; MONDE_NUM_THREADS makes it another machine."""
+    return MachineIdentity(
+        name=platform.node(),
+        cpu=cpu_name(),
+        num_cores=len(choose_cores(env.num_threads())),
+        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        library_version=importlib.metadata.version("monde"),
+    )
+
+
+def path_of(machine: MachineIdentity) -> Path:
+    """A file of its own for every identity: home folders are shared between machines."""
+    digest = hashlib.sha256(json.dumps(asdict(machine), sort_keys=True).encode()).hexdigest()
+    return Path.home() / ".cache" / "monde" / f"profile-{digest[:16]}.json"
+
+
+def load(machine: MachineIdentity) -> HardwareProfile | None:
+    """None where nothing was measured. Errors: ValueError for a file that is damaged or of another version."""
+    path = path_of(machine)
+    return HardwareProfile.load(path, machine) if path.is_file() else None
+
+
+def save(profile: HardwareProfile) -> Path:
+    """Errors: OSError where the home folder cannot be written."""
+    path = path_of(profile.machine)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")  # whoever reads meanwhile sees the old profile or the new one
+    profile.save(part)
+    part.replace(path)
+    return path

@@ -1,0 +1,91 @@
+// Up to 16 activation rows by two weight panels, K shared out over the block's warps.
+
+// sums[warp][row][panel][16]: partial sums of each warp.
+typedef float Sums[kWarps][kRows][2][16];
+
+__device__ void mma_bf16(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ uint4 load_once(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p));
+  return v;
+}
+
+// A dot product may take its inputs in any order, if both operands agree. Lane (g = lane / 4, q = lane % 4) loads 16
+// bytes of activation row g, inputs 8q..8q+7 of a tile, and lines 4q..4q+3 of the weights, which hold those inputs. A
+// 16-byte piece of a line is four output rows 4a..4a+3 of panel p, with g = 4p + a: four products, one for each of them.
+__device__ void multiply(const u8* panel0, const u8* panel1, int num_tiles, const u16* const* rows, int num_rows,
+                         Sums& sums) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4, a = g % 4, p = g / 4;
+  const u8* weights = (p ? panel1 : panel0) + q * 4 * kLine + a * 16;
+  const u16* low = g < num_rows ? rows[g] + q * 8 : nullptr;
+  const u16* high = g + 8 < num_rows ? rows[g + 8] + q * 8 : nullptr;
+  float acc[4][4] = {};
+#pragma unroll 2
+  for (int tile = warp; tile < num_tiles; tile += kWarps) {
+    const u8* at = weights + i64(tile) * kTile / 2 * kLine;
+    uint4 line[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) line[j] = load_once(at + j * kLine);
+    const uint4 zero = {0, 0, 0, 0};
+    const uint4 x = low ? *reinterpret_cast<const uint4*>(low + tile * kTile) : zero;
+    const uint4 z = high ? *reinterpret_cast<const uint4*>(high + tile * kTile) : zero;
+    mma_bf16(acc[0], x.x, z.x, x.y, z.y, line[0].x, line[1].x);
+    mma_bf16(acc[1], x.x, z.x, x.y, z.y, line[0].y, line[1].y);
+    mma_bf16(acc[2], x.x, z.x, x.y, z.y, line[0].z, line[1].z);
+    mma_bf16(acc[3], x.x, z.x, x.y, z.y, line[0].w, line[1].w);
+    mma_bf16(acc[0], x.z, z.z, x.w, z.w, line[2].x, line[3].x);
+    mma_bf16(acc[1], x.z, z.z, x.w, z.w, line[2].y, line[3].y);
+    mma_bf16(acc[2], x.z, z.z, x.w, z.w, line[2].z, line[3].z);
+    mma_bf16(acc[3], x.z, z.z, x.w, z.w, line[2].w, line[3].w);
+  }
+#pragma unroll
+  for (int c = 0; c < 4; ++c)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = g + i / 2 * 8, n = 2 * q + i % 2;
+      sums[warp][row][n / 4][4 * (n % 4) + c] = acc[c][i];
+    }
+}
+
+// Every other pair of types: one lane per output row of each panel.
+template <int kType>
+__device__ void multiply_wide(const u8* panel0, const u8* panel1, int num_tiles,
+                              const typename Element<kType>::type* const* rows, int num_rows, Sums& sums) {
+  constexpr int kGroup = W == 1 ? 2 : 1;  // consecutive inputs of one row
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane % 16;
+  const WElement* weights = reinterpret_cast<const WElement*>(lane / 16 ? panel1 : panel0);
+  float acc[kRows] = {};
+  for (int tile = warp; tile < num_tiles; tile += kWarps)
+    for (int k = tile * kTile; k < (tile + 1) * kTile; ++k) {
+      const float w = widen<W>(weights[(i64(k / kGroup) * 16 + row) * kGroup + k % kGroup]);
+#pragma unroll
+      for (int i = 0; i < kRows; ++i)
+        if (i < num_rows) acc[i] += w * widen<kType>(rows[i][k]);
+    }
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) sums[warp][i][lane / 16][row] = acc[i];
+}
+
+template <int kType>
+__device__ void product(const u8* panel0, const u8* panel1, int num_tiles,
+                        const typename Element<kType>::type* const* rows, int num_rows, Sums& sums) {
+  if constexpr (kTensorCores)
+    multiply(panel0, panel1, num_tiles, rows, num_rows, sums);
+  else
+    multiply_wide<kType>(panel0, panel1, num_tiles, rows, num_rows, sums);
+}
+
+__device__ float sum_of_warps(const Sums& sums, int row, int panel, int lane) {
+  float sum = 0.f;
+#pragma unroll
+  for (int warp = 0; warp < kWarps; ++warp) sum += sums[warp][row][panel][lane];
+  return sum;
+}
