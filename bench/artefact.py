@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -36,8 +37,8 @@ def write(name: str, configuration: dict[str, Any], results: Any, out: Path | No
     out.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "benchmark": name,
-        "configuration": configuration,
-        "command": [os.path.relpath(sys.argv[0], RESULTS.parents[1]), *sys.argv[1:]],
+        "configuration": without_folders(configuration),
+        "command": without_folders([os.path.relpath(sys.argv[0], RESULTS.parents[1]), *sys.argv[1:]]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "commit": commit(),
         "machine": cpu,
@@ -46,6 +47,15 @@ def write(name: str, configuration: dict[str, Any], results: Any, out: Path | No
     }
     out.write_text(json.dumps(record, indent=1) + "\n")
     return out
+
+
+def without_folders(value: Any) -> Any:
+    """The same with absolute paths cut to their last part: where files lay is nobody's business."""
+    if isinstance(value, dict):
+        return {key: without_folders(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_folders(one) for one in value]
+    return re.sub(r"(^|=)/(?:[^/]+/)*", r"\1", value) if isinstance(value, str) else value
 
 
 def machine() -> dict[str, Any]:
