@@ -5,7 +5,7 @@ Letters: T tokens, N outputs, K inputs.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 from hostcompute.arrays import as_host_array
 from hostcompute.pool import shared_pool
@@ -70,3 +70,6 @@ class DenseKernel:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DenseKernel:
         return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a model run by monde cannot be pickled; use save_pretrained and load it again")

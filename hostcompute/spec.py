@@ -76,8 +76,13 @@ class ExpertSpec:
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "d_model", "d_ffn"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"ExpertSpec: {name} must be >= 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or not 1 <= value < 2**31:
+                raise ValueError(
+                    f"ExpertSpec: {name} must be >= 1, got {value!r}"
+                    if isinstance(value, int) and value < 1
+                    else f"ExpertSpec: {name} must be a whole number below 2**31, got {value!r}"
+                )
         if self.activation.kind.needs_gate and not self.gated:
             raise ValueError(f"ExpertSpec: activation {self.activation.kind.value} needs gated=True")
 

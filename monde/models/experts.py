@@ -99,6 +99,7 @@ class ExpertsModule:
         for _, module in self._places():
             adapter.attach(module, ExpertsHandle(engine.layers[layer_idx]))
             module.register_state_dict_post_hook(hook)
+            module.register_load_state_dict_pre_hook(_refuse_state_dict)
 
     def _stacked_names(self) -> set[str]:
         return {view.param for _, view in self.layout.roles() if view.axis is ExpertAxis.STACKED}
@@ -167,6 +168,13 @@ class _StateDictHook:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _StateDictHook:
         return self
+
+
+def _refuse_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    raise RuntimeError(
+        f"{prefix.rstrip('.')}: monde holds these experts and takes weights once, at loading; load the weights "
+        "before monde.offload, or save_pretrained them and load that folder"
+    )
 
 
 def find_experts(model: nn.Module) -> list[ExpertsModule]:

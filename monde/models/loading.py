@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -22,6 +24,7 @@ def from_pretrained(path_or_id: str, **kwargs: Any) -> PreTrainedModel:
     Errors: CheckpointError for damaged or incomplete checkpoints; UnsupportedModelError; BudgetError, before
     any weight is read; ValueError for pre-quantised checkpoints; OSError where the path or id does not exist.
     """
+    _check_arguments(path_or_id, kwargs)
     config = MondeConfig(**{name: kwargs.pop(name) for name in _SETTINGS & kwargs.keys()})
     hub = {
         name: kwargs[name]
@@ -39,6 +42,22 @@ def from_pretrained(path_or_id: str, **kwargs: Any) -> PreTrainedModel:
         path_or_id, config=model_config, quantization_config=config, **kwargs
     )
     return model
+
+
+def _check_arguments(path_or_id: Any, kwargs: dict[str, Any]) -> None:
+    """What transformers would report late, after asking the hub, or in another's name."""
+    if not isinstance(path_or_id, str | Path):
+        raise TypeError(f"from_pretrained: expected a folder or a hub id, got {path_or_id!r}")
+    name = str(path_or_id)
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).expanduser().is_dir():
+        raise FileNotFoundError(
+            f"{name}: no such folder; give a folder with config.json, or a hub id such as Qwen/Qwen3-30B-A3B"
+        )
+    for given in kwargs.keys() - _SETTINGS:
+        # device_map, which is transformers', is 0.75 like device.
+        meant = difflib.get_close_matches(given, _SETTINGS, n=1, cutoff=0.8)
+        if meant:
+            raise TypeError(f"from_pretrained: unknown option {given}; did you mean {meant[0]}?")
 
 
 def model_class(config: Any) -> Any:

@@ -287,6 +287,12 @@ def test_spec_refuses_empty_dimensions(name: str) -> None:
         ExpertSpec(**{"num_experts": 1, "d_model": 1, "d_ffn": 1, name: 0})
 
 
+@pytest.mark.parametrize("value", [2.5, "2", 2**31])
+def test_spec_refuses_what_is_no_size(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"num_experts must be a whole number below 2\*\*31"):
+        ExpertSpec(value, 1, 1)
+
+
 def test_clamped_activations_need_a_gate() -> None:
     with pytest.raises(ValueError, match="needs gated=True"):
         ExpertSpec(1, 1, 1, gated=False, activation=Activation(ActivationKind.SWIGLU_ALPHA))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -218,3 +219,28 @@ def test_failed_load_can_be_repeated(folder: Path) -> None:
     model = load(folder, host_memory=error.value.smallest_bytes)
     original = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(tiny.greedy(model, tiny.prompt()), tiny.greedy(original, tiny.prompt()))
+
+
+# ---- what a stranger tried ----
+def test_arguments_of_from_pretrained_are_refused_by_name(tmp_path: Any) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nope: no such folder; give a folder with config.json"):
+        monde.from_pretrained(str(tmp_path / "nope"))
+    with pytest.raises(TypeError, match="expected a folder or a hub id, got None"):
+        monde.from_pretrained(None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"unknown option gpu_mem; did you mean gpu_memory\?"):
+        monde.from_pretrained(str(tmp_path), gpu_mem="1GiB")
+
+
+def test_weights_cannot_be_loaded_into_experts_that_monde_holds() -> None:
+    model = monde.offload(tiny.build("qwen3_moe"), device="cpu")
+    with pytest.raises(
+        RuntimeError, match=r"model.layers.\d.mlp.experts: .* load the weights before monde.offload"
+    ):
+        model.load_state_dict(model.state_dict())
+    model(tiny.prompt())
+
+
+def test_a_bf16_model_cannot_be_pickled_either() -> None:
+    model = monde.offload(tiny.build("qwen3_moe", torch.bfloat16), device="cpu")
+    with pytest.raises(TypeError, match="use save_pretrained"):
+        pickle.dumps(model)
