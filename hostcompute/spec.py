@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from numbers import Integral
 
 
 class DType(str, Enum):
@@ -77,12 +78,10 @@ class ExpertSpec:
     def __post_init__(self) -> None:
         for name in ("num_experts", "d_model", "d_ffn"):
             value = getattr(self, name)
-            if not isinstance(value, int) or not 1 <= value < 2**31:
-                raise ValueError(
-                    f"ExpertSpec: {name} must be >= 1, got {value!r}"
-                    if isinstance(value, int) and value < 1
-                    else f"ExpertSpec: {name} must be a whole number below 2**31, got {value!r}"
-                )
+            if not isinstance(value, Integral) or int(value) >= 2**31:
+                raise ValueError(f"ExpertSpec: {name} must be a whole number below 2**31, got {value!r}")
+            if int(value) < 1:
+                raise ValueError(f"ExpertSpec: {name} must be >= 1, got {value}")
         if self.activation.kind.needs_gate and not self.gated:
             raise ValueError(f"ExpertSpec: activation {self.activation.kind.value} needs gated=True")
 
