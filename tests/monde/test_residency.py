@@ -68,7 +68,10 @@ def assert_consistent(engine: Any) -> None:
             if slot >= 0:
                 here, there = layer.device.slots.read(slot), engine.export_expert(layer_idx, expert_id)
                 assert here.keys() == there.keys()
-                assert all(torch.equal(here[role], there[role]) for role in here), (layer_idx, expert_id)
+                assert all(torch.equal(here[role].cpu(), there[role]) for role in here), (
+                    layer_idx,
+                    expert_id,
+                )
 
 
 def prompts(count: int) -> list[Tensor]:
