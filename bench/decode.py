@@ -170,9 +170,7 @@ def measure_ceilings(pool: object, num_layers: int) -> Ceilings:
     round_trip_s = statistics.median(time_graph(hybrid, batch, routings, num_layers))
     hybrid.close()
     threads = pool.num_threads  # type: ignore[attr-defined]
-    return Ceilings(
-        hostcompute.read_bandwidth(threads, 1 << 30, repeats=5), numbers.nbytes / best_s, round_trip_s
-    )
+    return Ceilings(hostcompute.read_bandwidth(threads), numbers.nbytes / best_s, round_trip_s)
 
 
 def run(

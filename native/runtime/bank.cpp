@@ -21,7 +21,7 @@ constexpr int64_t kMaxRowsPerChunk = 32768;
 constexpr size_t kOverreadBytes = size_t(kBlockRows) * kTileBytes;
 
 // Below this many elements, waking the threads costs more than gathering alone.
-constexpr int64_t kGatherAloneElements = 1 << 16;
+constexpr int64_t kGatherAloneElements = 1 << 15;
 
 int64_t id_at(const ForwardArgs& args, int64_t token, int64_t k) {
   const int64_t at = token * args.ids_row_stride + k * args.ids_column_stride;

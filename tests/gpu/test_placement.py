@@ -67,7 +67,7 @@ def test_fp32(name: str, place: str) -> None:
     counters = model.monde.counters()
     share = counters.num_resident_pairs / counters.num_pairs
     assert {"host": share == 0, "mixed": 0 < share < 1, "gpu": share == 1}[place]
-    assert (counters.h2d_bytes > 0) == (counters.d2h_bytes > 0) == (place != "gpu")
+    assert (counters.h2d_bytes > 0) == (place != "gpu")
 
 
 def check_place(model: Any, place: str) -> None:
