@@ -140,7 +140,9 @@ class ExpertBank:
 
     def _submit_cut(self, arrays: tuple[HostArray, ...], cut: Cut) -> Pending:
         if self.choice.name != "native":
-            raise ValueError(f"[submit] cut: only the native backend cuts an expert, this is {self.choice.name}")
+            raise ValueError(
+                f"[submit] cut: only the native backend cuts an expert, this is {self.choice.name}"
+            )
         if not 0 < cut.first_row < self.spec.d_ffn or cut.first_row % PAD_K:
             raise ValueError(
                 f"[submit] cut: expected a multiple of {PAD_K} in 1..{self.spec.d_ffn - 1}, got {cut.first_row}"

@@ -13,6 +13,7 @@ import torch
 
 from hostcompute import env
 from hostcompute.topology import choose_cores, cpu_name
+from monde.planning.machines import DESCRIBED
 from monde.planning.profile import HardwareProfile, MachineIdentity
 
 
@@ -37,6 +38,15 @@ def load(machine: MachineIdentity) -> HardwareProfile | None:
     """None where nothing was measured. Errors: ValueError for a file that is damaged or of another version."""
     path = path_of(machine)
     return HardwareProfile.load(path, machine) if path.is_file() else None
+
+
+def profile_of(machine: MachineIdentity) -> HardwareProfile:
+    """What plans go by while a model runs: measured here, or else another machine's, whose name says so.
+
+    Errors: as load.
+    """
+    measured = load(machine)
+    return measured if measured is not None and measured.gpu is not None else DESCRIBED["h200"]
 
 
 def save(profile: HardwareProfile) -> Path:
