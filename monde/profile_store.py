@@ -24,8 +24,15 @@ def this_machine() -> MachineIdentity:
         cpu=cpu_name(),
         num_cores=len(choose_cores(env.num_threads())),
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        library_version=importlib.metadata.version("monde"),
+        library_version=_version(),
     )
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("monde")
+    except importlib.metadata.PackageNotFoundError:  # run from its sources
+        return "not installed"
 
 
 def path_of(machine: MachineIdentity) -> Path:

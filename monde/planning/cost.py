@@ -105,7 +105,7 @@ class CostModel:
         act_bytes = np.asarray(num_tokens) * self.shape.act_bytes_per_token
         fp32_bytes = np.asarray(num_tokens) * self.shape.d_model * 4
         copies_s = np.asarray(self.gpu.d2h.seconds(act_bytes)) + np.asarray(self.gpu.h2d.seconds(fp32_bytes))
-        return np.minimum(self.gpu.round_trip.seconds(act_bytes), copies_s)
+        return np.asarray(np.minimum(self.gpu.round_trip.seconds(act_bytes), copies_s))
 
     def work_s(self, rate: ExpertRate, tokens: ArrayLike) -> Seconds:
         """Seconds of a whole expert without the overhead; a share of F takes that share of them."""

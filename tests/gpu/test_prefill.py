@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -37,8 +36,8 @@ def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def pool() -> Iterator[Any]:
-    yield make_pool(4)
+def pool() -> Any:
+    return make_pool(4)
 
 
 @pytest.mark.usefixtures("small_buffers")
@@ -270,7 +269,10 @@ def test_memory_stays_within_the_plan(policy: str, pool: Any) -> None:
     torch.cuda.synchronize()
     used_bytes = torch.cuda.max_memory_allocated() - before_bytes - slots.num_bytes
     # Products and sorting take workspace of their own from torch: the plan's library bytes.
-    assert used_bytes <= size.fixed_bytes + size.workspace_bytes + y_TD.nbytes + (64 << 20), (used_bytes, size)
+    assert used_bytes <= size.fixed_bytes + size.workspace_bytes + y_TD.nbytes + (64 << 20), (
+        used_bytes,
+        size,
+    )
     layers.close()
 
 
