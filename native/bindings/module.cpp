@@ -151,14 +151,18 @@ NB_MODULE(_native, m) {
       .def_prop_ro("num_threads", &Pool::num_threads)
       .def_prop_ro("num_nodes", &Pool::num_nodes);
 
-  nb::class_<Pending>(m, "Pending").def("done", &Pending::done).def("wait", [](const Pending& pending) {
-    ForwardCounts counts;
-    {
-      nb::gil_scoped_release release;
-      counts = pending.wait();
-    }
-    return counts_tuple(counts);
-  });
+  nb::class_<Pending>(m, "Pending")
+      .def("done", &Pending::done)
+      .def("wait_for", &Pending::wait_for, nb::call_guard<nb::gil_scoped_release>())
+      .def_prop_ro("busy_s", &Pending::busy_s)
+      .def("wait", [](const Pending& pending) {
+        ForwardCounts counts;
+        {
+          nb::gil_scoped_release release;
+          counts = pending.wait();
+        }
+        return counts_tuple(counts);
+      });
 
   nb::class_<Bank>(m, "Bank")
       .def(
@@ -230,11 +234,15 @@ NB_MODULE(_native, m) {
 
   m.def(
       "submit",
-      [](std::shared_ptr<Bank> bank, const Array& x, const Array& ids, const Array& weights, const Array& out) {
-        const ForwardArgs args = forward_args(x, ids, weights, out);
+      [](std::shared_ptr<Bank> bank, const Array& x, const Array& ids, const Array& weights, const Array& out,
+         int cut_expert, int cut_panel) {
+        ForwardArgs args = forward_args(x, ids, weights, out);
+        args.cut_expert = cut_expert, args.cut_panel = cut_panel;
         nb::gil_scoped_release release;
         return submit_queue().submit(std::move(bank), args);
       },
+      nb::arg("bank"), nb::arg("x"), nb::arg("ids"), nb::arg("weights"), nb::arg("out"), nb::arg("cut_expert") = -1,
+      nb::arg("cut_panel") = 0,
       "Starts a forward; the arrays must stay alive and unchanged until wait().");
 
   // Addresses and row strides of bf16 matrices that the caller has checked; x and out [tokens, ...], weights [N, K].

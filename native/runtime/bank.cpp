@@ -223,6 +223,8 @@ void Bank::check_loaded(const ForwardArgs& args) const {
 
 ForwardCounts Bank::forward(const ForwardArgs& args) {
   check_loaded(args);
+  if (args.cut_expert >= 0 && (args.cut_panel % 2 || args.cut_panel < 0 || args.cut_panel >= layout_.num_f_panels))
+    throw std::invalid_argument("cut: expected an even panel within F, got " + std::to_string(args.cut_panel));
   ForwardCounts total;
   if (args.num_tokens == 0) return total;
   const int64_t tokens_per_chunk = std::max<int64_t>(1, kMaxRowsPerChunk / std::max<int64_t>(1, args.num_topk));
@@ -290,7 +292,8 @@ ForwardCounts Bank::forward_chunk(const ForwardArgs& args, int64_t token_begin, 
                           bias(id, "up_bias"),
                           bias(id, "down_bias"),
                           counts[id],
-                          num_rows};
+                          num_rows,
+                          id == args.cut_expert ? args.cut_panel : 0};
     for (int row = 0; row < counts[id]; row += kBlockRows) {
       gather_group[num_blocks] = num_groups;
       gather_row[num_blocks++] = row;

@@ -38,6 +38,8 @@ struct ForwardArgs {
   unsigned char* out;
   DType out_dtype;
   int64_t out_row_stride;
+  // Of this expert only rows of F from 16 * cut_panel on are computed, and no down bias: somebody else does the rest.
+  int cut_expert = -1, cut_panel = 0;
 };
 
 struct ForwardCounts {
@@ -58,7 +60,8 @@ class Bank {
   // Null when the bank keeps no such bias. Valid until release.
   const float* bias(int expert, const std::string& name) const;
 
-  // Errors: std::out_of_range naming an expert that was asked for and never loaded.
+  // Errors: std::out_of_range naming an expert that was asked for and never loaded, std::invalid_argument for a cut
+  // that is no whole number of tiles.
   ForwardCounts forward(const ForwardArgs& args);
 
   const BankShape& shape() const { return shape_; }
