@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hostcompute import ExpertBank, ExpertSpec
 from hostcompute.backends.select import BackendChoice
-from monde.config import MondeConfig
+from monde.config import MOVING, MondeConfig
 from monde.core import Counters, LoadReport, Placement
 from monde.executors.decode import MAX_DECODE_TOPK, DecodeExecutor, DecodeHub, why_not_decode
 from monde.executors.host import HostExecutor, HostTotals, host_pool
@@ -25,7 +25,7 @@ from monde.layer import MoELayer
 from monde.planning.budget import MemoryPlan
 from monde.planning.placement import best_experts
 from monde.profile_store import profile_of, this_machine
-from monde.residency import Residency
+from monde.residency import POLICIES, Residency
 from monde.routing.heat import Heat
 from monde.weights.host import from_host_arrays
 from monde.weights.staging import Staging
@@ -50,13 +50,14 @@ class Engine:
         self._decoders: dict[tuple[int, torch.dtype], DecodeExecutor] = {}
         placements, heat = placements_of(config, plan)
         banks = [ExpertBank(spec, config.cpu_backend, self.pool) for spec in specs]
-        self.residency = Residency(banks, placements, plan.size.layers, device, plan.moves, heat)
+        policy = POLICIES.get(config.residency, POLICIES["dynamic"])
+        self.residency = Residency(banks, placements, plan.size.layers, device, plan.moves, policy, heat)
         self.prefill = self._prefill_hub(specs)
         self.layers = [self._build_layer(layer_idx, bank) for layer_idx, bank in enumerate(banks)]
         self.why_not_decode = why_not_decode(self.device, self.host_choice)
         if self.device.type == "cuda" and self.why_not_decode:
             self._warn(f"decode steps wait for the host in Python: {self.why_not_decode}")
-        if config.residency == "dynamic" and plan.wants_moves and plan.short_for_moves_bytes:
+        if config.residency in MOVING and plan.wants_moves and plan.short_for_moves_bytes:
             self._warn(f"residency is {plan.why_static}")
 
     def _build_layer(self, layer_idx: int, bank: ExpertBank) -> MoELayer:

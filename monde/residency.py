@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -24,11 +25,26 @@ from monde.weights.host import HostBlobs, runs
 from monde.weights.slots import ExpertSlots
 from monde.weights.table import SlotTable
 
-# A swap reads an expert from host memory once, as the host does each time it computes it. At this share of what the
-# host reads anyway, swaps cost decode at most as much of its bandwidth.
-SWAP_SHARE = 1 / 50
-# A prompt is one step of many tokens: right after it the estimate of what the host reads is far too high.
-MAX_SWAPS = 16
+
+@dataclass(frozen=True)
+class SwapPolicy:
+    """When residents change. swap_share: of what the host reads for its experts, what swaps may read."""
+
+    settings: DynamicSettings
+    swap_share: float
+
+
+POLICIES = {
+    # A swap reads an expert from host memory once, as the host does each time it computes it: at this share swaps cost
+    # decode at most as much of its bandwidth. A prompt is one step of many tokens: right after it the estimate of what
+    # the host reads is far too high, hence a limit as well.
+    "dynamic": SwapPolicy(DynamicSettings(max_swaps=16), swap_share=1 / 50),
+    # Least recently used: a step weighs 256 times the one before, so that the last use decides. As many swaps as it
+    # takes, as soon as those before are done.
+    "lru": SwapPolicy(
+        DynamicSettings(half_life_steps=1 / 8, interval_steps=1, max_swaps=1 << 20, hysteresis=0), 1e9
+    ),
+}
 
 
 class Residency:
@@ -47,9 +63,10 @@ class Residency:
         layers: Sequence[LayerSize],
         device: torch.device,
         moves: bool,
+        policy: SwapPolicy,
         heat: Heat | None = None,
     ) -> None:
-        self.settings, self.swap_share = DynamicSettings(max_swaps=MAX_SWAPS), SWAP_SHARE
+        self.settings, self.swap_share = policy.settings, policy.swap_share
         self.device, self._layers, self._banks = device, layers, banks
         self.tables = [SlotTable(placement, device) for placement in placements]
         self.slots = [

@@ -14,7 +14,7 @@ from torch import nn
 
 from hostcompute import ExpertSpec
 from hostcompute.backends.select import choose
-from monde.config import MondeConfig, machine_memory_bytes
+from monde.config import MOVING, MondeConfig, machine_memory_bytes
 from monde.device.mailbox import DecodeSize
 from monde.executors.decode import MAX_DECODE_TOKENS, MAX_DECODE_TOPK
 from monde.executors.prefill_size import PrefillSize
@@ -85,7 +85,7 @@ def plan_for(
     if host_bytes is None:
         host_bytes = int(psutil.virtual_memory().available) + held_bytes["cpu"]
     size = model_size(model, modules, config, on_gpu)
-    wants_moves = config.residency == "dynamic"
+    wants_moves = config.residency in MOVING
     if wants_moves and gpu_bytes and choose(config.cpu_backend).name != "native":
         wants_moves = False
         warnings.warn(
