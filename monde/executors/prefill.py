@@ -275,10 +275,10 @@ class PrefillExecutor:
         shipment.arrived.order()
         # Rows are in the order of execution: runs of consecutive rows make one wave.
         wanted.sort(key=lambda entry: order.begin[entry[1].expert_id])
-        biases_of = [blobs.biases(p.expert_id) for _, p in wanted]
+        biases_of = [blobs.biases(p.expert_id) for _, p in wanted] if self.spec.has_bias else []
         biases = {
             role: self.hub.lanes.upload(np.stack([b[role].numpy() for b in biases_of]))
-            for role in (bias_sizes(self.spec) if wanted else ())
+            for role in (bias_sizes(self.spec) if biases_of else ())
         }
         if not wanted:
             self.hub.ring.release(shipment)
