@@ -266,7 +266,7 @@ def main() -> None:
     pinned = [PinnedRange(b.address, b.num_bytes, b, GPU) for b in blobs]
     print(f"pinned after {time.perf_counter() - started_s:.1f} s", flush=True)
     bus = Bus(blobs)
-    top = measure(bus, pool.num_threads)
+    top = measure(bus, pool, banks[0].choice.isa)
     host_slow = top.host_read_bytes_per_s / top.host_read_beside_h2d_bytes_per_s
     copy_slow = top.h2d_bytes_per_s / top.h2d_beside_read_bytes_per_s
     profile = profile_of(banks, top, host_slow, copy_slow)

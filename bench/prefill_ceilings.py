@@ -10,13 +10,13 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
-import hostcompute
 from bench import host_layers
-from hostcompute import ExpertBank, ExpertSpec
+from hostcompute import ExpertBank, ExpertSpec, _native
 from monde.calibration.overlap import nearest_overlap
 from monde.planning.cost import ExpertShape
 from monde.planning.fit import AlphaBeta
@@ -76,14 +76,19 @@ class Bus:
         return num_bytes / (start.elapsed_time(end) * 1e-3)
 
 
-def measure(bus: Bus, num_threads: int) -> Ceilings:
+def measure(bus: Bus, pool: Any, isa: str) -> Ceilings:
     bus.bytes_per_s(4)
     alone = statistics.median(bus.bytes_per_s() for _ in range(3))
-    read = hostcompute.read_bandwidth(num_threads, 1 << 30, repeats=5)
+    source, read_bytes = bus.blobs[0], min(1 << 30, bus.blobs[0].num_bytes)
+
+    def read_bytes_per_s() -> float:
+        return float(_native.read_bytes_per_s_of(pool, isa, source.address, read_bytes, 1))
+
+    read = statistics.median(read_bytes_per_s() for _ in range(5))
     start, end, num_bytes = bus.queue(160)
     reads = []
     while not end.query():
-        reads.append(hostcompute.read_bandwidth(num_threads, 1 << 29, repeats=1))
+        reads.append(read_bytes_per_s())
     copy_beside = num_bytes / (start.elapsed_time(end) * 1e-3)
     return Ceilings(alone, read, copy_beside, statistics.median(reads[:-1] or reads), *_gpu())
 

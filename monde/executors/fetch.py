@@ -46,8 +46,11 @@ class StagingRing:
         """Whether the next buffer's readers have been launched."""
         return self._free[self._next] is not None
 
-    def fetch(self, blobs: HostBlobs, pieces: Sequence[Piece]) -> Shipment:
-        """Start copying; `release` the shipment when all that reads it is launched. Needs `has_room`."""
+    def fetch(self, blobs: HostBlobs, pieces: Sequence[Piece], after: Mark | None = None) -> Shipment:
+        """Start copying, after a mark if one is given; `release` it when all that reads it is launched.
+
+        Needs `has_room`.
+        """
         idx, free = self._next, self._free[self._next]
         assert free is not None
         self._free[idx], self._next = None, (idx + 1) % self.num_buffers
@@ -57,6 +60,8 @@ class StagingRing:
         assert len(pieces) * stride_bytes <= len(buffer_B), (len(pieces), stride_bytes)
         with self.lanes.on_weights():
             free.order()
+            if after is not None:
+                after.order()
             left = self.lanes.mark(timed=True)
             if pieces[0].num_rows == spec.d_ffn:
                 _copy_whole(blobs, pieces, buffer_B, stride_bytes)

@@ -2,7 +2,7 @@
 
 start    rows, experts and weights leave for pinned memory, on the lane back
 submit   when they are there, the host's threads start; the caller goes on launching
-wait     the answer, on its way to the device; an end is set to waiting
+wait     the answer, in pinned memory; an end is set to waiting
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Posted:
 
 @dataclass(frozen=True)
 class Answer:
-    """y_TD in fp32 on the device, and what the host took for it."""
+    """y_TD in fp32, in pinned memory until the next batch is submitted, and what the host took for it."""
 
     y_TD: Tensor
     busy_s: float
@@ -91,4 +91,4 @@ class HostShare:
         totals.num_pairs += counts.num_pairs
         totals.weight_bytes += counts.weight_bytes
         totals.h2d_bytes += y_TD.nbytes
-        return Answer(y_TD.to(self.lanes.device, non_blocking=True), pending.busy_s)
+        return Answer(y_TD, pending.busy_s)

@@ -8,6 +8,7 @@ is one run. So staging, unpacking and products know blobs of some F and nothing 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from hostcompute import ExpertLayout, ExpertSpec, make_layout
 from hostcompute.layout import LANES, PAD_K
@@ -35,6 +36,7 @@ def piece_spec(spec: ExpertSpec, num_rows: int) -> ExpertSpec:
     return replace(spec, d_ffn=num_rows)
 
 
+@lru_cache(maxsize=1024)
 def piece_layout(spec: ExpertSpec, num_rows: int) -> ExpertLayout:
     return make_layout(piece_spec(spec, num_rows))
 

@@ -3,8 +3,9 @@
     count     pairs per expert on the device, read back through pinned memory: the one wait for the device
     plan      residents stay, the heaviest others are fetched, the lightest go to the host, one may be cut along F
     start     copies leave on their lane, the host's threads begin; then the device's products are launched, wave by
-              wave as experts arrive, and the next layer's certain fetches behind them
-    wait      for the host, when nothing is left to launch; its sum and the device's rows are combined
+              wave as experts arrive
+    wait      for the host, when nothing is left to launch; its sum and the device's rows are combined, and the next
+              layer's certain fetches leave
 
 Works on any device: where there are no streams everything happens in order. Letters as in monde.core; N pairs that
 the device computes.
@@ -179,7 +180,6 @@ class PrefillExecutor:
             self._arrived(copied[-1], frozenset(order.experts), order, rows, blobs)
             send()
         self.share_E, self.latest = tokens_E / max(1, int(tokens_E.sum())), split
-        hub.prefetch(self if more else hub.next_layer(self), num_tokens, num_topk)
         # ---- wait ----
         self.num_resident_pairs += int(tokens_E[resident].sum())
         self.num_fetched_pairs += int(tokens_E[[*active, *fetched]].sum())
@@ -191,7 +191,11 @@ class PrefillExecutor:
         hub.copied(split.copy_s, copied)
         if posted is not None:
             posted.there.order()  # what was read may be freed only after that
-        return self._combined(rows, weights_TK, y_TD, x_TD)
+        y_TD = self._combined(rows, weights_TK, y_TD, x_TD)
+        # The host's sum has the bus for itself: a layer waits for it, and for nothing that is fetched ahead.
+        after = None if pending is None else lanes.mark()
+        hub.prefetch(self if more else hub.next_layer(self), num_tokens, num_topk, after)
+        return y_TD
 
     def split(self, load: Load, blobs: HostBlobs | None) -> ExpertSplit:
         cost = self.hub.cost(self.shape)
@@ -223,8 +227,11 @@ class PrefillExecutor:
 
     def _combined(self, rows: Rows, weights_TK: Tensor, y_TD: Tensor | None, x_TD: Tensor) -> Tensor:
         kernels = self.hub.kernels(x_TD.dtype, self.spec)
-        if kernels is not None:
+        if (
+            kernels is not None
+        ):  # which read the host's sum where it lies, in no queue behind copies of experts
             return kernels.combine(rows.v_ND[:-1], rows.position_TK, weights_TK, y_TD)
+        y_TD = None if y_TD is None else y_TD.to(x_TD.device, non_blocking=True)
         return combine(rows.v_ND, rows.position_TK, weights_TK, y_TD).to(x_TD.dtype)
 
     def _multiply(self, wave: Wave, rows: Rows, unpacked: Callable[[], None] = lambda: None) -> None:
@@ -275,10 +282,10 @@ class PrefillExecutor:
         shipment.arrived.order()
         # Rows are in the order of execution: runs of consecutive rows make one wave.
         wanted.sort(key=lambda entry: order.begin[entry[1].expert_id])
-        biases_of = [blobs.biases(p.expert_id) for _, p in wanted]
+        biases_of = [blobs.biases(p.expert_id) for _, p in wanted] if self.spec.has_bias else []
         biases = {
             role: self.hub.lanes.upload(np.stack([b[role].numpy() for b in biases_of]))
-            for role in (bias_sizes(self.spec) if wanted else ())
+            for role in (bias_sizes(self.spec) if biases_of else ())
         }
         if not wanted:
             self.hub.ring.release(shipment)

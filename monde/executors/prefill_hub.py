@@ -101,8 +101,8 @@ class PrefillHub:
         later = [idx for idx in self.layers if idx > layer.layer_idx]
         return self.layers[min(later)] if later else None
 
-    def prefetch(self, layer: Layer | None, num_tokens: int, num_topk: int) -> None:
-        """Start on what `layer` will fetch in any case; the bus would idle until its routing is known."""
+    def prefetch(self, layer: Layer | None, num_tokens: int, num_topk: int, after: Mark | None) -> None:
+        """Start, after a mark, on what `layer` will fetch in any case; the bus would idle until its routing is known."""
         blobs = None if layer is None or not layer.is_whole or not self.fetches_ahead else layer.blobs()
         if layer is None or blobs is None:
             return
@@ -116,7 +116,7 @@ class PrefillHub:
         shipments = []
         for i in range(0, len(experts), step):
             pieces = [Piece(e, 0, layer.spec.d_ffn) for e in sorted(experts[i : i + step])]
-            shipments.append(self.ring.fetch(blobs, pieces))
+            shipments.append(self.ring.fetch(blobs, pieces, after))
             layer.totals.h2d_bytes += shipments[-1].num_bytes
         self._ahead = (layer.layer_idx, shipments)
 

@@ -54,28 +54,25 @@ class PrefillSize:
 
     @classmethod
     def of(cls, specs: Sequence[ExpertSpec], x_bytes: int, num_tokens: int, max_topk: int) -> PrefillSize:
-        layers = [LayerPieces.of(spec) for spec in specs]
+        layers = [(spec, LayerPieces.of(spec)) for spec in specs]
         max_tokens = max(1, min(MAX_TOKENS, num_tokens))
         max_pairs = min(MAX_PAIRS, max_tokens * max_topk)
         d_model = max(spec.d_model for spec in specs)
-        block_rows = min(BLOCK_ROWS, max_pairs)
-        # Gathered inputs, gate and up, hidden values; where torch computes activations, four fp32 arrays of F.
-        hidden = max(3 * min(l.piece_rows, s.d_ffn) for l, s in zip(layers, specs, strict=True)) + 3 * LANES
-        block_bytes = block_rows * (2 * d_model * x_bytes + hidden * (x_bytes + 4 * 4 // 3 + 1))
+        # A block: gathered inputs and results, gate and up and hidden values; torch's activations, without the
+        # kernels, take four arrays of fp32 besides.
+        f16 = max(min(pieces.piece_rows, spec.d_ffn) for spec, pieces in layers) + LANES
+        block_bytes = min(BLOCK_ROWS, max_pairs) * (2 * d_model * x_bytes + f16 * (3 * x_bytes + 4 * 4))
         # One result a pair, in fp32 where an expert comes in several pieces; three fp32 sums a token.
-        is_whole = all(l.piece_rows >= s.d_ffn for l, s in zip(layers, specs, strict=True))
+        is_whole = all(pieces.piece_rows >= spec.d_ffn for spec, pieces in layers)
         pair_bytes = d_model * (x_bytes if is_whole else 4) + 64
         workspace_bytes = block_bytes + max_pairs * pair_bytes + max_tokens * 12 * d_model
-        # Weights of a narrower type than the activations are widened after unpacking.
-        widened = 1 + max(x_bytes // spec.dtype.itemsize_bytes for spec in specs if True)
-        scratch_bytes = max(
-            l.num_unpacked
-            * unpacked_bytes(s, l.piece_rows)
-            * (widened if x_bytes > s.dtype.itemsize_bytes else 1)
-            for l, s in zip(layers, specs, strict=True)
+        return cls(
+            max(pieces.buffer_bytes for _, pieces in layers),
+            max(_scratch_bytes(spec, pieces) for spec, pieces in layers),
+            max_tokens,
+            max_pairs,
+            workspace_bytes + max(_widened_bytes(spec, pieces, x_bytes) for spec, pieces in layers),
         )
-        buffer_bytes = max(l.buffer_bytes for l in layers)
-        return cls(buffer_bytes, scratch_bytes, max_tokens, max_pairs, workspace_bytes)
 
     @property
     def fixed_bytes(self) -> int:
@@ -86,9 +83,15 @@ class PrefillSize:
         return max(1, min(self.max_tokens, self.max_pairs // max(1, num_topk)))
 
 
-def unpacked_bytes(spec: ExpertSpec, num_rows: int) -> int:
-    """Row-major matrices of a piece, with the padding of its panels."""
-    layout = piece_layout(spec, num_rows)
+def _scratch_bytes(spec: ExpertSpec, pieces: LayerPieces) -> int:
+    """Row-major matrices of the pieces that are unpacked at once, with the padding of their panels."""
+    layout = piece_layout(spec, pieces.piece_rows)
     f16, d16 = layout.num_f_panels * LANES, layout.num_d_panels * LANES
     num_values = (2 if spec.gated else 1) * f16 * layout.d_pad_k + d16 * layout.f_pad_k
-    return num_values * spec.dtype.itemsize_bytes
+    return pieces.num_unpacked * num_values * spec.dtype.itemsize_bytes
+
+
+def _widened_bytes(spec: ExpertSpec, pieces: LayerPieces, x_bytes: int) -> int:
+    """Weights of a narrower type than the activations, widened after unpacking."""
+    item_bytes = spec.dtype.itemsize_bytes
+    return _scratch_bytes(spec, pieces) // item_bytes * x_bytes if x_bytes > item_bytes else 0

@@ -242,8 +242,7 @@ NB_MODULE(_native, m) {
         return submit_queue().submit(std::move(bank), args);
       },
       nb::arg("bank"), nb::arg("x"), nb::arg("ids"), nb::arg("weights"), nb::arg("out"), nb::arg("cut_expert") = -1,
-      nb::arg("cut_panel") = 0,
-      "Starts a forward; the arrays must stay alive and unchanged until wait().");
+      nb::arg("cut_panel") = 0, "Starts a forward; the arrays must stay alive and unchanged until wait().");
 
   // Addresses and row strides of bf16 matrices that the caller has checked; x and out [tokens, ...], weights [N, K].
   m.def("dense",

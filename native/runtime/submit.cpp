@@ -16,7 +16,7 @@ bool Pending::wait_for(double seconds_s) const {
   const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds_s);
   while (!done()) {
     if (std::chrono::steady_clock::now() >= end) return false;
-    std::this_thread::yield();
+    std::this_thread::sleep_for(std::chrono::microseconds(20));
   }
   return true;
 }

@@ -200,6 +200,7 @@ def test_a_late_host_is_an_error_with_the_layer_and_the_next_call_works(pool: An
     spec = ExpertSpec(8, 128, 64)
     layers = build([spec, spec], [[0], [1]], GPU, POLICIES["cut"], deadline_s=0.2, pool=pool)
     batch = make_batch(rng, spec, 100, 3, "bf16")
+    check(layers, 1, batch, "bf16", "before")  # kernels are compiled
     undo = delayed(layers, 1, 1.0)
     start_s = time.perf_counter()
     with pytest.raises(RuntimeError, match=r"MoE layer 1: the host did not answer within 0\.2 s; call again"):

@@ -206,3 +206,18 @@ def test_any_mode_of_autograd_may_come_first() -> None:
         with mode():
             check(layers, 0, make_batch(rng, spec, 80, 2, "bf16"), "bf16", mode.__name__)
     layers.close()
+
+
+@pytest.mark.parametrize("policy", list(POLICIES))
+def test_grouped_products(policy: str) -> None:
+    """What a GPU with CUTLASS' grouped product does; torch's CPU twin of it takes the same arguments."""
+    rng = np.random.default_rng(15)
+    spec = ExpertSpec(12, 64, 96)
+    layers = build([spec], [[0, 5, 11]], CPU, POLICIES[policy])
+    layers.hub.block_rows = 40
+    layers.executors[0]._products(torch.bfloat16)._has_grouped = True
+    for num_tokens, top_k in ((1, 2), (150, 3)):
+        check(
+            layers, 0, make_batch(rng, spec, num_tokens, top_k, "bf16"), "bf16", f"{policy}, T={num_tokens}"
+        )
+    layers.close()

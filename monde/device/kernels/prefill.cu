@@ -56,7 +56,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 }
 
 // y [T, D] = host_TD + sum over k, in order, of weight * v[position]; positions from N on add nothing. host_TD may be
-// null. v is of type X, or fp32 where v_is_wide. Grid: (enough for D, T).
+// null; it lies in pinned memory. v is of type X, or fp32 where v_is_wide. Grid: (enough for D, T).
 extern "C" __global__ void __launch_bounds__(kThreads)
     combine(const void* v_ND, int v_is_wide, const i64* position_TK, const float* weights_TK, const float* host_TD,
             XElement* y_TD, i64 N, int D, int K) {

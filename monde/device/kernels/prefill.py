@@ -129,7 +129,7 @@ class PrefillKernels:
     def combine(
         self, v_ND: Tensor, position_TK: Tensor, weights_TK: Tensor, host_TD: Tensor | None
     ) -> Tensor:
-        """y_TD of x's type. v_ND without a row of zeros; weights_TK fp32; all contiguous."""
+        """y_TD of x's type. v_ND without a row of zeros; weights_TK fp32; host_TD pinned; all contiguous."""
         num_tokens, num_topk = position_TK.shape
         d_model = v_ND.shape[1]
         y_TD = torch.empty(num_tokens, d_model, dtype=self._x_dtype, device=self.device)
