@@ -272,17 +272,16 @@ class PrefillExecutor:
             chosen = resident[i : i + at_once]
             slots = slot_E[chosen]
             for first_row in range(0, F, step):
-                pieces = [Piece(e, first_row, min(step, F - first_row)) for e in chosen.tolist()]
-                at = in_whole(self.spec, first_row)
-                waves.append(Wave.of(pieces, at, slots * self.slots.blobs_SB.stride(0), slots, order))
+                at, rows = in_whole(self.spec, first_row), (first_row, min(step, F - first_row))
+                offsets_n = slots * self.slots.blobs_SB.stride(0)
+                waves.append(Wave.of(chosen, rows, at, offsets_n, slots, order))
         return waves
 
     def _arriving(self, pieces: Sequence[Piece], order: Order) -> Wave:
-        i = np.arange(len(pieces))
-        num_rows = pieces[0].num_rows
-        return Wave.of(
-            pieces, alone(self.spec, num_rows), i * piece_layout(self.spec, num_rows).blob_bytes, i, order
-        )
+        experts, i = np.array([piece.expert_id for piece in pieces]), np.arange(len(pieces))
+        rows = (pieces[0].first_row, pieces[0].num_rows)
+        stride_bytes = piece_layout(self.spec, rows[1]).blob_bytes
+        return Wave.of(experts, rows, alone(self.spec, rows[1]), i * stride_bytes, i, order)
 
     def _arrived(
         self, shipment: Shipment, wave: Wave, tiles_n4: Tensor, rows: Rows, blobs: HostBlobs | None

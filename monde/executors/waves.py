@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from monde.device.kernels.prefill import TILE_ROWS
-from monde.executors.pieces import PackedAt, Piece
+from monde.executors.pieces import PackedAt
 
 Ints = NDArray[np.int64]
 _MMA_ROWS = 16  # a product takes so many rows at once
@@ -53,15 +53,19 @@ class Wave:
 
     @classmethod
     def of(
-        cls, pieces: Sequence[Piece], at: PackedAt, offsets_n: Ints, bias_rows_n: Ints, order: Order
+        cls,
+        experts: Ints,
+        rows: tuple[int, int],
+        at: PackedAt,
+        offsets_n: Ints,
+        bias_rows_n: Ints,
+        order: Order,
     ) -> Wave:
-        """Of pieces of one size; those whose experts have no rows here are left out."""
-        experts = np.array([piece.expert_id for piece in pieces])
+        """Of pieces with these first and numbers of rows; experts that have no pairs here are left out."""
         here = (order.begin_E[experts] >= 0) & (order.tokens_E[experts] > 0)
         experts = experts[here]
         return cls(
-            pieces[0].first_row,
-            pieces[0].num_rows,
+            *rows,
             at,
             offsets_n[here],
             bias_rows_n[here],

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from monde.device.kernels.prefill import TILE_ROWS
-from monde.executors.pieces import PackedAt, Piece
+from monde.executors.pieces import PackedAt
 from monde.executors.waves import Order, Phases, Wave, tiles_of
 
 AT = PackedAt(0, 0, 0)
@@ -20,12 +20,8 @@ def test_tiles_hold_every_row_once(tokens: list[int], num_waves: int) -> None:
     order = Order.of(experts, tokens_E)
     assert order.num_rows == tokens_E.sum()
     parts = [part for part in np.array_split(experts, num_waves) if len(part)]
-    waves = [
-        Wave.of(
-            [Piece(int(e), 0, 32) for e in part], AT, 1000 * part, part, order
-        )  # what holds them says who
-        for part in parts
-    ]
+    # Offsets and rows of biases say whose they are.
+    waves = [Wave.of(part, (0, 32), AT, 1000 * part, part, order) for part in parts]
     tiles, num_tiles = tiles_of(waves)
     assert sum(num_tiles) == len(tiles)
     seen_N = np.zeros(order.num_rows, int)
@@ -46,10 +42,12 @@ def test_experts_that_others_compute_are_left_out() -> None:
     tokens_E = np.array([3, 5, 0, 7])
     order = Order.of(np.array([3, 2]), tokens_E)
     assert order.begin_E.tolist() == [-1, -1, 7, 0]
-    wave = Wave.of([Piece(e, 0, 32) for e in range(4)], AT, np.arange(4), np.arange(4), order)
+    wave = Wave.of(np.arange(4), (0, 32), AT, np.arange(4), np.arange(4), order)
     assert wave.bias_rows_n.tolist() == [3]
     assert tiles_of([])[0].shape == (0, 4)
-    assert tiles_of([wave, Wave.of([Piece(2, 0, 32)], AT, np.zeros(1, int), np.zeros(1, int), order)])[1] == [
+    assert tiles_of([wave, Wave.of(np.array([2]), (0, 32), AT, np.zeros(1, int), np.zeros(1, int), order)])[
+        1
+    ] == [
         1,
         0,
     ]
