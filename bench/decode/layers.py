@@ -152,7 +152,7 @@ def touched_bytes(routings: list[torch.Tensor], num_resident: int, spec: ExpertS
     return cold * spec.expert_bytes, resident * spec.expert_bytes
 
 
-def measure_ceilings(pool: object, num_layers: int) -> Ceilings:
+def hbm_read_bytes_per_s() -> float:
     numbers = torch.empty(1 << 30, dtype=torch.float32, device="cuda").normal_()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
     best_s = float("inf")
@@ -162,17 +162,28 @@ def measure_ceilings(pool: object, num_layers: int) -> Ceilings:
         events[1].record()
         torch.cuda.synchronize()
         best_s = min(best_s, events[0].elapsed_time(events[1]) * 1e-3)
-    tiny = ExpertSpec(8, SPEC.d_model, 16)
+    return numbers.nbytes / best_s
+
+
+def measure_ceilings(pool: object, num_layers: int) -> Ceilings:
+    threads = pool.num_threads  # type: ignore[attr-defined]
+    return Ceilings(
+        hostcompute.read_bandwidth(threads, 1 << 30, repeats=5),
+        hbm_read_bytes_per_s(),
+        measure_round_trip_s(pool, num_layers, SPEC.d_model),
+    )
+
+
+def measure_round_trip_s(pool: object, num_layers: int, d_model: int) -> float:
+    """Seconds a layer in a graph of `num_layers` whose cold experts are next to nothing, one token."""
+    tiny = ExpertSpec(8, d_model, 16)
     layer = host_layers.make_layer(tiny, 0)
     banks = [host_layers.fill_bank(layer, ExpertBank(tiny, "native", pool)) for _ in range(num_layers)]
     hybrid = Hybrid(banks, tiny, 0, pool)
     batch, routings = make_batch(1, tiny, 1)
     round_trip_s = statistics.median(time_graph(hybrid, batch, routings, num_layers))
     hybrid.close()
-    threads = pool.num_threads  # type: ignore[attr-defined]
-    return Ceilings(
-        hostcompute.read_bandwidth(threads, 1 << 30, repeats=5), numbers.nbytes / best_s, round_trip_s
-    )
+    return round_trip_s
 
 
 def run(
@@ -206,7 +217,7 @@ def run(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.decode", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.decode.layers", description=__doc__.splitlines()[0])
     numbers = {"type": lambda text: [int(part) for part in text.split(",")]}
     parser.add_argument(
         "--layers", type=int, default=8, help="MoE layers in a step (default 8, 9.7 GB of experts)"
