@@ -4,7 +4,8 @@ Three parts, every contender of a row timed in turn (bench.rounds), correctness 
     decode    1, 2, 4 tokens per expert: weight bytes per second as a share of a plain read test
     prefill   16 .. 512 tokens per expert: operations per second as a share of a multiply-add peak in L1
     peers     2048x768, 128 experts, top-8, two layers, random routing: milliseconds per layer
-The bound of a row is max(weight bytes / read bandwidth, operations / peak). Letters as in bench.host_layers.
+The bound of a row is max(weight bytes / read bandwidth, operations / peak). The read test goes through all of the
+experts' memory, in turn with the contenders. Letters as in bench.host_layers.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from bench import artefact, host_layers, peers
 from bench.rounds import Summary, interleave, ratio, repeated
 from hostcompute import ExpertSpec
 from hostcompute.backends.select import choose
+from hostcompute.probe import read_bandwidth_of
 
 SHAPES = (ExpertSpec(128, 2048, 768), ExpertSpec(4, 4096, 14336))  # 1.2 and 1.4 GB: no cache holds them
 PEER_SPEC, PEER_TOP_K = ExpertSpec(128, 2048, 768), 8
@@ -101,6 +103,7 @@ def run_shape(spec: ExpertSpec, parts: Sequence[str], options: Options) -> list[
     """Decode and prefill on one layer, the active experts rotating through all of it."""
     layer = host_layers.make_layer(spec, seed=0)
     banks = our_banks([layer], options)
+    reader = Reader(banks[options.isas[0]], options.num_threads)
     num_active = min(8, spec.num_experts // 4)
     rows: list[Row] = []
     tokens = {
@@ -115,7 +118,7 @@ def run_shape(spec: ExpertSpec, parts: Sequence[str], options: Options) -> list[
             contenders["torch"] = host_layers.torch_step([layer], x_TD, routings, options.num_threads)
             case = f"{spec.d_model}x{spec.d_ffn}, {num_active} experts, {num_tokens} tokens each"
             measures = {name: repeated(step) for name, step in contenders.items()}
-            rows += run_case(part, case, measures, work_of(spec, routings), options)
+            rows += run_case(part, case, measures, reader, work_of(spec, routings), options)
     for of in banks.values():
         of[0].close()
     return rows
@@ -125,6 +128,7 @@ def run_peers(options: Options) -> list[Row]:
     """The layer shape that every peer was measured with."""
     layers = [host_layers.make_layer(PEER_SPEC, seed) for seed in range(2)]
     banks = our_banks(layers, options)
+    reader = Reader(banks[options.isas[0]], options.num_threads)
     rows: list[Row] = []
     for batch in (1, 16, 128) if options.quick else (1, 4, 16, 128):
         routings = host_layers.random_routings(PEER_SPEC, PEER_TOP_K, batch, num_routings=64)
@@ -132,7 +136,7 @@ def run_peers(options: Options) -> list[Row]:
         measures = {name: repeated(host_layers.bank_step(of, x_TD, routings)) for name, of in banks.items()}
         measures["torch"] = repeated(host_layers.torch_step(layers, x_TD, routings, options.num_threads))
         measures |= {peer.name: peer.measure(batch, options.num_threads) for peer in options.peers}
-        rows += run_case("peers", f"batch {batch}", measures, work_of(PEER_SPEC, routings), options)
+        rows += run_case("peers", f"batch {batch}", measures, reader, work_of(PEER_SPEC, routings), options)
     return rows
 
 
@@ -156,20 +160,25 @@ def work_of(spec: ExpertSpec, routings: Sequence[host_layers.Routing]) -> Work:
 
 
 def run_case(
-    part: str, case: str, measures: dict[str, Callable[[float], list[float]]], work: Work, options: Options
+    part: str,
+    case: str,
+    measures: dict[str, Callable[[float], list[float]]],
+    reader: Reader,
+    work: Work,
+    options: Options,
 ) -> list[Row]:
-    """Time the contenders in turn, the ceilings before and after, and print the rows."""
-    ceilings = [measure_ceilings(options)]
-    summaries = interleave(measures, options.num_rounds, options.round_s)
-    ceilings.append(measure_ceilings(options))
-    read_bytes_per_s = statistics.mean(read for read, _ in ceilings)
+    """Time the contenders and the read test in turn, arithmetic before and after, and print the rows."""
+    peaks = [measure_peaks(options)]
+    summaries = interleave(measures | {"": reader.measure}, options.num_rounds, options.round_s)
+    peaks.append(measure_peaks(options))
+    read_bytes_per_s = reader.num_bytes / summaries.pop("").median_s
     ours = next(iter(summaries.values()))
     rows = []
     print(f"\n{part}: {case}; read test {read_bytes_per_s / 1e9:.1f} GB/s")
     print(" " * 16 + "".join(f"{title:>9}" for title in COLUMNS))
     for name, summary in summaries.items():
         isa = name if name in options.isas else options.isas[0]
-        peak = statistics.mean(peaks[isa] for _, peaks in ceilings)
+        peak = statistics.mean(one[isa] for one in peaks)
         row = Row(
             part,
             case,
@@ -195,10 +204,23 @@ def describe(row: Row) -> str:
     return f"  {row.contender:14}" + "".join(f"{cell:>9}" for cell in cells)
 
 
-def measure_ceilings(options: Options) -> tuple[float, dict[str, float]]:
-    """Bytes per second of the read test; operations per second of each ISA that runs."""
-    read = hostcompute.read_bandwidth(options.num_threads, 1 << 29, repeats=3)
-    return read, {isa: hostcompute.compute_peak(isa, options.num_threads) for isa in options.isas}
+class Reader:
+    """The read test: the memory of all experts once through, by the plainest loop there is."""
+
+    def __init__(self, banks: Sequence[hostcompute.ExpertBank], num_threads: int) -> None:
+        self._ranges = [bank.backend.memory_range for bank in banks]  # type: ignore[attr-defined]
+        self._pool = hostcompute.make_pool(num_threads)
+        self.num_bytes = sum(num_bytes for _, num_bytes in self._ranges)
+        self.measure = repeated(self._step)
+
+    def _step(self, _: int) -> None:
+        for address, num_bytes in self._ranges:
+            read_bandwidth_of(address, num_bytes, self._pool, repeats=1)
+
+
+def measure_peaks(options: Options) -> dict[str, float]:
+    """Operations per second of each ISA that runs."""
+    return {isa: hostcompute.compute_peak(isa, options.num_threads) for isa in options.isas}
 
 
 def asked_peers(arguments: argparse.Namespace) -> tuple[peers.Peer, ...]:

@@ -125,9 +125,8 @@ def bf16_matrix(bits: npt.NDArray[np.uint16], num_rows: int, num_columns: int) -
 
 
 def read_tests(experts: npt.NDArray[np.uint16], num_threads: int | None) -> Reads:
-    flat = HostArray(experts.ctypes.data, (experts.size,), (1,), "bf16", experts)
     return Reads(
-        mapped_bytes_per_s=read_bandwidth_of(flat, experts.nbytes, num_threads),
+        mapped_bytes_per_s=read_bandwidth_of(experts.ctypes.data, experts.nbytes, make_pool(num_threads)),
         huge_page_bytes_per_s=hostcompute.read_bandwidth(num_threads, experts.nbytes),
     )
 

@@ -4,11 +4,12 @@ from hostcompute.bank import ExpertBank, PendingForward
 from hostcompute.layout import ExpertLayout, make_layout
 from hostcompute.pool import make_pool, shared_pool
 from hostcompute.probe import compute_peak, read_bandwidth
-from hostcompute.spec import Activation, ActivationKind, DType, ExpertSpec, RoutedCounts
+from hostcompute.spec import Activation, ActivationKind, Cut, DType, ExpertSpec, RoutedCounts
 
 __all__ = [
     "Activation",
     "ActivationKind",
+    "Cut",
     "DType",
     "ExpertBank",
     "ExpertLayout",

@@ -11,7 +11,8 @@ from typing import Any
 from hostcompute.arrays import HostArray, as_host_array, empty_like, row_major
 from hostcompute.backends.base import Backend, ExpertWeights, Pending
 from hostcompute.backends.select import BackendChoice, choose
-from hostcompute.spec import ExpertSpec, RoutedCounts
+from hostcompute.layout import LANES, PAD_K
+from hostcompute.spec import Cut, ExpertSpec, RoutedCounts
 
 _FLOATS = ("f32", "bf16", "f16")
 
@@ -125,10 +126,30 @@ class ExpertBank:
         self.last_counts = self._backend.forward(*arrays)
         return out
 
-    def submit(self, x_TD: Any, topk_ids_TK: Any, topk_weights_TK: Any, out: Any = None) -> PendingForward:
-        """Start a forward and return at once; the arrays must not change until `wait`."""
+    def submit(
+        self, x_TD: Any, topk_ids_TK: Any, topk_weights_TK: Any, out: Any = None, cut: Cut | None = None
+    ) -> PendingForward:
+        """Start a forward and return at once; the arrays must not change until `wait`.
+
+        cut: only a part of this expert. Errors: ValueError for a cut of another backend than native.
+        """
         arrays, out = self._check_batch(x_TD, topk_ids_TK, topk_weights_TK, out)
-        return PendingForward(self._backend.submit(*arrays), out, arrays)
+        if cut is None:
+            return PendingForward(self._backend.submit(*arrays), out, arrays)
+        return PendingForward(self._submit_cut(arrays, cut), out, arrays)
+
+    def _submit_cut(self, arrays: tuple[HostArray, ...], cut: Cut) -> Pending:
+        if self.choice.name != "native":
+            raise ValueError(
+                f"[submit] cut: only the native backend cuts an expert, this is {self.choice.name}"
+            )
+        if not 0 < cut.first_row < self.spec.d_ffn or cut.first_row % PAD_K:
+            raise ValueError(
+                f"[submit] cut: expected a multiple of {PAD_K} in 1..{self.spec.d_ffn - 1}, got {cut.first_row}"
+            )
+        backend: Any = self._backend
+        pending: Pending = backend.submit(*arrays, cut.expert_id, cut.first_row // LANES)
+        return pending
 
     # ---- life ----
     @property
@@ -210,6 +231,15 @@ class PendingForward:
 
     def done(self) -> bool:
         return self._pending.done()
+
+    def wait_for(self, seconds_s: float) -> bool:
+        """Whether it was done in time; `wait` has the result, or what was raised."""
+        return self._pending.wait_for(seconds_s)
+
+    @property
+    def busy_s(self) -> float:
+        """What the forward took by itself, once done."""
+        return self._pending.busy_s
 
     def wait(self) -> Any:
         """Block until the result is there and return it."""

@@ -97,6 +97,17 @@ class ExpertSpec:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """One expert of which the rows [first_row, F) of F are computed here; the others, and down_bias, elsewhere.
+
+    first_row is a positive multiple of 32 below F.
+    """
+
+    expert_id: int
+    first_row: int
+
+
+@dataclass(frozen=True)
 class RoutedCounts:
     """What one forward did: pairs computed, distinct experts touched, weight bytes read from host memory."""
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _NODES = Path("/sys/devices/system/node")
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
@@ -72,6 +73,12 @@ def choose_cores(num_threads: int | None) -> list[Core]:
     picked = [cores[i * len(cores) // num_threads] for i in range(num_threads)]
     used = sorted({core.node_id for core in picked})
     return [Core(core.cpu_id, used.index(core.node_id)) for core in picked]
+
+
+def last_level_cache_bytes() -> int:
+    """Of one core's largest cache, however many cores share it; 0 where the kernel does not say."""
+    sizes = [path.read_text().strip() for path in _CACHES.glob("index*/size")]
+    return max((int(size.rstrip("KM")) << (20 if size.endswith("M") else 10) for size in sizes), default=0)
 
 
 def cpu_name() -> str:

@@ -14,7 +14,8 @@ from monde.sizes import format_bytes, parse_size_bytes
 
 QUANT_METHOD = "monde"
 CPU_BACKENDS = ("auto", "native", "numba", "reference")
-RESIDENCIES = ("dynamic", "static", "uniform")
+MOVING = ("dynamic", "lru")
+RESIDENCIES = (*MOVING, "static", "uniform")
 
 Size = int | str | None
 
@@ -57,9 +58,9 @@ class MondeConfig(QuantizationConfigMixin):
     num_threads: threads of the host kernels; default all physical cores.
     nllb_upstream_routing: NLLB-MoE as transformers runs it, on experts 0 and 1 alone; default is the routing
         that its router asks for.
-    residency: who has a slot on the GPU. "dynamic" follows the routing while the model runs, for which host_memory
-        must hold the residents too; "static", the default, keeps what it starts with; "uniform" as well, with slots
-        spread evenly over the layers.
+    residency: who has a slot on the GPU. "dynamic", the default, follows the routing while the model runs, for which
+        host_memory must hold the residents too, else it is static; "lru" does so too, but every step, for those used
+        last; "static" keeps what it starts with; "uniform" as well, with slots spread evenly over the layers.
     heat_file: written by Engine.save_heat: the hottest experts start resident. Default: the first ones.
     max_context, max_batch: the longest sequence and largest batch that gpu_memory must leave room for.
 
@@ -77,7 +78,7 @@ class MondeConfig(QuantizationConfigMixin):
         max_context: int = 4096,
         max_batch: int = 1,
         nllb_upstream_routing: bool = False,
-        residency: str = "static",
+        residency: str = "dynamic",
         heat_file: str | Path | None = None,
         quant_method: str = QUANT_METHOD,
     ) -> None:

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-NOT_MINE = -1  # the expert id of a pair that another executor computes; every executor ignores it
+NOT_MINE = -1  # the expert id of a pair that nobody computes; every executor ignores it
 
 
 @dataclass(frozen=True)
@@ -27,17 +27,6 @@ class RoutedBatch:
     x_TD: Tensor
     topk_ids_TK: Tensor
     topk_weights_TK: Tensor
-
-
-@dataclass(frozen=True)
-class Split:
-    """Which pairs each executor takes: the same batch with the other side's ids set to NOT_MINE.
-
-    None: no pairs.
-    """
-
-    device: RoutedBatch | None
-    host: RoutedBatch | None
 
 
 @dataclass(frozen=True)
@@ -77,7 +66,8 @@ class Counters:
 
     num_steps: int  # forward passes of the model
     num_pairs: int
-    num_resident_pairs: int  # of these, computed on the device
+    num_resident_pairs: int  # of these, computed on the device from a slot
+    num_fetched_pairs: int  # and from experts that came over the bus for them
     host_weight_bytes: int  # expert weights read from host memory
     h2d_bytes: int
     d2h_bytes: int

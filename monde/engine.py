@@ -14,15 +14,19 @@ from torch import Tensor
 
 from hostcompute import ExpertBank, ExpertSpec
 from hostcompute.backends.select import BackendChoice
-from monde.config import MondeConfig
+from monde.config import MOVING, MondeConfig
 from monde.core import Counters, LoadReport, Placement
-from monde.executors.decode import DecodeExecutor, DecodeHub, why_not_decode
-from monde.executors.gpu import GpuExecutor
+from monde.executors.decode import MAX_DECODE_TOPK, DecodeExecutor, DecodeHub, why_not_decode
 from monde.executors.host import HostExecutor, HostTotals, host_pool
+from monde.executors.prefill import PrefillExecutor
+from monde.executors.prefill_hub import PrefillHub
+from monde.executors.prefill_size import PrefillSize
+from monde.executors.zero_copy import first_share
 from monde.layer import MoELayer
 from monde.planning.budget import MemoryPlan
 from monde.planning.placement import best_experts
-from monde.residency import Residency
+from monde.profile_store import profile_of, this_machine
+from monde.residency import POLICIES, Residency
 from monde.routing.heat import Heat
 from monde.weights.host import from_host_arrays
 from monde.weights.staging import Staging
@@ -47,19 +51,39 @@ class Engine:
         self._decoders: dict[tuple[int, torch.dtype], DecodeExecutor] = {}
         placements, heat = placements_of(config, plan)
         banks = [ExpertBank(spec, config.cpu_backend, self.pool) for spec in specs]
-        self.residency = Residency(banks, placements, plan.size.layers, device, plan.moves, heat)
+        policy = POLICIES.get(config.residency, POLICIES["dynamic"])
+        self.residency = Residency(banks, placements, plan.size.layers, device, plan.moves, policy, heat)
+        self.prefill = self._prefill_hub(specs)
         self.layers = [self._build_layer(layer_idx, bank) for layer_idx, bank in enumerate(banks)]
         self.why_not_decode = why_not_decode(self.device, self.host_choice)
         if self.device.type == "cuda" and self.why_not_decode:
             self._warn(f"decode steps wait for the host in Python: {self.why_not_decode}")
-        if config.residency == "dynamic" and plan.wants_moves and plan.short_for_moves_bytes:
+        if config.residency in MOVING and plan.wants_moves and plan.short_for_moves_bytes:
             self._warn(f"residency is {plan.why_static}")
 
     def _build_layer(self, layer_idx: int, bank: ExpertBank) -> MoELayer:
         table, slots = self.residency.tables[layer_idx], self.residency.slots[layer_idx]
         host, decoder = HostExecutor(bank, self.staging), partial(self._decoder, layer_idx)
-        device = None if slots is None else GpuExecutor(slots, table)
+        device = None
+        if self.prefill is not None:
+            blobs = partial(self.residency.fetchable, layer_idx)
+            device = PrefillExecutor(layer_idx, bank, slots, table, self.prefill, blobs)
         return MoELayer(bank.spec, table, host, device, decoder, layer_idx, self.residency)
+
+    def _prefill_hub(self, specs: Sequence[ExpertSpec]) -> PrefillHub | None:
+        """None where all experts are on the host and the host is all there is."""
+        if self.device.type != "cuda" and not any(self.plan.num_resident_L):
+            return None
+        machine = this_machine()
+        profile = profile_of(machine)
+        if self.device.type == "cuda" and profile.machine != machine:
+            self._warn(
+                f"prompts are planned with the figures of {profile.machine.name} ({profile.source}) until they have "
+                "been timed; run `monde calibrate` to measure this machine"
+            )
+        num_tokens = self.plan.size.num_tokens
+        size = PrefillSize.of(specs, torch.float32.itemsize, num_tokens, MAX_DECODE_TOPK)
+        return PrefillHub(self.device, size, profile)
 
     @staticmethod
     def _warn(what: str) -> None:
@@ -72,18 +96,26 @@ class Engine:
             return None
         if x_dtype not in self._hubs:
             specs, banks = zip(*((layer.spec, layer.host.bank) for layer in self.layers), strict=True)
-            self._hubs[x_dtype] = DecodeHub(specs, banks, x_dtype, self.device, self.pool)
+            share = first_share(profile_of(this_machine()))
+            self._hubs[x_dtype] = DecodeHub(specs, banks, x_dtype, self.device, self.pool, share=share)
         if (layer_idx, x_dtype) not in self._decoders:
             layer = self.layers[layer_idx]
             slots, heat_E = self.residency.slots[layer_idx], self.residency.tracker.count_E(layer_idx)
             self._decoders[layer_idx, x_dtype] = DecodeExecutor(
-                layer_idx, layer.spec, slots, layer.table, heat_E, self._hubs[x_dtype]
+                layer_idx,
+                layer.spec,
+                slots,
+                layer.table,
+                heat_E,
+                self._hubs[x_dtype],
+                self.residency.fetchable(layer_idx),
             )
         return self._decoders[layer_idx, x_dtype]
 
     def begin_step(self) -> None:
         """Before a step of the model. Errors: RuntimeError for an earlier step that the host did not answer."""
-        self.check()
+        for hub in self._hubs.values():
+            hub.begin_step()
 
     def before_replay(self) -> None:
         """Before a CUDA graph that holds a step of the model."""
@@ -111,8 +143,11 @@ class Engine:
         """Copy one expert to where the placement wants it. `arrays` are the keywords of ExpertBank.load."""
         layer = self.layers[layer_idx]
         slot = layer.table.placement.slot_of_expert_E[expert_id]
-        if slot >= 0 and layer.device is not None:
-            layer.device.slots.write(slot, arrays)
+        if self.prefill is not None:
+            self.prefill.forget()
+        slots = self.residency.slots[layer_idx]
+        if slot >= 0 and slots is not None:
+            slots.write(slot, arrays)
         if slot < 0 or self.residency.moves(layer_idx):
             layer.host.bank.load(expert_id, **arrays)
             self.residency.loaded(layer_idx)
@@ -121,8 +156,9 @@ class Engine:
         """One expert as `load_expert` took it, bit for bit, on the CPU."""
         layer = self.layers[layer_idx]
         slot = layer.table.placement.slot_of_expert_E[expert_id]
-        if slot >= 0 and layer.device is not None and not self.residency.moves(layer_idx):
-            return {role: tensor.cpu() for role, tensor in layer.device.slots.read(slot).items()}
+        slots = self.residency.slots[layer_idx]
+        if slot >= 0 and slots is not None and not self.residency.moves(layer_idx):
+            return {role: tensor.cpu() for role, tensor in slots.read(slot).items()}
         return from_host_arrays(layer.host.bank.export(expert_id))
 
     def save_heat(self, path: str | Path) -> None:
@@ -142,12 +178,16 @@ class Engine:
         """Sums since the last reset."""
         totals = [layer.host.totals for layer in self.layers]
         totals += [hub.totals() for hub in self._hubs.values()]
-        num_resident_pairs = sum(layer.device.num_pairs for layer in self.layers if layer.device is not None)
+        prefills = [layer.device for layer in self.layers if layer.device is not None]
+        totals += [prefill.totals for prefill in prefills]
+        num_resident_pairs = sum(prefill.num_resident_pairs for prefill in prefills)
+        num_fetched_pairs = sum(prefill.num_fetched_pairs for prefill in prefills)
         num_resident_pairs += sum(hub.count("RESIDENT_PAIRS") for hub in self._hubs.values())
         return Counters(
             num_steps=max(layer.num_calls for layer in self.layers) + self._num_replays,
-            num_pairs=sum(t.num_pairs for t in totals) + num_resident_pairs,
+            num_pairs=sum(t.num_pairs for t in totals) + num_resident_pairs + num_fetched_pairs,
             num_resident_pairs=num_resident_pairs,
+            num_fetched_pairs=num_fetched_pairs,
             host_weight_bytes=sum(t.weight_bytes for t in totals),
             h2d_bytes=sum(t.h2d_bytes for t in totals),
             d2h_bytes=sum(t.d2h_bytes for t in totals),
@@ -164,7 +204,7 @@ class Engine:
             layer.num_calls = 0
             layer.host.totals = HostTotals()
             if layer.device is not None:
-                layer.device.num_pairs = 0
+                layer.device.reset_totals()
 
     # ---- life ----
     def close(self) -> None:
@@ -173,6 +213,8 @@ class Engine:
             hub.close()
         self._hubs.clear()
         self._decoders.clear()
+        if self.prefill is not None:
+            self.prefill.close()
         self.residency.close()
         for layer in self.layers:
             layer.host.bank.close()

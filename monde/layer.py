@@ -1,7 +1,8 @@
 """One mixture-of-experts layer, the whole story. Start reading here.
 
     few tokens on a GPU    decode: GPU and host at once, the GPU decides and nobody waits in Python
-    otherwise              split -> submit -> combine
+    many                   prefill: counts are read back, a plan is made; GPU, bus and host stream at once
+    no slots, no GPU       the host computes all of it
 
 Letters are explained in `monde.core`.
 """
@@ -15,10 +16,10 @@ import torch
 from torch import Tensor
 
 from hostcompute import ExpertSpec
-from monde.core import NOT_MINE, RoutedBatch, Split
+from monde.core import RoutedBatch
 from monde.executors.decode import DecodeExecutor
-from monde.executors.gpu import GpuExecutor, slot_of
 from monde.executors.host import HostExecutor
+from monde.executors.prefill import PrefillExecutor
 from monde.weights.table import SlotTable
 
 
@@ -35,8 +36,9 @@ class Watch(Protocol):
 class MoELayer:
     """The experts of one layer. The model's own router has decided already; shared experts stay in the model.
 
-    device is None where no expert of the layer has a slot. `host` is present always, and holds the others, or all
-    where residents may change; the table says, to everybody, who is resident. watch hears of every call as layer_idx.
+    device is None where the model has no GPU, nor a CPU that stands in for one. `host` is present always, and holds
+    the experts without a slot, or all where residents may change; the table says, to everybody, who is resident.
+    watch hears of every call as layer_idx.
     decoder gives the decode executor for a type of activations, or None where there cannot be one.
     """
 
@@ -45,7 +47,7 @@ class MoELayer:
         spec: ExpertSpec,
         table: SlotTable,
         host: HostExecutor,
-        device: GpuExecutor | None = None,
+        device: PrefillExecutor | None = None,
         decoder: Callable[[torch.dtype], DecodeExecutor | None] = lambda x_dtype: None,
         layer_idx: int = 0,
         watch: Watch | None = None,
@@ -65,23 +67,6 @@ class MoELayer:
             return decode.forward(batch)
         if self.watch is not None:
             self.watch.count(self.layer_idx, batch)
-        split = self.split(batch)
-        parts = sum(share is not None for share in (split.host, split.device))
-        out_dtype = x_TD.dtype if parts == 1 else torch.float32
-        # The host computes when waited for: copies leave first, the device gets its work, the host starts.
-        on_host = self.host.submit(split.host, out_dtype) if split.host is not None else None
-        on_device = None
-        if split.device is not None and self.device is not None:
-            on_device = self.device.submit(split.device, out_dtype)
-        ys = [pending.wait() for pending in (on_host, on_device) if pending is not None]
-        return ys[0] if parts == 1 else (ys[0] + ys[1]).to(x_TD.dtype)
-
-    def split(self, batch: RoutedBatch) -> Split:
-        """Resident experts to the device, the rest to the host; decided by the table alone."""
-        if self.device is None:
-            return Split(device=None, host=batch)
-        if self.device.slots.num_slots == self.spec.num_experts:
-            return Split(device=batch, host=None)
-        resident_TK = slot_of(self.table.slot_of_expert_E1, batch.topk_ids_TK) >= 0
-        host_ids_TK = batch.topk_ids_TK.masked_fill(resident_TK, NOT_MINE)
-        return Split(device=batch, host=RoutedBatch(batch.x_TD, host_ids_TK, batch.topk_weights_TK))
+        if self.device is not None:
+            return self.device.forward(batch)
+        return self.host.submit(batch, x_TD.dtype).wait()

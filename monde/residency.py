@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -20,15 +21,30 @@ from monde.planning.budget import LayerSize
 from monde.planning.placement import plan_swaps, swap_limit
 from monde.routing.heat import Heat, HeatTracker
 from monde.routing.replay import DynamicSettings
-from monde.weights.host import HostBlobs
+from monde.weights.host import HostBlobs, runs
 from monde.weights.slots import ExpertSlots
 from monde.weights.table import SlotTable
 
-# A swap reads an expert from host memory once, as the host does each time it computes it. At this share of what the
-# host reads anyway, swaps cost decode at most as much of its bandwidth.
-SWAP_SHARE = 1 / 50
-# A prompt is one step of many tokens: right after it the estimate of what the host reads is far too high.
-MAX_SWAPS = 16
+
+@dataclass(frozen=True)
+class SwapPolicy:
+    """When residents change. swap_share: of what the host reads for its experts, what swaps may read."""
+
+    settings: DynamicSettings
+    swap_share: float
+
+
+POLICIES = {
+    # A swap reads an expert from host memory once, as the host does each time it computes it: at this share swaps cost
+    # decode at most as much of its bandwidth. A prompt is one step of many tokens: right after it the estimate of what
+    # the host reads is far too high, hence a limit as well.
+    "dynamic": SwapPolicy(DynamicSettings(max_swaps=16), swap_share=1 / 50),
+    # Least recently used: a step weighs 256 times the one before, so that the last use decides. As many swaps as it
+    # takes, as soon as those before are done.
+    "lru": SwapPolicy(
+        DynamicSettings(half_life_steps=1 / 8, interval_steps=1, max_swaps=1 << 20, hysteresis=0), 1e9
+    ),
+}
 
 
 class Residency:
@@ -47,9 +63,10 @@ class Residency:
         layers: Sequence[LayerSize],
         device: torch.device,
         moves: bool,
+        policy: SwapPolicy,
         heat: Heat | None = None,
     ) -> None:
-        self.settings, self.swap_share = DynamicSettings(max_swaps=MAX_SWAPS), SWAP_SHARE
+        self.settings, self.swap_share = policy.settings, policy.swap_share
         self.device, self._layers, self._banks = device, layers, banks
         self.tables = [SlotTable(placement, device) for placement in placements]
         self.slots = [
@@ -71,12 +88,12 @@ class Residency:
             for l, slots in enumerate(self.slots)
             if moves and slots is not None and slots.num_slots < banks[l].spec.num_experts
         }
-        self._blobs = {l: HostBlobs(banks[l]) for l in self._movable}
+        self._blobs = {l: HostBlobs(banks[l]) for l in self._fetched_layers(placements)}
         self._copies = copies_of(device)
         self._mover = SlotMover(self.tables, self._movable, self._blobs, self._copies)
         self._read_N2 = self._copies.host_like(self.tracker.state_N2) if self._movable else None
         self._reading: Arrival | None = None
-        self._pinned: dict[int, PinnedRange] = {}
+        self._pinned: dict[int, list[PinnedRange]] = {}
         self._why_not_pinned = ""
 
     # ---- while the model runs ----
@@ -130,23 +147,47 @@ class Residency:
         return Heat(heat.model, heat.count_L, max(heat.weight_steps - missing_steps, 0.0))
 
     # ---- weights ----
+    def _fetched_layers(self, placements: Sequence[Placement]) -> list[int]:
+        """Layers whose experts may come over the bus: some have no slot, and host memory has slots' form."""
+        has_device = self.device.type == "cuda" or any(slots is not None for slots in self.slots)
+        return [
+            l
+            for l, (bank, placement) in enumerate(zip(self._banks, placements, strict=True))
+            if has_device and bank.choice.name == "native" and placement.num_resident < bank.spec.num_experts
+        ]
+
+    def fetchable(self, layer_idx: int) -> HostBlobs | None:
+        """The layer's experts on the host, where copies from there run at full speed; else None."""
+        blobs = self._blobs.get(layer_idx)
+        return blobs if self.device.type != "cuda" or layer_idx in self._pinned else None
+
     def moves(self, layer_idx: int) -> bool:
         """Whether the host must hold this layer's residents too."""
         return layer_idx in self._movable
 
     def loaded(self, layer_idx: int) -> None:
-        """An expert was loaded into the layer's bank; with the last one the bank's memory is pinned."""
+        """An expert was loaded into the layer's bank; with the last one the bank's memory is pinned.
+
+        Only where experts lie: pinning would give memory to those that were never loaded.
+        """
         if self.device.type != "cuda" or layer_idx not in self._blobs or layer_idx in self._pinned:
             return
         bank, blobs = self._banks[layer_idx], self._blobs[layer_idx]
-        if self._why_not_pinned or len(bank.loaded_experts) < bank.spec.num_experts:
+        num_expected = bank.spec.num_experts
+        if not self.moves(layer_idx):
+            num_expected -= self.tables[layer_idx].placement.num_resident
+        if self._why_not_pinned or len(bank.loaded_experts) < num_expected:
             return
         try:
-            self._pinned[layer_idx] = PinnedRange(blobs.address, blobs.num_bytes, blobs, self.device)
+            self._pinned[layer_idx] = [
+                PinnedRange(*blobs.range_of(first, count), blobs, self.device)
+                for first, count in runs(bank.loaded_experts)
+            ]
         except RuntimeError as error:
             self._why_not_pinned = str(error)
             warnings.warn(
-                f"residents change slowly, one at a time through a pinned buffer: {error}; raise `ulimit -l`",
+                "residents change slowly, one at a time through a pinned buffer, and prompts leave all experts "
+                f"without a slot to the host: {error}; raise `ulimit -l`",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -155,6 +196,7 @@ class Residency:
         """Wait for copies and unpin; nothing moves afterwards. Closing twice is fine."""
         self._read_N2 = self._reading = None
         self._mover.close()
-        for pinned in self._pinned.values():
-            pinned.close()
+        for ranges in self._pinned.values():
+            for pinned in ranges:
+                pinned.close()
         self._pinned.clear()

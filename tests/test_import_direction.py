@@ -29,6 +29,7 @@ RANK = {
     "monde.engine": 5,
     "monde.layer": 4,
     "monde.residency": 4,
+    "monde.profile_store": 3,
     "monde.routing": 3,
     "monde.executors": 3,
     "monde.planning": 2,
@@ -135,7 +136,7 @@ def test_every_import_points_down() -> None:
     [
         ("hostcompute.bank", "import torch", "hostcompute must not import torch"),
         ("hostcompute.bank", "def f():\n    import torch.nn", "hostcompute must not import torch"),
-        ("hostcompute.bank", "from monde.core import Split", "hostcompute must not import monde"),
+        ("hostcompute.bank", "from monde.core import Placement", "hostcompute must not import monde"),
         ("monde.planning.cost", "import torch.cuda", "planning must not import torch.cuda"),
         ("monde.planning.cost", "from torch import cuda", "planning must not import torch.cuda"),
         ("monde.planning.cost", "from ..executors import gpu", "planning must not import monde.executors"),
@@ -160,11 +161,11 @@ def test_a_planted_violation_is_found(module: str, source: str, message: str) ->
     ("module", "source"),
     [
         ("monde.engine", "from monde.layer import MoeLayer\nimport torch\nfrom monde.planning import budget"),
-        ("monde.layer", "from monde.executors.host import HostExecutor\nfrom monde.core import Split"),
+        ("monde.layer", "from monde.executors.host import HostExecutor\nfrom monde.core import Placement"),
         ("monde.executors.gpu", "from monde.device import streams\nimport hostcompute"),
         ("monde.cli.main", "from monde.models import offload"),
         ("hostcompute.backends.native", "from hostcompute.arrays import HostArray\nimport numpy"),
-        ("monde.planning.budget", "import torch\nfrom monde.core import Split"),
+        ("monde.planning.budget", "import torch\nfrom monde.core import Placement"),
         (
             "monde.core",
             "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from monde.engine import Engine",

@@ -20,7 +20,9 @@ class Accelerated:
 
     def __init__(self, setting: Setting, num_layers: int) -> None:
         self.num_layers = min(num_layers, setting.shape.num_layers)
-        self.note = "pageable weights, as from_pretrained leaves them; eager, on the cache that generate makes"
+        self.note = (
+            "pageable weights, as from_pretrained leaves them; eager, on the cache that generate makes"
+        )
         config = shortened(setting.config, self.num_layers)
         self.model: Any = models.build(config, setting.dense, setting.device, models.in_host_memory)
         if setting.device.type == "cuda":

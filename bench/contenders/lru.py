@@ -91,7 +91,9 @@ class Lru:
 
     def figures(self, num_steps: int) -> dict[str, Any]:
         traffic = self.traffic(None, num_steps)  # type: ignore[arg-type]
-        return {"expert_hit_rate": traffic.resident_experts / (traffic.resident_experts + traffic.cold_experts)}
+        return {
+            "expert_hit_rate": traffic.resident_experts / (traffic.resident_experts + traffic.cold_experts)
+        }
 
     def close(self) -> None:
         del self.model, self._layers

@@ -42,7 +42,9 @@ def settings_of(setting: Setting, budget: str, cases: list[Case], residency: str
     if setting.device.type == "cuda":
         total_bytes = torch.cuda.get_device_properties(setting.device).total_memory
         if gpu_bytes > total_bytes:
-            raise DoesNotFitError(f"all resident takes {format_bytes(gpu_bytes)} of {format_bytes(total_bytes)}")
+            raise DoesNotFitError(
+                f"all resident takes {format_bytes(gpu_bytes)} of {format_bytes(total_bytes)}"
+            )
     return common | {"gpu_memory": gpu_bytes, "residency": "static"}
 
 
@@ -135,12 +137,16 @@ class MondeModel:
             if name != "num_steps"
         }
         report = self.engine.load_report
-        return told | per_step | {
-            "load_s": report.seconds_s,
-            "num_resident_experts": report.num_resident_experts,
-            "plan": self.engine.plan.explain(),
-            "peak_gpu_bytes": peak_gpu_bytes(),
-        }
+        return (
+            told
+            | per_step
+            | {
+                "load_s": report.seconds_s,
+                "num_resident_experts": report.num_resident_experts,
+                "plan": self.engine.plan.explain(),
+                "peak_gpu_bytes": peak_gpu_bytes(),
+            }
+        )
 
     def close(self) -> None:
         self._current = None

@@ -49,7 +49,8 @@ class Costs:
             expert(x_TD, layer.gate_up_ENK[e], layer.down_EDF[e])
 
         self._cpu_s = [
-            _median_s(lambda t=t: on_cpu(torch.zeros(t, d_model, dtype=layer.down_EDF.dtype))) for t in _TOKENS
+            _median_s(lambda t=t: on_cpu(torch.zeros(t, d_model, dtype=layer.down_EDF.dtype)))
+            for t in _TOKENS
         ]
         slots = Slots(layer, 1, device, copy_stream(device))
         x_TD = torch.zeros(1, d_model, dtype=layer.down_EDF.dtype, device=device)
@@ -132,8 +133,14 @@ class Popular:
 
     group = "hybrid"
 
-    def __init__(self, setting: Setting, host: HostExperts, costs: Costs, budget: str, num_slots: int) -> None:
-        self.name, self.budget, self.num_layers = "popular static, torch CPU experts", budget, len(host.layers)
+    def __init__(
+        self, setting: Setting, host: HostExperts, costs: Costs, budget: str, num_slots: int
+    ) -> None:
+        self.name, self.budget, self.num_layers = (
+            "popular static, torch CPU experts",
+            budget,
+            len(host.layers),
+        )
         self.note = f"{num_slots} slots a layer, the number that monde plans; eager"
         if num_slots < 1:
             raise DoesNotFitError("the budget leaves no slot")

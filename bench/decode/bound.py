@@ -123,7 +123,11 @@ def targets(rows: list[Row], round_trip_s: float | None) -> list[Target]:
         _target("monde over the LRU fetcher", 3.0, _against(some_cold, ones, ("lru",))),
         _target("monde over the best hybrid", 1.3, _against(some_cold, ones, ("hybrid",))),
         _target("monde over accelerate's offload", 10.0, _against(some_cold, ones, ("offload",))),
-        _target("all resident over transformers in one graph", 1.25, _against(everything, ones, ("resident graph",))),
+        _target(
+            "all resident over transformers in one graph",
+            1.25,
+            _against(everything, ones, ("resident graph",)),
+        ),
         _target("all resident over transformers eager", 5.0, _against(everything, ones, ("resident eager",))),
         _target("16 GiB, skewed, over transformers eager", 1.0, _against(at_16, ones, ("resident eager",))),
     ]

@@ -41,21 +41,31 @@ class Options:
 
 def parse(arguments: list[str] | None = None) -> Options:
     """Errors: SystemExit with one line, as argparse gives."""
-    parser = argparse.ArgumentParser(prog="python -m bench.decode", description="Decode of whole models, side by side.")
-    parser.add_argument("--model", choices=MODELS, default="qwen3", help="Qwen3-30B-A3B or Mixtral-8x7B (default qwen3)")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.decode", description="Decode of whole models, side by side."
+    )
+    parser.add_argument(
+        "--model", choices=MODELS, default="qwen3", help="Qwen3-30B-A3B or Mixtral-8x7B (default qwen3)"
+    )
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--toy", action="store_true", help="a small model, for machines without a GPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--contenders", default=",".join(CONTENDERS), help=f"of {','.join(CONTENDERS)} (default all)")
+    parser.add_argument(
+        "--contenders", default=",".join(CONTENDERS), help=f"of {','.join(CONTENDERS)} (default all)"
+    )
     parser.add_argument("--budgets", help=f'gpu_memory of monde, "all" for all resident (default {BUDGETS})')
     parser.add_argument("--skews", default=",".join(SKEWS), help=f"of {','.join(SKEWS)} (default all)")
     parser.add_argument("--batches", default=BATCHES, help=f"sequences at once (default {BATCHES})")
     parser.add_argument("--contexts", help=f"tokens in the cache (default {CONTEXTS})")
     parser.add_argument("--residency", choices=("dynamic", "static"), default="dynamic")
     parser.add_argument("--steps", type=int, default=40, help="timed steps of a case (default 40)")
-    parser.add_argument("--host-layers", type=int, default=HOST_LAYERS, help="layers of the LRU and popular contenders")
+    parser.add_argument(
+        "--host-layers", type=int, default=HOST_LAYERS, help="layers of the LRU and popular contenders"
+    )
     parser.add_argument("--accelerate-layers", type=int, default=ACCELERATE_LAYERS)
-    parser.add_argument("--no-generate", action="store_true", help="leave out model.generate, which prefills first")
+    parser.add_argument(
+        "--no-generate", action="store_true", help="leave out model.generate, which prefills first"
+    )
     parser.add_argument("--peer-ggml", action="append", default=[], metavar="NAME[:TYPE]=PATH")
     parser.add_argument("--peer-kt", metavar="FOLDER")
     parser.add_argument("--peer-freetoken", metavar="SHARED_OBJECT")

@@ -1,6 +1,6 @@
 """Rows and targets as text; several artefacts of one machine as one.
 
-    python -m bench.decode.report ARTEFACT...
+python -m bench.decode.report ARTEFACT...
 """
 
 from __future__ import annotations
@@ -11,7 +11,19 @@ from pathlib import Path
 
 from bench.decode.bound import Row, Target, targets
 
-_HEAD = ("contender", "budget", "skew", "batch", "context", "ms", "tokens/s", "bound ms", "of bound", "hits", "layers")
+_HEAD = (
+    "contender",
+    "budget",
+    "skew",
+    "batch",
+    "context",
+    "ms",
+    "tokens/s",
+    "bound ms",
+    "of bound",
+    "hits",
+    "layers",
+)
 
 
 def line(row: Row) -> str:
@@ -37,7 +49,9 @@ def target_line(target: Target) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.decode.report", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.decode.report", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("artefacts", nargs="+", type=Path)
     records = [json.loads(path.read_text()) for path in parser.parse_args().artefacts]
     gpus = {record["configuration"]["gpu"] for record in records}

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from bench.contenders.accelerated import Accelerated
@@ -42,7 +41,7 @@ class Run:
         self.shape = shape_of(options.model, options.num_layers, options.toy)
         config = config_of(options.model, options.num_layers, options.toy)
         self._say("ceilings")
-        self.ceilings: Ceilings = ceilings.measure(self.shape, options.device, 1 << 26 if options.toy else 1 << 30)
+        self.ceilings: Ceilings = ceilings.measure(self.shape, options.device)
         self._say("dense weights, floors")
         dense = models.make_dense(config, options.device)
         self.setting = Setting(config, self.shape, dense, options.device)
@@ -66,6 +65,7 @@ class Run:
             )
         if "lru" in wanted or "popular" in wanted:
             yield from self._torch_offloaders()
+            free_memory()
         if "peers" in wanted and self.options.peers:
             yield from self._peers()
         if "monde" in wanted:
@@ -79,7 +79,11 @@ class Run:
             for names in [options.skews] if follows else [(name,) for name in options.skews]:
                 for cases, why_not in self._fitting(budget):
                     if why_not:
-                        yield from (self._skipped("monde", "monde", budget, n, c, why_not) for c in cases for n in names)
+                        yield from (
+                            self._skipped("monde", "monde", budget, n, c, why_not)
+                            for c in cases
+                            for n in names
+                        )
                         continue
                     yield from self._contender(
                         lambda b=budget, c=cases, n=names: MondeModel(  # type: ignore[misc]
@@ -117,7 +121,9 @@ class Run:
                 yield self._skipped("transformers", "resident eager", "", "", case, str(error))
             return
         for way in WAYS:
-            yield from self._contender(lambda w=way: Resident(held, w), self.options.skews, self.options.num_steps)  # type: ignore[misc]
+            yield from self._contender(
+                lambda w=way: Resident(held, w), self.options.skews, self.options.num_steps
+            )  # type: ignore[misc]
         held.close()
 
     def _torch_offloaders(self) -> Iterator[Row]:
@@ -139,8 +145,6 @@ class Run:
                     if name in options.contenders:
                         num_steps = max(_FEW_STEPS, options.num_steps // 4)
                         yield from self._contender(make, options.skews, num_steps, cases, budget)
-        del host, costs
-        free_memory()
 
     def _peers(self) -> Iterator[Row]:
         batches = sorted({case.batch for case in self.options.cases})
@@ -178,7 +182,11 @@ class Run:
                     skew.apply(name, self.shape, self.setting.dense)
                     yield self._row(contender, Demand(case, name, self.p_LE[name]), num_steps)
             generate = getattr(contender, "generate_samples", None)
-            if generate is not None and self.options.generate and getattr(contender, "_way", "eager") == "eager":
+            if (
+                generate is not None
+                and self.options.generate
+                and getattr(contender, "_way", "eager") == "eager"
+            ):
                 demand = Demand((cases or self.options.cases)[0], names[-1], self.p_LE[names[-1]])
                 yield self._generate_row(contender, generate, demand, num_steps)
         finally:
@@ -189,14 +197,20 @@ class Run:
         try:
             decoding = contender.decoding(demand)
         except DoesNotFitError as error:
-            return self._skipped(contender.name, contender.group, contender.budget, demand.skew, case, str(error))
+            return self._skipped(
+                contender.name, contender.group, contender.budget, demand.skew, case, str(error)
+            )
         samples = decoding.run(num_steps)
         return self._finish(contender, contender.name, demand, samples, num_steps)
 
-    def _generate_row(self, contender: Any, generate: Callable[..., list[float]], demand: Demand, num_steps: int) -> Row:
+    def _generate_row(
+        self, contender: Any, generate: Callable[..., list[float]], demand: Demand, num_steps: int
+    ) -> Row:
         skew.apply(demand.skew, self.shape, self.setting.dense)
         samples = generate(demand, num_steps)
-        return self._finish(contender, f"{contender.name}, model.generate", demand, samples, num_steps, "generate")
+        return self._finish(
+            contender, f"{contender.name}, model.generate", demand, samples, num_steps, "generate"
+        )
 
     def _finish(
         self,
@@ -239,7 +253,9 @@ class Run:
         order_LE = np.argsort(np.argsort(-p_LE, axis=1, kind="stable"), axis=1)
         traffic = expected_traffic(p_LE, order_LE < num_slots, case.batch)
         step_s = kernel.step_s(case.batch, traffic, self.floor.median_s(case), self.shape.num_layers)
-        note = "computed: floor + the peer's kernel for the cold share + its handshake, none of which overlaps"
+        note = (
+            "computed: floor + the peer's kernel for the cold share + its handshake, none of which overlaps"
+        )
         figures = {"layer_s": kernel.layer_s[case.batch], "handshake_s": kernel.handshake_s, "note": note}
         return Row(
             f"{kernel.name}, host kernel", "hybrid", budget, name, case.batch, case.context, step_s, [],

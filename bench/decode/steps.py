@@ -5,6 +5,7 @@ Letters: S steps, B sequences of a batch, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
+NUM_EARLY = 16  # tokens of a generation that are eager steps, warm-ups and the capture
 NUM_NEW = 64  # positions behind the context; longer runs go back to it
 
 
@@ -158,11 +160,10 @@ class _Clock(BaseStreamer):
 def generated(model: Any, case: Case, num_steps: int, before_decode: Callable[[], None]) -> list[float]:
     """Seconds between the tokens of a plain `model.generate` that samples, after a prompt of `context` tokens.
 
-    before_decode is called in the middle; the steps after it are returned.
+    before_decode is called after NUM_EARLY tokens; the steps after it are returned.
     """
     ids_BT = torch.randint(model.config.vocab_size, (case.batch, case.context), device=model.device)
-    num_new, clock = min(2 * num_steps, NUM_NEW), _Clock()
-    skip = num_new - min(num_steps, num_new - 16)
+    num_new, clock, skip = min(NUM_EARLY + num_steps, NUM_NEW), _Clock(), NUM_EARLY
     put = clock.put
 
     def put_and_tell(value: Tensor) -> None:
@@ -182,7 +183,7 @@ def generated(model: Any, case: Case, num_steps: int, before_decode: Callable[[]
         streamer=clock,
     )
     times_s = clock.times_s[skip - 1 :]
-    return [after - before for before, after in zip(times_s, times_s[1:], strict=False)]
+    return [after - before for before, after in itertools.pairwise(times_s)]
 
 
 def _synchronize(device: torch.device) -> None:

@@ -42,6 +42,11 @@ class Pending(Protocol):
 
     def done(self) -> bool: ...
 
+    def wait_for(self, seconds_s: float) -> bool: ...
+
+    @property
+    def busy_s(self) -> float: ...
+
 
 class Backend(Protocol):
     """Stores one layer's experts and computes routed pairs. Arguments are validated by ExpertBank."""

@@ -92,9 +92,16 @@ class NativeBackend:
             ) from None
 
     def submit(
-        self, x: HostArray, topk_ids: HostArray, topk_weights: HostArray, out: HostArray
+        self,
+        x: HostArray,
+        topk_ids: HostArray,
+        topk_weights: HostArray,
+        out: HostArray,
+        cut_expert: int = -1,
+        cut_panel: int = 0,
     ) -> NativePending:
-        return NativePending(_native.submit(self._bank, *map(as_tuple, (x, topk_ids, topk_weights, out))))
+        arrays = map(as_tuple, (x, topk_ids, topk_weights, out))
+        return NativePending(_native.submit(self._bank, *arrays, cut_expert, cut_panel))
 
     @property
     def resident_bytes(self) -> int:
@@ -124,6 +131,13 @@ class NativePending:
 
     def done(self) -> bool:
         return bool(self._pending.done())
+
+    def wait_for(self, seconds_s: float) -> bool:
+        return bool(self._pending.wait_for(seconds_s))
+
+    @property
+    def busy_s(self) -> float:
+        return float(self._pending.busy_s)
 
     def wait(self) -> RoutedCounts:
         try:

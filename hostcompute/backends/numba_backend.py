@@ -7,7 +7,8 @@ afterwards.
 
 from __future__ import annotations
 
-from concurrent.futures import Future
+import time
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,13 +51,21 @@ class _Routing:
 class _Submitted:
     """The Pending of a forward on the submit thread."""
 
-    future: Future[RoutedCounts]
+    future: Future[tuple[RoutedCounts, float]]
 
     def wait(self) -> RoutedCounts:
-        return self.future.result()
+        return self.future.result()[0]
 
     def done(self) -> bool:
         return self.future.done()
+
+    def wait_for(self, seconds_s: float) -> bool:
+        return bool(wait([self.future], seconds_s).done)
+
+    @property
+    def busy_s(self) -> float:
+        failed = not self.future.done() or self.future.exception() is not None
+        return 0.0 if failed else self.future.result()[1]
 
 
 class NumbaBackend:
@@ -99,7 +108,13 @@ class NumbaBackend:
         self, x: HostArray, topk_ids: HostArray, topk_weights: HostArray, out: HostArray
     ) -> _Submitted:
         routing = self._route(topk_ids, topk_weights)
-        return _Submitted(self._crew.submit(lambda: self._compute(x, routing, out)))
+
+        def timed() -> tuple[RoutedCounts, float]:
+            start_s = time.perf_counter()
+            counts = self._compute(x, routing, out)
+            return counts, time.perf_counter() - start_s
+
+        return _Submitted(self._crew.submit(timed))
 
     @property
     def resident_bytes(self) -> int:

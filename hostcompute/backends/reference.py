@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,11 +67,15 @@ class Finished:
     """A Pending that was computed on the spot."""
 
     counts: RoutedCounts
+    busy_s: float
 
     def wait(self) -> RoutedCounts:
         return self.counts
 
     def done(self) -> bool:
+        return True
+
+    def wait_for(self, seconds_s: float) -> bool:
         return True
 
 
@@ -119,7 +124,9 @@ class ReferenceBackend:
         return RoutedCounts(int(wanted_TK.sum()), len(experts), len(experts) * self.spec.expert_bytes)
 
     def submit(self, x: HostArray, topk_ids: HostArray, topk_weights: HostArray, out: HostArray) -> Finished:
-        return Finished(self.forward(x, topk_ids, topk_weights, out))
+        start_s = time.perf_counter()
+        counts = self.forward(x, topk_ids, topk_weights, out)
+        return Finished(counts, time.perf_counter() - start_s)
 
     @property
     def resident_bytes(self) -> int:

@@ -19,9 +19,11 @@ from monde.calibration.overlap import overlap_of
 from monde.calibration.samples import Probe, Samples, Timings, repeated, seconds_of
 from monde.core import Placement, RoutedBatch
 from monde.executors.decode import DecodeExecutor, DecodeHub, why_not_decode
-from monde.executors.gpu import GpuExecutor
+from monde.executors.prefill import PrefillExecutor
+from monde.executors.prefill_hub import PrefillHub
+from monde.executors.prefill_size import PrefillSize
 from monde.planning.fit import AlphaBeta, fit_alpha_beta
-from monde.planning.machines import BLOCK_OVERHEAD_S
+from monde.planning.machines import BLOCK_OVERHEAD_S, DESCRIBED
 from monde.planning.profile import GpuProfile
 from monde.weights.slots import ExpertSlots
 from monde.weights.table import SlotTable
@@ -50,7 +52,9 @@ class GpuProbes:
             std=0.02
         )  # any numbers do; zeros would take less power
         table = SlotTable(Placement(tuple(range(self.spec.num_experts))), device)
-        self.grouped = GpuExecutor(self.slots, table)
+        size = PrefillSize.of([self.spec], torch.bfloat16.itemsize, TOKENS[-1], _NUM_ACTIVE)
+        self.prefill = PrefillHub(device, size, DESCRIBED["h200"])  # all are resident: nothing is planned
+        self.grouped = PrefillExecutor(0, host.bank, self.slots, table, self.prefill, lambda: None)
         self.hub = DecodeHub([self.spec], [host.bank], torch.bfloat16, device, pool)
         heat_E = torch.zeros(self.spec.num_experts, device=device)
         self.decode = DecodeExecutor(0, self.spec, self.slots, table, heat_E, self.hub)
@@ -75,6 +79,7 @@ class GpuProbes:
         )
 
     def close(self) -> None:
+        self.prefill.close()
         self.hub.close()
 
     # ---- experts ----
@@ -101,7 +106,7 @@ class GpuProbes:
                 graph.replay()
             else:
                 for batch in batches:
-                    self.grouped.submit(batch, torch.bfloat16).wait()
+                    self.grouped.forward(batch)
             stream.synchronize()  # of this stream alone: copies may run beside it
 
         return step, num_active * len(batches)

@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from hostcompute import ExpertSpec, env, make_pool
+from hostcompute.probe import uncached_bytes
 from hostcompute.topology import choose_cores
 from monde.calibration.gpu import GpuProbes
 from monde.calibration.host import HostProbes
@@ -34,7 +35,7 @@ class Effort:
 
 
 # The experts of Qwen3-30B-A3B: 9.4 MB each, 1.2 GB a layer. About half a minute, most of it reading by threads.
-FULL = Effort(ExpertSpec(128, 2048, 768), sample_s=0.25, read_bytes=1 << 29, copied_bytes=1 << 29)
+FULL = Effort(ExpertSpec(128, 2048, 768), sample_s=0.25, read_bytes=uncached_bytes(), copied_bytes=1 << 29)
 
 
 def calibrate(

@@ -70,7 +70,7 @@ def bench(
     dtype: DTypeOption = DTypeName.AUTO,
     backend: BackendOption = BackendName.AUTO,
     threads: ThreadsOption = None,
-    residency: ResidencyOption = ResidencyName.STATIC,
+    residency: ResidencyOption = ResidencyName.DYNAMIC,
     heat: HeatOption = None,
 ) -> None:
     """Time prompts (pp512) and generation (tg128): tokens/s, TTFT, TPOT, bytes moved, memory speed.

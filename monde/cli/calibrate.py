@@ -39,7 +39,7 @@ def calibrate(
 
       monde calibrate --force --memory-channels 12x38.4
     """
-    from monde.calibration import store
+    from monde import profile_store as store
 
     machine = store.this_machine()
     channels = None if memory_channels is None else parse_channels(memory_channels)

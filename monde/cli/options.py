@@ -29,6 +29,7 @@ class BackendName(StrEnum):
 
 class ResidencyName(StrEnum):
     DYNAMIC = "dynamic"
+    LRU = "lru"
     STATIC = "static"
     UNIFORM = "uniform"
 
@@ -83,7 +84,7 @@ class LoadOptions:
     num_threads: int | None = None
     max_context: int | None = None  # what the run will need; gpu_memory must leave room for it
     max_batch: int | None = None
-    residency: ResidencyName = ResidencyName.STATIC
+    residency: ResidencyName = ResidencyName.DYNAMIC
     heat_file: Path | None = None
 
     def torch_dtype(self) -> Any:

@@ -106,7 +106,7 @@ def plan(
 
 def find_profile(machine: str | None) -> HardwareProfile:
     """Of a described machine, a file, or this machine. Errors: ValueError with the remedy where there is none."""
-    from monde.calibration import store
+    from monde import profile_store as store
     from monde.planning.machines import DESCRIBED
     from monde.planning.profile import HardwareProfile
 

@@ -64,13 +64,11 @@ def cpu_multiplies_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
-def speed_up_dense(model: nn.Module, device: torch.device, pool: Any = None) -> None:
-    """Let every bf16 nn.Linear of a model on the CPU compute as above; subclasses keep their own way.
+def speed_up_dense(model: nn.Module, pool: Any = None) -> None:
+    """Let every bf16 nn.Linear compute as above; subclasses keep their own way.
 
     pool: the threads of the experts, None for the process's own.
     """
-    if device.type != "cpu":
-        return
     try:
         kernel = DenseKernel(pool)
     except ImportError:  # experts run on numba then, which `engine.host_choice` says

@@ -36,10 +36,8 @@ class _OneThread:
             self._before = None
 
 
-def give_cores_to_decode(model: nn.Module, device: torch.device) -> None:
-    """For a model on the CPU whose dense layers have monde's kernel; others keep torch's threads."""
-    if device.type != "cpu":
-        return
+def give_cores_to_decode(model: nn.Module) -> None:
+    """For a model whose dense layers have monde's kernel; others keep torch's threads."""
     kernels = [m._kernel for m in model.modules() if isinstance(m, HostLinear) and m._kernel is not None]
     if kernels:
         threads = _OneThread(kernels[0].max_tokens)

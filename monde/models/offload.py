@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 from monde.config import MondeConfig
 from monde.engine import Engine
 from monde.models.decode_graph import install_on_gpu
-from monde.models.dense import speed_up_dense
 from monde.models.experts import find_experts
 from monde.models.fill import ProgressBar, fill_layer, load_report
-from monde.models.host_threads import give_cores_to_decode
 from monde.models.memory import PeakMemory
+from monde.models.norms import fuse_norms
+from monde.models.on_cpu import speed_up_on_cpu
 from monde.models.sizing import plan_for, resolve_device
 
 
@@ -56,8 +56,8 @@ def offload(model: PreTrainedModel, config: MondeConfig | None = None, **setting
         engine.load_report = load_report(plan, time.perf_counter() - start_s, peak.stop())
     model.monde = engine  # type: ignore[assignment]
     install_on_gpu(model, engine)
-    speed_up_dense(model, device, engine.pool)
-    give_cores_to_decode(model, device)
+    fuse_norms(model)
+    speed_up_on_cpu(model, device, engine.pool)
     return model
 
 

@@ -23,11 +23,11 @@ from transformers.quantizers.base import HfQuantizer
 from monde.config import QUANT_METHOD, MondeConfig
 from monde.engine import Engine
 from monde.models.decode_graph import install_on_gpu
-from monde.models.dense import speed_up_dense
 from monde.models.experts import ExpertsModule, find_experts
 from monde.models.fill import ProgressBar, fill_layer, load_report
-from monde.models.host_threads import give_cores_to_decode
 from monde.models.memory import PeakMemory
+from monde.models.norms import fuse_norms
+from monde.models.on_cpu import speed_up_on_cpu
 from monde.models.sizing import plan_for, resolve_device
 from monde.models.sources import ModuleSource, find_sources
 from monde.weights.checkpoint import Checkpoint
@@ -110,8 +110,8 @@ class MondeQuantizer(HfQuantizer):
         loading.engine.load_report = load_report(loading.engine.plan, seconds_s, loading.peak.stop())
         model.monde = loading.engine
         install_on_gpu(model, loading.engine)
-        speed_up_dense(model, loading.engine.device, loading.engine.pool)
-        give_cores_to_decode(model, loading.engine.device)
+        fuse_norms(model)
+        speed_up_on_cpu(model, loading.engine.device, loading.engine.pool)
         self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
         for module in model.modules():
             if hasattr(getattr(module, "config", None), "_is_quantized"):

@@ -14,9 +14,10 @@ from torch import nn
 
 from hostcompute import ExpertSpec
 from hostcompute.backends.select import choose
-from monde.config import MondeConfig, machine_memory_bytes
+from monde.config import MOVING, MondeConfig, machine_memory_bytes
 from monde.device.mailbox import DecodeSize
 from monde.executors.decode import MAX_DECODE_TOKENS, MAX_DECODE_TOPK
+from monde.executors.prefill_size import PrefillSize
 from monde.models.experts import ExpertsModule
 from monde.planning.budget import LayerSize, MemoryPlan, ModelSize, Spread, plan_memory
 from monde.planning.placement import place
@@ -84,7 +85,7 @@ def plan_for(
     if host_bytes is None:
         host_bytes = int(psutil.virtual_memory().available) + held_bytes["cpu"]
     size = model_size(model, modules, config, on_gpu)
-    wants_moves = config.residency == "dynamic"
+    wants_moves = config.residency in MOVING
     if wants_moves and gpu_bytes and choose(config.cpu_backend).name != "native":
         wants_moves = False
         warnings.warn(
@@ -125,15 +126,20 @@ def model_size(
     text_config: Any = model.config.get_text_config()  # type: ignore[operator,union-attr]
     d_model = max(module.spec.d_model for module in modules)
     d_hidden = max(_first(text_config, "intermediate_size"), *(module.spec.d_ffn for module in modules))
+    num_tokens = config.max_context * config.max_batch
     return ModelSize(
         dense_bytes=dense_bytes,
         kv_bytes_per_token=_kv_values_per_token(text_config) * itemsize_bytes,
         act_bytes_per_token=4 * (_LIVE_VECTORS * d_model + _LIVE_HIDDEN_VECTORS * d_hidden),
         logits_bytes=4 * config.max_batch * (getattr(text_config, "vocab_size", None) or 0),
         staging_bytes_per_token=(itemsize_bytes + 4) * d_model,
-        num_tokens=config.max_context * config.max_batch,
+        num_tokens=num_tokens,
         layers=tuple(_layer_size(module.spec) for module in modules),
-        library_bytes=_LIBRARY_BYTES + _decode_bytes(modules) if on_gpu else 0,
+        library_bytes=_LIBRARY_BYTES
+        + _decode_bytes(modules)
+        + _prefill_bytes(modules, itemsize_bytes, num_tokens, 4 * _LIVE_HIDDEN_VECTORS * d_hidden)
+        if on_gpu
+        else 0,
     )
 
 
@@ -141,6 +147,14 @@ def _decode_bytes(modules: Sequence[ExpertsModule]) -> int:
     """Scratch of the decode kernels, and the memory of captured steps besides what they compute in."""
     size = DecodeSize.of([module.spec for module in modules], MAX_DECODE_TOKENS, MAX_DECODE_TOPK)
     return size.scratch_bytes + _GRAPH_BYTES
+
+
+def _prefill_bytes(
+    modules: Sequence[ExpertsModule], x_bytes: int, num_tokens: int, hidden_bytes_per_token: int
+) -> int:
+    """Staging, scratch and what a chunk of a prompt takes beyond what a dense layer's hidden values would."""
+    size = PrefillSize.of([module.spec for module in modules], x_bytes, num_tokens, MAX_DECODE_TOPK)
+    return size.fixed_bytes + max(0, size.workspace_bytes - num_tokens * hidden_bytes_per_token)
 
 
 def _layer_size(spec: ExpertSpec) -> LayerSize:

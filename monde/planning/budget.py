@@ -139,7 +139,7 @@ class MemoryPlan:
             host = f"{dense} + experts {text(self.host_expert_bytes)}"
         lines = [f"GPU:  {gpu}", f"host: {host} = {text(self.host_used_bytes)} of {text(self.host_bytes)}"]
         if self.wants_moves and any(self.movable_L):
-            lines.append(f"residency: {'dynamic' if self.moves else self.why_static}")
+            lines.append(f"residency: {'follows the routing' if self.moves else self.why_static}")
         return "\n".join(lines)
 
     @property

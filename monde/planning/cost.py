@@ -98,10 +98,14 @@ class CostModel:
         return np.maximum(both_s, gpu_s)
 
     def round_trip_s(self, num_tokens: ArrayLike) -> Seconds:
-        """Activations of `num_tokens` to the host and their results back."""
-        return np.asarray(
-            self.gpu.round_trip.seconds(np.asarray(num_tokens) * self.shape.act_bytes_per_token)
-        )
+        """Activations of `num_tokens` to the host and their results, in fp32, back.
+
+        Few travel through the mailbox, which kernels write and read; many in copies, which start late and run fast.
+        """
+        act_bytes = np.asarray(num_tokens) * self.shape.act_bytes_per_token
+        fp32_bytes = np.asarray(num_tokens) * self.shape.d_model * 4
+        copies_s = np.asarray(self.gpu.d2h.seconds(act_bytes)) + np.asarray(self.gpu.h2d.seconds(fp32_bytes))
+        return np.asarray(np.minimum(self.gpu.round_trip.seconds(act_bytes), copies_s))
 
     def work_s(self, rate: ExpertRate, tokens: ArrayLike) -> Seconds:
         """Seconds of a whole expert without the overhead; a share of F takes that share of them."""

@@ -22,7 +22,8 @@ class Staging:
         if buffer is None or buffer.numel() < num_bytes:
             # Powers of two, so that growing prompts do not allocate pinned memory at every step.
             size_bytes = 1 << max(12, (num_bytes - 1).bit_length())
-            buffer = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=self._pinned)
+            with torch.inference_mode(False):  # steps in any mode write to it
+                buffer = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=self._pinned)
             self._buffers[name] = buffer
         return buffer[:num_bytes].view(dtype).view(shape)
 

@@ -171,7 +171,7 @@ void down(const ExpertLayout& layout, const Batch& batch, int panel_begin, int p
       // A chunk's hidden rows stay in L2 while the panels pass: F is cut where they would not. Few rows fit whole.
       const int fitting_tiles = monde::kStretchBytes / (rows * kTileBytes);
       const int cut_tiles = num_tiles <= fitting_tiles ? num_tiles : fitting_tiles;
-      for (int tile = 0; tile < num_tiles; tile += cut_tiles) {
+      for (int tile = group.first_panel * kLanes * int(sizeof(A)) / kTileBytes; tile < num_tiles; tile += cut_tiles) {
         const Depth depth = {tile, min_int(tile + cut_tiles, num_tiles), num_tiles};
         for (int panel = panel_begin; panel < panel_end; panel += 2) {
           const bool two = panel + 1 < panel_end;

@@ -34,6 +34,8 @@ struct ExpertGroup {
   const float* down_bias;
   int num_rows;
   int first_row;  // into row_token, row_weight, and (times the padded K) into the activation blocks
+  // Panels of F before this one are somebody else's, and with panel 0 down_bias. A whole number of tiles of K.
+  int first_panel = 0;
 };
 
 // A forward's arrays. Element type of the activation blocks is the kernel's: f32 or bf16.

@@ -40,17 +40,20 @@ int schedule_gate_up(const ExpertLayout& layout, const ExpertGroup* groups, int 
     const int num_panels = panel_end - panel_begin;
     int64_t num_stretches = 0;
     for (int g = 0; g < num_groups; ++g) num_stretches += (groups[g].num_rows + rows_at_once - 1) / rows_at_once;
-    for (int g = 0; g < num_groups && num_panels > 0; ++g)
+    for (int g = 0; g < num_groups && num_panels > 0; ++g) {
+      const int group_begin = std::max(panel_begin, groups[g].first_panel), group_panels = panel_end - group_begin;
+      if (group_panels <= 0) continue;
       for (int row = 0; row < groups[g].num_rows; row += rows_at_once) {
         const int row_end = std::min(row + rows_at_once, groups[g].num_rows), num_rows = row_end - row;
         Segment& segment = segments[num_segments++];
-        segment = {unit, g, row, row_end, panel_begin, panel_end, 0, 0};
+        segment = {unit, g, row, row_end, group_begin, panel_end, 0, 0};
         segment.panels_per_unit = panels_per_unit(num_rows, num_stretches * num_panels, node_end - node_begin);
-        const int units = (num_panels + segment.panels_per_unit - 1) / segment.panels_per_unit;
+        const int units = (group_panels + segment.panels_per_unit - 1) / segment.panels_per_unit;
         segment.unit_cost = float(segment.panels_per_unit) * float(std::max(num_rows, kMemoryBoundRows));
         node_cost += double(units) * segment.unit_cost;
         unit += units;
       }
+    }
     // Walk the node's units and hand each thread the next equal share of cost.
     int thread = node_begin;
     double cost = 0;

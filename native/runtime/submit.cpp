@@ -2,12 +2,23 @@
 
 #include <unistd.h>
 
+#include <chrono>
+
 namespace monde {
 
 ForwardCounts Pending::wait() const {
   while (!done()) done_.wait(0, std::memory_order_acquire);
   if (error_) std::rethrow_exception(error_);
   return counts_;
+}
+
+bool Pending::wait_for(double seconds_s) const {
+  const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds_s);
+  while (!done()) {
+    if (std::chrono::steady_clock::now() >= end) return false;
+    std::this_thread::sleep_for(std::chrono::microseconds(20));
+  }
+  return true;
 }
 
 std::shared_ptr<Pending> SubmitQueue::submit(std::shared_ptr<Bank> bank, const ForwardArgs& args) {
@@ -29,11 +40,13 @@ void SubmitQueue::work() {
     Job job = std::move(jobs_.front());
     jobs_.pop_front();
     lock.unlock();
+    const auto start = std::chrono::steady_clock::now();
     try {
       job.pending->counts_ = job.bank->forward(job.args);
     } catch (...) {
       job.pending->error_ = std::current_exception();
     }
+    job.pending->busy_s_ = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     // Before the waiter knows: dropping the last reference may need the interpreter, which may leave once all is done.
     job.bank.reset();
     job.pending->done_.store(1, std::memory_order_release);

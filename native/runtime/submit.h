@@ -18,12 +18,16 @@ class Pending {
   // Blocks until done. Errors: what the forward raised.
   ForwardCounts wait() const;
   bool done() const { return done_.load(std::memory_order_acquire) != 0; }
+  // Whether it was done in time. Looks every 20 us: one that spins would take a core from the forward's threads.
+  bool wait_for(double seconds_s) const;
+  double busy_s() const { return busy_s_; }  // what the forward took; 0 until done
 
  private:
   friend class SubmitQueue;
   std::atomic<int> done_{0};
   ForwardCounts counts_;
   std::exception_ptr error_;
+  double busy_s_ = 0;
 };
 
 class SubmitQueue {

@@ -11,7 +11,8 @@ import pytest
 pytest.importorskip("hostcompute._native")
 
 from hostcompute import ExpertSpec, make_pool
-from monde.calibration import measure, store
+from monde import profile_store as store
+from monde.calibration import measure
 from monde.calibration.host import TOKENS, HostProbes, rotating
 from monde.calibration.samples import Samples
 from monde.planning.profile import MachineIdentity

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from monde.calibration import measure, store
+from monde import profile_store as store
+from monde.calibration import measure
 from monde.planning.machines import DESCRIBED
 from monde.planning.profile import HardwareProfile, Noise
 from tests.cli.conftest import Monde

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from monde.calibration import store
+from monde import profile_store as store
 from monde.cli.plan import Forecast
 from monde.cli.plan_plot import sweep
 from monde.planning.budget import LayerSize, ModelSize, plan_memory

@@ -44,10 +44,9 @@ def full_fp32() -> Any:
 def offloaded(original: Any, place: str) -> Any:
     """A copy of `original` run by monde, with none, about half or all of the experts on the GPU."""
     plan = monde.offload(copy.deepcopy(original), max_context=64).monde.plan
-    expert_bytes = plan.size.expert_bytes
     fixed_bytes = plan.gpu_used_bytes - plan.slots_bytes
     share = {"host": 0, "mixed": 0.5, "gpu": 1}[place]
-    budget_bytes = fixed_bytes + int(share * expert_bytes)
+    budget_bytes = fixed_bytes + int(share * plan.slots_bytes)
     return monde.offload(copy.deepcopy(original), max_context=64, gpu_memory=budget_bytes)
 
 
@@ -68,7 +67,7 @@ def test_fp32(name: str, place: str) -> None:
     counters = model.monde.counters()
     share = counters.num_resident_pairs / counters.num_pairs
     assert {"host": share == 0, "mixed": 0 < share < 1, "gpu": share == 1}[place]
-    assert (counters.h2d_bytes > 0) == (counters.d2h_bytes > 0) == (place != "gpu")
+    assert (counters.h2d_bytes > 0) == (place != "gpu")
 
 
 def check_place(model: Any, place: str) -> None:

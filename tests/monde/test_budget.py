@@ -79,7 +79,7 @@ def test_residents_are_on_the_host_too_where_they_fit(
         assert f"give host_memory={enough}" in made.explain()
         assert plan_memory(size, on_gpu, gpu_bytes, enough, wants_moves=True).moves
         assert not plan_memory(size, on_gpu, gpu_bytes, enough - 1, wants_moves=True).moves
-    assert ("residency: dynamic" in made.explain()) == made.moves
+    assert ("residency: follows the routing" in made.explain()) == made.moves
 
 
 @given(sizes, st.booleans(), budgets, budgets)

@@ -11,6 +11,7 @@ from hostcompute import make_pool
 from hostcompute.dense import DenseKernel
 from monde.models.dense import MIN_WIDENED_ROWS, HostLinear, speed_up_dense
 from monde.models.host_threads import give_cores_to_decode
+from monde.models.on_cpu import speed_up_on_cpu
 
 CPU = torch.device("cpu")
 
@@ -89,7 +90,7 @@ def test_only_plain_bf16_layers_on_the_cpu_change() -> None:
 
     def kinds(device: torch.device) -> list[type]:
         layers = model()
-        speed_up_dense(layers, device)
+        speed_up_on_cpu(layers, device, None)
         return [type(layer) for layer in layers]
 
     assert kinds(CPU) == [HostLinear, nn.Linear, Own]
@@ -121,8 +122,8 @@ def test_few_rows_run_on_one_thread_of_torch_and_then_all_are_back() -> None:
     model, before = Model(), torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        speed_up_dense(model, CPU)
-        give_cores_to_decode(model, CPU)
+        speed_up_dense(model)
+        give_cores_to_decode(model)
         assert model(torch.zeros(1, 1, dtype=torch.int64)) == 1
         assert model(input_ids=torch.zeros(2, 2, dtype=torch.int64)) == 1
         assert model(torch.zeros(1, 64, dtype=torch.int64)) == 2

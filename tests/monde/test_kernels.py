@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from monde.device.kernels import ELEMENT_TYPES, compile_options, decode_source
+from monde.device.kernels.prefill import prefill_source
 from monde.device.layer_record import CONSTANTS, FIELDS, c_struct, layer_record
 
 CPU = torch.device("cpu")
@@ -44,3 +45,18 @@ def test_a_record_with_other_fields_is_refused() -> None:
     del values["state"]
     with pytest.raises(KeyError, match=r"\['nonsense', 'state'\]"):
         layer_record(values, CPU)
+
+
+@pytest.mark.parametrize("x_dtype", list(ELEMENT_TYPES), ids=str)
+@pytest.mark.parametrize("weight_dtype", list(ELEMENT_TYPES), ids=str)
+def test_prefill_kernels_compile(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+    pytest.importorskip(
+        "cupy", reason="NVRTC comes with CuPy: pip install monde[cuda13]", exc_type=ImportError
+    )
+    from cupy.cuda import nvrtc
+
+    program = nvrtc.createProgram(prefill_source(), "prefill.cu", [], [])
+    try:
+        nvrtc.compileProgram(program, ("-arch=sm_80", *compile_options(x_dtype, weight_dtype)))
+    except nvrtc.NVRTCError:
+        pytest.fail(nvrtc.getProgramLog(program))

@@ -14,9 +14,12 @@ from hypothesis import strategies as st
 
 from hostcompute import Activation, ActivationKind, DType, ExpertBank, ExpertSpec
 from monde.core import Placement
-from monde.executors.gpu import GpuExecutor
 from monde.executors.host import HostExecutor
+from monde.executors.prefill import PrefillExecutor
+from monde.executors.prefill_hub import PrefillHub
+from monde.executors.prefill_size import PrefillSize
 from monde.layer import MoELayer
+from monde.planning.machines import DESCRIBED
 from monde.weights.slots import ExpertSlots
 from monde.weights.staging import Staging
 from monde.weights.table import SlotTable
@@ -34,7 +37,8 @@ def _layer(spec: ExpertSpec, resident: list[int], weights: list[dict[str, torch.
             slots.write(table[e], arrays)
         else:
             bank.load(e, **arrays)
-    device = GpuExecutor(slots, slot_table) if resident else None
+    hub = PrefillHub(CPU, PrefillSize.of([spec], 4, 64, 4), DESCRIBED["h200"])
+    device = PrefillExecutor(0, bank, slots, slot_table, hub, lambda: None) if resident else None
     return MoELayer(spec, slot_table, HostExecutor(bank, Staging(pinned=False)), device)
 
 

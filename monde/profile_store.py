@@ -13,6 +13,7 @@ import torch
 
 from hostcompute import env
 from hostcompute.topology import choose_cores, cpu_name
+from monde.planning.machines import DESCRIBED
 from monde.planning.profile import HardwareProfile, MachineIdentity
 
 
@@ -23,8 +24,15 @@ def this_machine() -> MachineIdentity:
         cpu=cpu_name(),
         num_cores=len(choose_cores(env.num_threads())),
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        library_version=importlib.metadata.version("monde"),
+        library_version=_version(),
     )
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("monde")
+    except importlib.metadata.PackageNotFoundError:  # run from its sources
+        return "not installed"
 
 
 def path_of(machine: MachineIdentity) -> Path:
@@ -37,6 +45,15 @@ def load(machine: MachineIdentity) -> HardwareProfile | None:
     """None where nothing was measured. Errors: ValueError for a file that is damaged or of another version."""
     path = path_of(machine)
     return HardwareProfile.load(path, machine) if path.is_file() else None
+
+
+def profile_of(machine: MachineIdentity) -> HardwareProfile:
+    """What plans go by while a model runs: measured here, or else another machine's, whose name says so.
+
+    Errors: as load.
+    """
+    measured = load(machine)
+    return measured if measured is not None and measured.gpu is not None else DESCRIBED["h200"]
 
 
 def save(profile: HardwareProfile) -> Path:

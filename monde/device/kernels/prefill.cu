@@ -1,0 +1,75 @@
+// Around the libraries' products of a long prompt: unpack panels, the non-linearity, the sum over a token's experts.
+//
+// Letters: n pieces of experts, T tokens, K experts per token, N routed pairs, D model dim, F expert hidden dim. X is
+// the type that is multiplied in (kernels/elements.cuh), W that of the weights. KIND_ constants and `struct Layer`, as
+// far as activation.cuh reads it, come from kernels/prefill.py.
+
+// A word is what a line of a panel holds of one output row: two inputs in bf16, else one.
+#if W == 2
+typedef u16 Word;
+#else
+typedef u32 Word;
+#endif
+constexpr int kLines = 64;  // of a tile: 256 bytes of a row-major row
+
+// Panels [lines][16] to rows [16][lines]. Panel j of expert n begins at blobs + offsets[n] + first + j * stride bytes;
+// its rows are (j % roles) * rows_per_role + (j / roles) * 16 and the next 15 of the expert's matrix in out.
+// Grid: (tiles of lines, panels, n).
+extern "C" __global__ void __launch_bounds__(kThreads)
+    unpack(const u8* blobs, const i64* offsets_n, i64 first, i64 stride, int roles, int lines, int rows_per_role,
+           Word* out, i64 out_words) {
+  __shared__ Word tile[16][kLines + 1];
+  const int panel = blockIdx.y, line0 = blockIdx.x * kLines;
+  const Word* from = reinterpret_cast<const Word*>(blobs + offsets_n[blockIdx.z] + first + panel * stride);
+  for (int i = threadIdx.x; i < kLines * 16; i += kThreads) {
+    const int line = i / 16;
+    if (line0 + line < lines) tile[i % 16][line] = from[i64(line0) * 16 + i];
+  }
+  __syncthreads();
+  const i64 row0 = i64(panel % roles) * rows_per_role + i64(panel / roles) * 16;
+  Word* to = out + blockIdx.z * out_words + row0 * lines + line0;
+  for (int i = threadIdx.x; i < kLines * 16; i += kThreads) {
+    const int row = i / kLines, line = i % kLines;
+    if (line0 + line < lines) to[i64(row) * lines + line] = tile[row][line];
+  }
+}
+
+// h [rows, F] = act(in[:, :F], in[:, F:]), or of in [rows, F] alone. F is a multiple of 4.
+extern "C" __global__ void __launch_bounds__(kThreads)
+    hidden(const XElement* in, XElement* h, i64 rows, int F, int kind, int gated, double limit, double alpha) {
+  Layer layer;
+  layer.activation = kind, layer.gated = gated, layer.limit = limit, layer.alpha = alpha;
+  struct alignas(4 * sizeof(XElement)) Four {
+    XElement v[4];
+  };
+  const int per_row = F / 4, width = gated ? 2 * F : F;
+  for (i64 i = i64(blockIdx.x) * kThreads + threadIdx.x; i < rows * per_row; i += i64(gridDim.x) * kThreads) {
+    const i64 row = i / per_row, f = i % per_row * 4;
+    const Four gate = *reinterpret_cast<const Four*>(in + row * width + f);
+    Four up = gate, result;
+    if (gated) up = *reinterpret_cast<const Four*>(in + row * width + F + f);
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      result.v[j] = narrow<X>(activate(&layer, widen<X>(gate.v[j]), gated ? widen<X>(up.v[j]) : 0.f));
+    *reinterpret_cast<Four*>(h + row * F + f) = result;
+  }
+}
+
+// y [T, D] = host_TD + sum over k, in order, of weight * v[position]; positions from N on add nothing. host_TD may be
+// null; it lies in pinned memory. v is of type X, or fp32 where v_is_wide. Grid: (enough for D, T).
+extern "C" __global__ void __launch_bounds__(kThreads)
+    combine(const void* v_ND, int v_is_wide, const i64* position_TK, const float* weights_TK, const float* host_TD,
+            XElement* y_TD, i64 N, int D, int K) {
+  const int d = blockIdx.x * kThreads + threadIdx.x;
+  if (d >= D) return;
+  const i64 t = blockIdx.y;
+  float sum = host_TD ? host_TD[t * D + d] : 0.f;
+  for (int k = 0; k < K; ++k) {
+    const i64 r = position_TK[t * K + k];
+    if (r >= N) continue;
+    const float v = v_is_wide ? static_cast<const float*>(v_ND)[r * D + d]
+                              : widen<X>(static_cast<const XElement*>(v_ND)[r * D + d]);
+    sum += weights_TK[t * K + k] * v;
+  }
+  y_TD[t * D + d] = narrow<X>(sum);
+}

@@ -1,0 +1,108 @@
+"""Experts from pinned host memory into staging on the device, over the lane of weights.
+
+The buffers are filled in turn. A buffer is filled anew only after what reads it has been launched, and on the device
+only after it has run; nobody on the CPU waits for either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from hostcompute import ExpertSpec, make_layout
+from monde.device.lanes import Lanes, Mark
+from monde.executors.pieces import Piece, alone, in_whole, piece_layout
+from monde.weights.host import HostBlobs
+
+
+@dataclass
+class Shipment:
+    """Pieces of one size on their way into a buffer of `ring`, piece i from i * stride_bytes on."""
+
+    pieces: Sequence[Piece]
+    buffer_B: Tensor
+    stride_bytes: int
+    left: Mark
+    arrived: Mark
+    buffer_idx: int
+    num_bytes: int
+
+
+class StagingRing:
+    """Buffers on the device that all layers of a model share."""
+
+    def __init__(self, lanes: Lanes, num_buffers: int, buffer_bytes: int) -> None:
+        self.lanes, self.num_buffers = lanes, num_buffers
+        self._buffers_BB = torch.empty(num_buffers, buffer_bytes, dtype=torch.uint8, device=lanes.device)
+        self._free: list[Mark | None] = [lanes.mark()] * num_buffers
+        self._next = 0
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the next buffer's readers have been launched."""
+        return self._free[self._next] is not None
+
+    def fetch(self, blobs: HostBlobs, pieces: Sequence[Piece], after: Mark | None = None) -> Shipment:
+        """Start copying, after a mark if one is given; `release` it when all that reads it is launched.
+
+        Needs `has_room`.
+        """
+        idx, free = self._next, self._free[self._next]
+        assert free is not None
+        self._free[idx], self._next = None, (idx + 1) % self.num_buffers
+        spec = blobs.spec
+        layout = piece_layout(spec, pieces[0].num_rows)
+        buffer_B, stride_bytes = self._buffers_BB[idx], layout.blob_bytes
+        assert len(pieces) * stride_bytes <= len(buffer_B), (len(pieces), stride_bytes)
+        with self.lanes.on_weights():
+            free.order()
+            if after is not None:
+                after.order()
+            left = self.lanes.mark(timed=True)
+            if pieces[0].num_rows == spec.d_ffn:
+                _copy_whole(blobs, pieces, buffer_B, stride_bytes)
+            else:
+                for i, piece in enumerate(pieces):
+                    self._copy_part(blobs, piece, buffer_B[i * stride_bytes :])
+            arrived = self.lanes.mark(timed=True)
+        return Shipment(pieces, buffer_B, stride_bytes, left, arrived, idx, len(pieces) * layout.weight_bytes)
+
+    def release(self, shipment: Shipment) -> None:
+        """All that reads the buffer has been launched on the current stream."""
+        self._free[shipment.buffer_idx] = self.lanes.mark()
+
+    def release_all(self) -> None:
+        self._free = [self.lanes.mark()] * self.num_buffers
+
+    def _copy_part(self, blobs: HostBlobs, piece: Piece, target_B: Tensor) -> None:
+        spec: ExpertSpec = blobs.spec
+        blob_B, layout = blobs.blob_B(piece.expert_id), piece_layout(spec, piece.num_rows)
+        source, target = in_whole(spec, piece.first_row), alone(spec, piece.num_rows)
+        in_bytes = layout.num_f_panels * layout.in_unit_bytes
+        target_B[:in_bytes].copy_(blob_B[source.in_offset_bytes :][:in_bytes], non_blocking=True)
+        whole = make_layout(spec)
+        rows = (layout.num_d_panels, layout.down_panel_bytes)
+        self.lanes.copy_rows(
+            target_B.as_strided(
+                rows, (layout.down_panel_bytes, 1), target_B.storage_offset() + target.down_offset_bytes
+            ),
+            blob_B.as_strided(
+                rows, (whole.down_panel_bytes, 1), blob_B.storage_offset() + source.down_offset_bytes
+            ),
+        )
+
+
+def _copy_whole(blobs: HostBlobs, pieces: Sequence[Piece], buffer_B: Tensor, stride_bytes: int) -> None:
+    """Experts that follow one another in host memory in one copy, as far as the memory was pinned in one."""
+    runs = [
+        0,
+        *(i + 1 for i, (a, b) in enumerate(pairwise(pieces)) if b.expert_id != a.expert_id + 1),
+        len(pieces),
+    ]
+    for begin, end in pairwise(runs):
+        source_B = blobs.run_B(pieces[begin].expert_id, end - begin)
+        buffer_B[begin * stride_bytes :][: len(source_B)].copy_(source_B, non_blocking=True)

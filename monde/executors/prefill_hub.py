@@ -1,0 +1,164 @@
+"""What the layers of one model share in long prompts: lanes, staging, scratch, the host's share, and the plan's data."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hostcompute import ExpertSpec
+from monde.device.kernels.prefill import PrefillKernels
+from monde.device.lanes import Mark, lanes_of
+from monde.executors.fetch import Shipment, StagingRing
+from monde.executors.host import HostTotals
+from monde.executors.host_share import HostShare
+from monde.executors.pieces import Piece
+from monde.executors.prefill_size import BLOCK_ROWS, NUM_BUFFERS, LayerPieces, PrefillSize
+from monde.planning.cost import CostModel, ExpertShape
+from monde.planning.feedback import Feedback
+from monde.planning.prefetch import certain_fetches
+from monde.planning.profile import HardwareProfile
+from monde.planning.split import best_split
+from monde.planning.split_policies import SplitPolicy
+from monde.weights.host import HostBlobs
+from monde.weights.packing import TORCH_DTYPES
+from monde.weights.table import SlotTable
+
+DEADLINE_S = 60.0  # a layer of thousands of tokens takes the slowest host we know a second
+
+
+class Layer(Protocol):
+    """What fetching ahead needs to know of a layer's executor."""
+
+    layer_idx: int
+    spec: ExpertSpec
+    table: SlotTable
+    size: LayerPieces
+    shape: ExpertShape
+    is_whole: bool
+    share_E: NDArray[np.float64] | None
+    totals: HostTotals
+
+    def blobs(self) -> HostBlobs | None: ...
+
+
+class PrefillHub:
+    """policy: how a layer is split; `learns`: whether plans follow what earlier ones took."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        size: PrefillSize,
+        profile: HardwareProfile,
+        policy: SplitPolicy = best_split,
+        deadline_s: float = DEADLINE_S,
+        learns: bool | None = None,
+    ) -> None:
+        self.lanes, self.size, self.profile, self.policy = lanes_of(device), size, profile, policy
+        self.learns = device.type == "cuda" if learns is None else learns
+        self.fetches_ahead = True
+        self.host = HostShare(self.lanes, deadline_s)
+        self.block_rows = BLOCK_ROWS
+        self.layers: dict[int, Layer] = {}
+        self.feedback = Feedback()
+        self._has_kernels = device.type == "cuda" and importlib.util.find_spec("cupy") is not None
+        self._kernels: dict[tuple[torch.dtype, torch.dtype], PrefillKernels] = {}
+        self._ahead: tuple[int, list[Shipment]] = (-1, [])  # for which layer, and what
+        self._copies: list[tuple[float, Mark, Mark]] = []  # planned seconds, first left, last arrived
+        self._tail: Mark = self.lanes.mark()
+        # Steps in any mode of autograd write to these; allocated once, so that no prompt meets a full device.
+        with torch.inference_mode(False):
+            self.scratch_B = torch.empty(size.scratch_bytes, dtype=torch.uint8, device=device)
+            self.ring = StagingRing(self.lanes, NUM_BUFFERS, size.buffer_bytes)
+
+    def kernels(self, x_dtype: torch.dtype, spec: ExpertSpec) -> PrefillKernels | None:
+        if not self._has_kernels:
+            return None
+        key = (x_dtype, TORCH_DTYPES[spec.dtype])
+        if key not in self._kernels:
+            self._kernels[key] = PrefillKernels(*key, self.lanes.device, self.lanes.upload)
+        return self._kernels[key]
+
+    # ---- one batch at a time, on whichever stream ----
+    def enter(self) -> None:
+        self._tail.order()
+        self._learn_copies()
+
+    def leave(self) -> None:
+        self._tail = self.lanes.mark()
+
+    def recover(self) -> None:
+        """After an exception: what was launched is waited for, then buffers are free and nothing is read."""
+        self.lanes.close()
+        self._ahead = (-1, [])
+        self.ring.release_all()
+
+    # ---- ahead ----
+    def next_layer(self, layer: Layer) -> Layer | None:
+        later = [idx for idx in self.layers if idx > layer.layer_idx]
+        return self.layers[min(later)] if later else None
+
+    def prefetch(self, layer: Layer | None, num_tokens: int, num_topk: int, after: Mark | None) -> None:
+        """Start, after a mark, on what `layer` will fetch in any case; the bus would idle until its routing is known."""
+        blobs = None if layer is None or not layer.is_whole or not self.fetches_ahead else layer.blobs()
+        if layer is None or blobs is None:
+            return
+        num_experts, num_pairs = layer.spec.num_experts, num_tokens * num_topk
+        share_E = np.full(num_experts, 1 / num_experts) if layer.share_E is None else layer.share_E
+        resident_E = np.array(layer.table.placement.slot_of_expert_E) >= 0
+        step = layer.size.num_staged
+        experts = certain_fetches(
+            share_E * num_pairs, resident_E, num_tokens, self.cost(layer.shape), NUM_BUFFERS * step
+        )
+        shipments = []
+        for i in range(0, len(experts), step):
+            pieces = [Piece(e, 0, layer.spec.d_ffn) for e in sorted(experts[i : i + step])]
+            shipments.append(self.ring.fetch(blobs, pieces, after))
+            layer.totals.h2d_bytes += shipments[-1].num_bytes
+        self._ahead = (layer.layer_idx, shipments)
+
+    def take_prefetched(self, layer: Layer) -> list[Shipment]:
+        """What was fetched ahead for this layer; what was for another one is dropped."""
+        layer_idx, shipments = self._ahead
+        self._ahead = (-1, [])
+        if layer_idx == layer.layer_idx:
+            return shipments
+        for shipment in shipments:
+            self.ring.release(shipment)
+        return []
+
+    def forget(self) -> None:
+        """Weights change: what was fetched ahead is old."""
+        for shipment in self._ahead[1]:
+            self.ring.release(shipment)
+        self._ahead = (-1, [])
+
+    # ---- what the plan goes by ----
+    def cost(self, shape: ExpertShape) -> CostModel:
+        return self.feedback.cost(CostModel(self.profile, shape))
+
+    def heard(self, planned_s: float, measured_s: float) -> None:
+        if self.learns:
+            self.feedback = self.feedback.after_host(planned_s, measured_s)
+
+    def copied(self, planned_s: float, shipments: list[Shipment]) -> None:
+        if self.learns and shipments:
+            self._copies.append((planned_s, shipments[0].left, shipments[-1].arrived))
+
+    def _learn_copies(self) -> None:
+        waiting = []
+        for planned_s, left, arrived in self._copies:
+            measured_s = arrived.since_s(left)
+            if measured_s is None:
+                waiting.append((planned_s, left, arrived))
+            else:
+                self.feedback = self.feedback.after_copy(planned_s, measured_s)
+        self._copies = waiting
+
+    def close(self) -> None:
+        """Wait for copies under way: host memory may go afterwards."""
+        self.forget()
+        self.lanes.close()
