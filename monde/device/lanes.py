@@ -27,6 +27,10 @@ class Mark(Protocol):
         """What is launched on the current stream from now on comes after it."""
         ...
 
+    def done(self) -> bool:
+        """Whether the device got there. Waits for nothing."""
+        ...
+
     def since_s(self, earlier: Mark) -> float | None:
         """Seconds on the device from a timed mark to this one; None while either lies ahead. Waits for nothing."""
         ...
@@ -106,9 +110,12 @@ class _CudaMark:
     def order(self) -> None:
         torch.cuda.current_stream(self._device).wait_event(self._event)
 
+    def done(self) -> bool:
+        return bool(self._event.query())
+
     def since_s(self, earlier: Mark) -> float | None:
         assert isinstance(earlier, _CudaMark)
-        if not self._event.query():
+        if not self.done():
             return None
         return float(earlier._event.elapsed_time(self._event)) * 1e-3
 
@@ -139,6 +146,9 @@ class _Passed:
     def wait(self) -> None: ...
 
     def order(self) -> None: ...
+
+    def done(self) -> bool:
+        return True
 
     def since_s(self, earlier: Mark) -> float | None:
         return None  # nothing overlapped, so there is nothing to learn

@@ -54,6 +54,10 @@ class HostShare:
         target = self._staging.view(name, tuple(tensor.shape), tensor.dtype)
         return target.copy_(tensor, non_blocking=True)
 
+    def counts(self, num_experts: int) -> Tensor:
+        """int64, in pinned memory, for the device to fill in; read before the next batch is counted."""
+        return self._staging.view("counts", (num_experts,), torch.int64)
+
     def start(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, totals: HostTotals) -> Posted:
         """On the lane back: the tensors must outlive `there`."""
         here = [self.read(n, t) for n, t in (("x", x_TD), ("ids", ids_TK), ("weights", weights_TK))]
@@ -66,8 +70,7 @@ class HostShare:
         """The host starts on the pairs of these experts. Waits for the batch to arrive, and for nothing else."""
         posted.there.wait()
         ids_TK = posted.ids_TK.numpy()
-        here_E1 = np.append(on_host_E, False)
-        ids_TK[~here_E1[ids_TK]] = -1
+        ids_TK[...] = np.append(np.where(on_host_E, np.arange(len(on_host_E)), -1), -1)[ids_TK]
         y_TD = self._staging.view("y", tuple(posted.x_TD.shape), torch.float32)
         return bank.submit(posted.x_TD, posted.ids_TK, posted.weights_TK, out=y_TD, cut=cut)
 

@@ -1,21 +1,22 @@
 """A layer's many tokens on GPU, bus and host at once: the counts are read back, a plan is made, everything streams.
 
     count     pairs per expert on the device, read back through pinned memory: the one wait for the device
-    plan      residents stay, the heaviest others are fetched, the lightest go to the host, one may be cut along F
+    plan      residents stay, the heaviest others are fetched, the lightest go to the host, one may be cut along F;
+              what the device does is laid out in one table, which goes up in one copy
     start     copies leave on their lane, the host's threads begin; then the device's products are launched, wave by
               wave as experts arrive
     wait      for the host, when nothing is left to launch; its sum and the device's rows are combined, and the next
               layer's certain fetches leave
 
-Works on any device: where there are no streams everything happens in order. Letters as in monde.core; N pairs that
-the device computes.
+No step of Python is per expert but for those that travel. Works on any device: where there are no streams everything
+happens in order. Letters as in monde.core; N pairs that the device computes.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,12 +26,15 @@ from torch import Tensor
 from hostcompute import Cut, ExpertBank
 from hostcompute.layout import PAD_K
 from monde.core import RoutedBatch
+from monde.device.kernels.prefill import PrefillKernels
+from monde.device.lanes import Mark
 from monde.executors.fetch import Shipment
 from monde.executors.host import HostTotals
-from monde.executors.pieces import Piece, alone, in_whole, pieces_of
+from monde.executors.pieces import Piece, alone, in_whole, piece_layout, pieces_of
 from monde.executors.prefill_hub import PrefillHub
 from monde.executors.prefill_size import LayerPieces
-from monde.executors.products import Products, Wave, combine, ends_of
+from monde.executors.products import Packed, Products, Rows, combine
+from monde.executors.waves import Order, Phases, Wave
 from monde.planning.cost import ExpertShape
 from monde.planning.split import ExpertSplit, Load, Where
 from monde.planning.split_policies import all_host
@@ -38,28 +42,6 @@ from monde.weights.host import HostBlobs
 from monde.weights.packing import TORCH_DTYPES
 from monde.weights.slots import ExpertSlots, bias_sizes
 from monde.weights.table import SlotTable
-
-
-@dataclass(frozen=True)
-class Order:
-    """The device's experts in the order in which they are computed, as rows [begin, begin + count)."""
-
-    experts: list[int]
-    begin: dict[int, int]
-    tokens_E: NDArray[np.int64]
-    num_rows: int
-
-    @classmethod
-    def of(cls, experts: list[int], tokens_E: NDArray[np.int64]) -> Order:
-        ends = np.cumsum(tokens_E[experts], dtype=np.int64) if experts else np.zeros(0, np.int64)
-        begins = [0, *ends.tolist()]
-        return cls(experts, dict(zip(experts, begins, strict=False)), tokens_E, begins[-1])
-
-    def rank_E1(self) -> NDArray[np.int64]:
-        """Position of every expert, len(experts) for those that are computed elsewhere and for none."""
-        rank_E1 = np.full(len(self.tokens_E) + 1, len(self.experts))
-        rank_E1[self.experts] = np.arange(len(self.experts))
-        return rank_E1
 
 
 class PrefillExecutor:
@@ -93,6 +75,7 @@ class PrefillExecutor:
     def reset_totals(self) -> None:
         self.totals = HostTotals()
         self.num_resident_pairs = self.num_fetched_pairs = 0
+        self.phases = Phases()
 
     def forward(self, batch: RoutedBatch) -> Tensor:
         """y_TD like x_TD, every pair computed, summed in fp32, rounded once.
@@ -118,46 +101,45 @@ class PrefillExecutor:
             self.hub.leave()
 
     def _streamed(self, batch: RoutedBatch, more: bool) -> Tensor:
-        hub, lanes, E = self.hub, self.hub.lanes, self.spec.num_experts
+        hub, lanes, times = self.hub, self.hub.lanes, [time.perf_counter()]
         num_tokens, num_topk = batch.topk_ids_TK.shape
         # ---- count ----
-        x_TD, weights_TK = batch.x_TD.contiguous(), batch.topk_weights_TK.float().contiguous()
-        ids_TK = known_ids(batch.topk_ids_TK, weights_TK, E)
-        counts_E1 = torch.zeros(E + 1, dtype=torch.int64, device=ids_TK.device)
-        counts_E1.scatter_add_(0, ids_TK.flatten(), torch.ones_like(ids_TK).flatten())
-        counted_on_device = lanes.mark()
+        x_TD, weights_TK = _aligned(batch.x_TD.contiguous()), batch.topk_weights_TK.float().contiguous()
+        kernels = hub.kernels(x_TD.dtype, self.spec)
+        ids_TK, counts_E, counted = self._count(kernels, batch.topk_ids_TK, weights_TK)
         posted = None
-        with lanes.on_back():
-            counted_on_device.order()
-            counts = hub.host.read("counts", counts_E1)
-            counted = lanes.mark()
-            if self.slots is None or self.slots.num_slots < E:
+        if self.slots is None or self.slots.num_slots < self.spec.num_experts:
+            with lanes.on_back():
+                counted.order()
                 posted = hub.host.start(x_TD, ids_TK, weights_TK, self.totals)
+        times.append(time.perf_counter())
         counted.wait()
-        tokens_E = counts.numpy()[:-1].copy()
+        times.append(time.perf_counter())
+        tokens_E = counts_E.numpy().copy()
         # ---- plan ----
-        staged, blobs = hub.take_prefetched(self), self.blobs()
-        ready_E = np.array(self.table.placement.slot_of_expert_E) >= 0
-        resident = np.flatnonzero(ready_E & (tokens_E > 0)).tolist()
-        resident.sort(key=lambda e: self.table.placement.slot_of_expert_E[e])
-        in_staging = [p.expert_id for shipment in staged for p in shipment.pieces if not ready_E[p.expert_id]]
+        staged, blobs, cost = hub.take_prefetched(self), self.blobs(), hub.cost(self.shape)
+        bus_busy_s = hub.bus_busy_s(staged, cost)
+        slot_E = np.array(self.table.placement.slot_of_expert_E)
+        resident = np.flatnonzero((slot_E >= 0) & (tokens_E > 0))
+        resident = resident[np.argsort(slot_E[resident])]
+        in_staging = np.array([p.expert_id for shipment in staged for p in shipment.pieces], np.int64)
+        active = in_staging[(slot_E[in_staging] < 0) & (tokens_E[in_staging] > 0)]
+        ready_E = slot_E >= 0
         ready_E[in_staging] = True
-        split = self.split(Load(tokens_E, ready_E, num_tokens, PAD_K), blobs)
+        load = Load(tokens_E, ready_E, num_tokens, PAD_K, bus_busy_s)
+        split = hub.policy(load, cost) if blobs is not None else all_host(load, cost)
         fetched = np.flatnonzero(split.where_E == Where.FETCHED)
-        fetched = fetched[np.argsort(-tokens_E[fetched], kind="stable")].tolist()
+        fetched = fetched[np.argsort(-tokens_E[fetched], kind="stable")]
         cut = [] if split.cut_expert is None else [split.cut_expert]
-        active = [e for e in in_staging if tokens_E[e]]
-        order = Order.of([*active, *resident, *fetched, *cut], tokens_E)
         # ---- start ----
-        sends = deque(self._loads(fetched))
-        if cut:
-            sends.extend([piece] for piece in pieces_of(cut[0], split.cut_rows, self.size.piece_rows))
-        arriving: deque[Shipment] = deque()
+        sends = self._loads(fetched.tolist())
+        sends += [[piece] for e in cut for piece in pieces_of(e, split.cut_rows, self.size.piece_rows)]
+        leaving, arriving = deque(sends), deque[Shipment]()
 
         def send() -> None:
-            while sends and hub.ring.has_room:
+            while leaving and hub.ring.has_room:
                 assert blobs is not None
-                arriving.append(hub.ring.fetch(blobs, sends.popleft()))
+                arriving.append(hub.ring.fetch(blobs, leaving.popleft()))
                 self.totals.h2d_bytes += arriving[-1].num_bytes
 
         send()
@@ -168,38 +150,62 @@ class PrefillExecutor:
             pending = hub.host.submit(
                 self.bank, posted, on_host_E, Cut(cut[0], split.cut_rows) if cut else None
             )
-        rows = self._rows(order, ids_TK, x_TD)
-        for shipment in staged:
-            self._arrived(shipment, frozenset(active), order, rows, blobs)
-            send()
-        for wave in self._resident_waves(resident, order):
-            self._multiply(wave, rows)
-        copied: list[Shipment] = []
-        while arriving:
-            copied.append(arriving.popleft())
-            self._arrived(copied[-1], frozenset(order.experts), order, rows, blobs)
-            send()
+        times.append(time.perf_counter())
+        order = Order.of(np.concatenate([active, resident, fetched, np.array(cut, np.int64)]), tokens_E)
+        ahead_order = Order.of(active, tokens_E)  # of what has a slot by now, the slot is taken
+        waves = [
+            *(self._arriving(shipment.pieces, ahead_order) for shipment in staged),
+            *self._resident_waves(resident, slot_E, order, x_TD.dtype),
+            *(self._arriving(pieces, order) for pieces in sends),
+        ]
+        rows, tiles = self._rows(order, waves, ids_TK, x_TD)
+        for i, wave in enumerate(waves):
+            if i < len(staged):
+                self._arrived(staged[i], wave, tiles[i], rows, blobs)
+                send()
+            elif i < len(waves) - len(sends):
+                assert self.slots is not None
+                packed = Packed(self.slots.blobs_SB, self.slots.biases)
+                self._products(x_TD.dtype).multiply(wave, tiles[i], packed, rows, lambda: None)
+            else:
+                self._arrived(arriving[i - len(waves) + len(sends)], wave, tiles[i], rows, blobs)
+                send()
         self.share_E, self.latest = tokens_E / max(1, int(tokens_E.sum())), split
-        # ---- wait ----
         self.num_resident_pairs += int(tokens_E[resident].sum())
-        self.num_fetched_pairs += int(tokens_E[[*active, *fetched]].sum())
+        self.num_fetched_pairs += int(tokens_E[active].sum() + tokens_E[fetched].sum())
+        ahead = hub.look_ahead(self if more else hub.next_layer(self), num_tokens, num_topk)
+        times.append(time.perf_counter())
+        # ---- wait ----
         y_TD = None
         if pending is not None:
             answer = hub.host.wait(pending, self.layer_idx, self.totals)
             y_TD = answer.y_TD
-            hub.heard(split.host_s - float(hub.cost(self.shape).round_trip_s(num_tokens)), answer.busy_s)
-        hub.copied(split.copy_s, copied)
+            hub.heard(split.host_s - float(cost.round_trip_s(num_tokens)), answer.busy_s)
+        times.append(time.perf_counter())
+        hub.copied(split.copy_s - bus_busy_s, list(arriving))
         if posted is not None:
             posted.there.order()  # what was read may be freed only after that
         y_TD = self._combined(rows, weights_TK, y_TD, x_TD)
         # The host's sum has the bus for itself: a layer waits for it, and for nothing that is fetched ahead.
-        after = None if pending is None else lanes.mark()
-        hub.prefetch(self if more else hub.next_layer(self), num_tokens, num_topk, after)
+        hub.prefetch(ahead, None if pending is None else lanes.mark())
+        times.append(time.perf_counter())
+        self.phases.add(times)
         return y_TD
 
-    def split(self, load: Load, blobs: HostBlobs | None) -> ExpertSplit:
-        cost = self.hub.cost(self.shape)
-        return self.hub.policy(load, cost) if blobs is not None else all_host(load, cost)
+    def _count(
+        self, kernels: PrefillKernels | None, topk_ids_TK: Tensor, weights_TK: Tensor
+    ) -> tuple[Tensor, Tensor, Mark]:
+        """int64 ids, E where the pair counts for nothing, and pairs per expert in pinned memory, after the mark."""
+        hub, E = self.hub, self.spec.num_experts
+        counts_E = hub.host.counts(E)
+        if kernels is not None:
+            ids_TK = kernels.count(topk_ids_TK.long().contiguous(), weights_TK, counts_E)
+        else:
+            ids_TK = known_ids(topk_ids_TK, weights_TK, E)
+            counts_E1 = torch.zeros(E + 1, dtype=torch.int64, device=ids_TK.device)
+            counts_E1.scatter_add_(0, ids_TK.flatten(), torch.ones_like(ids_TK).flatten())
+            counts_E.copy_(counts_E1[:-1], non_blocking=True)
+        return ids_TK, counts_E, hub.lanes.mark()
 
     def _loads(self, experts: Sequence[int]) -> list[list[Piece]]:
         """Pieces by staging buffer. Neighbours in host memory travel in one copy: each buffer in their order."""
@@ -212,18 +218,23 @@ class PrefillExecutor:
         ]
 
     # ---- the device's rows ----
-    def _rows(self, order: Order, ids_TK: Tensor, x_TD: Tensor) -> Rows:
-        num_topk = ids_TK.shape[1]
-        rank_E1 = self.hub.lanes.upload(order.rank_E1())
-        sorted_R = torch.sort(rank_E1[ids_TK.flatten()], stable=True).indices
-        position_R = torch.empty_like(sorted_R)
-        position_R[sorted_R] = torch.arange(len(sorted_R), device=sorted_R.device)
-        tokens_N = sorted_R[: order.num_rows] // num_topk
+    def _rows(
+        self, order: Order, waves: Sequence[Wave], ids_TK: Tensor, x_TD: Tensor
+    ) -> tuple[Rows, list[Tensor]]:
+        """And the tiles of every wave; all that the device must be told goes up at once."""
+        E, tiles = len(order.begin_E), [wave.tiles_n4() for wave in waves]
+        told = self.hub.lanes.upload(np.concatenate([order.begin_E, *(t.ravel() for t in tiles)]))
+        begin_E, tiles_N4 = told[:E], told[E:].view(-1, 4)
+        position_TK, tokens_N = _place(self.hub.kernels(x_TD.dtype, self.spec), begin_E, order, ids_TK)
         dtype = torch.promote_types(x_TD.dtype, TORCH_DTYPES[self.spec.dtype])
         v_dtype = x_TD.dtype if self.is_whole and dtype == x_TD.dtype else torch.float32
         v_ND = torch.empty(order.num_rows + 1, self.spec.d_model, dtype=v_dtype, device=x_TD.device)
         v_ND[-1].zero_()
-        return Rows(x_TD, tokens_N, position_R.view_as(ids_TK), v_ND)
+        h_NF = None
+        if self._products(x_TD.dtype).panels is not None:
+            f_pad_k = piece_layout(self.spec, min(self.size.piece_rows, self.spec.d_ffn)).f_pad_k
+            h_NF = x_TD.new_empty(order.num_rows, f_pad_k)
+        return Rows(x_TD, tokens_N, position_TK, v_ND, h_NF), list(tiles_N4.split([len(t) for t in tiles]))
 
     def _combined(self, rows: Rows, weights_TK: Tensor, y_TD: Tensor | None, x_TD: Tensor) -> Tensor:
         kernels = self.hub.kernels(x_TD.dtype, self.spec)
@@ -234,86 +245,63 @@ class PrefillExecutor:
         y_TD = None if y_TD is None else y_TD.to(x_TD.device, non_blocking=True)
         return combine(rows.v_ND, rows.position_TK, weights_TK, y_TD).to(x_TD.dtype)
 
-    def _multiply(self, wave: Wave, rows: Rows, unpacked: Callable[[], None] = lambda: None) -> None:
-        products = self._products(rows.x_TD.dtype)
-        weights = products.unpack(wave)
-        unpacked()
-        ends_bn = None
-        if products.takes_grouped(rows.x_TD.dtype, wave):
-            ends_bn = self.hub.lanes.upload(np.asarray(ends_of(wave, self.hub.block_rows), np.int32))
-        products.multiply(wave, weights, rows.x_TD, rows.tokens_N, rows.v_ND, ends_bn)
-
     def _products(self, x_dtype: torch.dtype) -> Products:
         if x_dtype not in self._products_of:
             hub = self.hub
             kernels = hub.kernels(x_dtype, self.spec)
-            self._products_of[x_dtype] = Products(self.spec, hub.scratch_B, kernels, hub.block_rows)
+            self._products_of[x_dtype] = Products(self.spec, x_dtype, hub.scratch_B, kernels, hub.block_rows)
         return self._products_of[x_dtype]
 
-    def _resident_waves(self, experts: list[int], order: Order) -> list[Wave]:
-        if not experts:
+    def _resident_waves(
+        self, resident: NDArray[np.int64], slot_E: NDArray[np.int64], order: Order, x_dtype: torch.dtype
+    ) -> list[Wave]:
+        """All of them at once where they need no scratch, a scratch full otherwise; piece after piece along F."""
+        if not len(resident):
             return []
         assert self.slots is not None
-        slots, blobs_SB = self.slots, self.slots.blobs_SB
-        step = self.size.num_unpacked if self.is_whole else 1
+        F, step = self.spec.d_ffn, self.size.piece_rows
+        at_once = (
+            len(resident)
+            if self._products(x_dtype).panels is not None
+            else self.size.num_unpacked
+            if self.is_whole
+            else 1
+        )
         waves = []
-        for i in range(0, len(experts), step):
-            chosen = experts[i : i + step]
-            slot_n = [self.table.placement.slot_of_expert_E[e] for e in chosen]
-            biases = {role: torch.stack([b[s] for s in slot_n]) for role, b in slots.biases.items()}
-            offsets = [s * blobs_SB.stride(0) for s in slot_n]
-            pieces = [pieces_of(e, self.spec.d_ffn, self.size.piece_rows) for e in chosen]
-            for same in zip(*pieces, strict=True):
-                at, counts = in_whole(self.spec, same[0].first_row), [int(order.tokens_E[e]) for e in chosen]
-                waves.append(Wave(same, blobs_SB, offsets, at, biases, order.begin[chosen[0]], counts))
+        for i in range(0, len(resident), at_once):
+            chosen = resident[i : i + at_once]
+            slots = slot_E[chosen]
+            for first_row in range(0, F, step):
+                pieces = [Piece(e, first_row, min(step, F - first_row)) for e in chosen.tolist()]
+                at = in_whole(self.spec, first_row)
+                waves.append(Wave.of(pieces, at, slots * self.slots.blobs_SB.stride(0), slots, order))
         return waves
 
+    def _arriving(self, pieces: Sequence[Piece], order: Order) -> Wave:
+        i = np.arange(len(pieces))
+        num_rows = pieces[0].num_rows
+        return Wave.of(
+            pieces, alone(self.spec, num_rows), i * piece_layout(self.spec, num_rows).blob_bytes, i, order
+        )
+
     def _arrived(
-        self,
-        shipment: Shipment,
-        wanted_experts: frozenset[int],
-        order: Order,
-        rows: Rows,
-        blobs: HostBlobs | None,
+        self, shipment: Shipment, wave: Wave, tiles_n4: Tensor, rows: Rows, blobs: HostBlobs | None
     ) -> None:
-        """Launch the products of what a buffer holds, behind its arrival; those without tokens are left out."""
+        """Launch the products of what a buffer holds, behind its arrival."""
         assert blobs is not None
-        wanted = [(i, p) for i, p in enumerate(shipment.pieces) if p.expert_id in wanted_experts]
         shipment.arrived.order()
-        # Rows are in the order of execution: runs of consecutive rows make one wave.
-        wanted.sort(key=lambda entry: order.begin[entry[1].expert_id])
-        biases_of = [blobs.biases(p.expert_id) for _, p in wanted] if self.spec.has_bias else []
+        if not len(wave.counts_n):
+            self.hub.ring.release(shipment)
+            return
+        biases_of = [blobs.biases(p.expert_id) for p in shipment.pieces] if self.spec.has_bias else []
         biases = {
             role: self.hub.lanes.upload(np.stack([b[role].numpy() for b in biases_of]))
             for role in (bias_sizes(self.spec) if biases_of else ())
         }
-        if not wanted:
-            self.hub.ring.release(shipment)
-            return
-        pieces = [p for _, p in wanted]
-        wave = Wave(
-            pieces,
-            shipment.buffer_B,
-            [i * shipment.stride_bytes for i, _ in wanted],
-            alone(self.spec, pieces[0].num_rows),
-            biases,
-            order.begin[pieces[0].expert_id],
-            [int(order.tokens_E[p.expert_id]) for p in pieces],
+        packed = Packed(shipment.buffer_B, biases)
+        self._products(rows.x_TD.dtype).multiply(
+            wave, tiles_n4, packed, rows, lambda: self.hub.ring.release(shipment)
         )
-        self._multiply(wave, rows, lambda: self.hub.ring.release(shipment))
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The device's pairs: position_TK of each in the order of execution, tokens_N of the first N, results v_ND.
-
-    v_ND has one row more, of zeros.
-    """
-
-    x_TD: Tensor
-    tokens_N: Tensor
-    position_TK: Tensor
-    v_ND: Tensor
 
 
 def known_ids(topk_ids_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Tensor:
@@ -321,6 +309,26 @@ def known_ids(topk_ids_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Tens
     ids_TK = topk_ids_TK.long()
     counts_TK = (ids_TK >= 0) & (ids_TK < num_experts) & (weights_TK != 0)
     return torch.where(counts_TK, ids_TK, num_experts).contiguous()
+
+
+def _place(
+    kernels: PrefillKernels | None, begin_E: Tensor, order: Order, ids_TK: Tensor
+) -> tuple[Tensor, Tensor]:
+    """position_TK of every pair, num_rows or more for others' pairs, and tokens_N."""
+    if kernels is not None:
+        return kernels.place(ids_TK, begin_E, order.num_rows)
+    key_E1 = torch.cat([begin_E, begin_E.new_tensor([-1])])
+    # Experts without tokens share a beginning with the next one, but no pair has them.
+    key_R = key_E1[ids_TK.flatten()]
+    sorted_R = torch.sort(torch.where(key_R < 0, order.num_rows, key_R), stable=True).indices
+    position_R = torch.empty_like(sorted_R)
+    position_R[sorted_R] = torch.arange(len(sorted_R), device=sorted_R.device)
+    return position_R.view_as(ids_TK), sorted_R[: order.num_rows] // ids_TK.shape[1]
+
+
+def _aligned(x_TD: Tensor) -> Tensor:
+    """Kernels copy 16 bytes at a time."""
+    return x_TD if x_TD.data_ptr() % 16 == 0 else x_TD.clone()
 
 
 def _part(batch: RoutedBatch, rows: slice) -> RoutedBatch:

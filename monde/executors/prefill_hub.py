@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import time
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -45,6 +47,15 @@ class Layer(Protocol):
     def blobs(self) -> HostBlobs | None: ...
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """Experts that a layer will fetch in any case, by buffer."""
+
+    layer: Layer
+    blobs: HostBlobs
+    loads: list[list[Piece]]
+
+
 class PrefillHub:
     """policy: how a layer is split; `learns`: whether plans follow what earlier ones took."""
 
@@ -67,6 +78,8 @@ class PrefillHub:
         self._has_kernels = device.type == "cuda" and importlib.util.find_spec("cupy") is not None
         self._kernels: dict[tuple[torch.dtype, torch.dtype], PrefillKernels] = {}
         self._ahead: tuple[int, list[Shipment]] = (-1, [])  # for which layer, and what
+        self._ahead_since_s = 0.0
+        self._cost: tuple[Feedback, dict[ExpertShape, CostModel]] = (self.feedback, {})
         self._copies: list[tuple[float, Mark, Mark]] = []  # planned seconds, first left, last arrived
         self._tail: Mark = self.lanes.mark()
         # Steps in any mode of autograd write to these; allocated once, so that no prompt meets a full device.
@@ -101,11 +114,11 @@ class PrefillHub:
         later = [idx for idx in self.layers if idx > layer.layer_idx]
         return self.layers[min(later)] if later else None
 
-    def prefetch(self, layer: Layer | None, num_tokens: int, num_topk: int, after: Mark | None) -> None:
-        """Start, after a mark, on what `layer` will fetch in any case; the bus would idle until its routing is known."""
+    def look_ahead(self, layer: Layer | None, num_tokens: int, num_topk: int) -> Ahead | None:
+        """What `layer` will fetch in any case; the bus would idle until its routing is known."""
         blobs = None if layer is None or not layer.is_whole or not self.fetches_ahead else layer.blobs()
         if layer is None or blobs is None:
-            return
+            return None
         num_experts, num_pairs = layer.spec.num_experts, num_tokens * num_topk
         share_E = np.full(num_experts, 1 / num_experts) if layer.share_E is None else layer.share_E
         resident_E = np.array(layer.table.placement.slot_of_expert_E) >= 0
@@ -113,12 +126,28 @@ class PrefillHub:
         experts = certain_fetches(
             share_E * num_pairs, resident_E, num_tokens, self.cost(layer.shape), NUM_BUFFERS * step
         )
-        shipments = []
-        for i in range(0, len(experts), step):
-            pieces = [Piece(e, 0, layer.spec.d_ffn) for e in sorted(experts[i : i + step])]
-            shipments.append(self.ring.fetch(blobs, pieces, after))
-            layer.totals.h2d_bytes += shipments[-1].num_bytes
+        loads = [
+            [Piece(e, 0, layer.spec.d_ffn) for e in sorted(experts[i : i + step])]
+            for i in range(0, len(experts), step)
+        ]
+        return Ahead(layer, blobs, loads)
+
+    def prefetch(self, ahead: Ahead | None, after: Mark | None) -> None:
+        """Start on it, after a mark if one is given."""
+        if ahead is None:
+            return
+        layer = ahead.layer
+        shipments = [self.ring.fetch(ahead.blobs, pieces, after) for pieces in ahead.loads]
+        layer.totals.h2d_bytes += sum(shipment.num_bytes for shipment in shipments)
         self._ahead = (layer.layer_idx, shipments)
+        self._ahead_since_s = time.perf_counter()
+
+    def bus_busy_s(self, shipments: list[Shipment], cost: CostModel) -> float:
+        """What is left of the copies of shipments fetched ahead."""
+        if not shipments or shipments[-1].arrived.done():
+            return 0.0
+        num_pieces = sum(len(shipment.pieces) for shipment in shipments)
+        return max(0.0, num_pieces * float(cost.copy_s()) - (time.perf_counter() - self._ahead_since_s))
 
     def take_prefetched(self, layer: Layer) -> list[Shipment]:
         """What was fetched ahead for this layer; what was for another one is dropped."""
@@ -138,7 +167,12 @@ class PrefillHub:
 
     # ---- what the plan goes by ----
     def cost(self, shape: ExpertShape) -> CostModel:
-        return self.feedback.cost(CostModel(self.profile, shape))
+        if self._cost[0] is not self.feedback:
+            self._cost = (self.feedback, {})
+        costs = self._cost[1]
+        if shape not in costs:
+            costs[shape] = self.feedback.cost(CostModel(self.profile, shape))
+        return costs[shape]
 
     def heard(self, planned_s: float, measured_s: float) -> None:
         if self.learns:

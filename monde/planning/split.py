@@ -1,7 +1,7 @@
 """Which experts of one layer the GPU computes and which the host, for one step: exact, in microseconds.
 
 Three lanes run at once: the bus copies, the GPU multiplies, the host multiplies.
-    copy = sum over fetched of copy(share)          gemm = residents + fetched           host = trip + the others
+    copy = busy + sum over fetched of copy(share)   gemm = residents + fetched           host = trip + the others
     time = max(overlapped(host, copy), overlapped(gemm, copy))                      (`cost.overlapped_s`)
 Residents are on the GPU already. All experts of a layer have the same bytes, so for a given number fetched the bus
 does not care which; the host is helped most by losing its slowest. Hence an optimum fetches a prefix of the cold
@@ -36,13 +36,14 @@ _IDLE, _RESIDENT, _FETCHED, _HOST = (np.int8(where) for where in Where)  # enums
 class Load:
     """One layer in one step. num_tokens rows travel to the host and back if it takes part.
 
-    cut_granule: a cut expert's rows of F on the GPU are a multiple of it; None forbids cutting.
+    bus_busy_s: what the bus still copies before it is free for this layer, residents' weights among it. cut_granule: a cut expert's rows of F on the GPU are a multiple of it; None forbids cutting.
     """
 
     tokens_E: NDArray[np.int64]
     resident_E: NDArray[np.bool_]
     num_tokens: int
     cut_granule: int | None = None
+    bus_busy_s: float = 0.0
 
     def __post_init__(self) -> None:
         if self.tokens_E.shape != self.resident_E.shape or self.tokens_E.ndim != 1:
@@ -106,7 +107,7 @@ class Lanes:
         host_s[:-1] = self.trip_s + np.cumsum(self.host_n[::-1])[::-1]
         gemm_s = np.full(n + 1, self.resident_s)
         gemm_s[1:] += np.cumsum(self.gemm_n)
-        return np.arange(n + 1) * np.float64(self.copy_one_s), gemm_s, host_s
+        return self.load.bus_busy_s + np.arange(n + 1) * np.float64(self.copy_one_s), gemm_s, host_s
 
     def cut(self, idx: NDArray[np.int64], share: Seconds) -> tuple[Seconds, Seconds, Seconds]:
         """What cutting expert idx adds to copy_s and gemm_s and takes from host_s; share in (0, 1)."""
@@ -125,7 +126,7 @@ class Lanes:
     ) -> ExpertSplit:
         """The record for any set; positions are those of `order`."""
         host_n = self.host_n[~fetched_n]
-        copy_s = self.copy_one_s * (len(fetched_n) - len(host_n))
+        copy_s = self.load.bus_busy_s + self.copy_one_s * (len(fetched_n) - len(host_n))
         gemm_s = self.resident_s + float(self.gemm_n[fetched_n].sum())
         host_s = float(host_n.sum()) + (self.trip_s if len(host_n) else 0.0)
         if cut_idx is not None:

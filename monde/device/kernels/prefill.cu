@@ -1,4 +1,5 @@
-// Around the libraries' products of a long prompt: unpack panels, the non-linearity, the sum over a token's experts.
+// Around the products of a long prompt: count and order pairs, the sum over a token's experts; and for the libraries'
+// products, where panels.cu has none for a pair of types: unpack panels, the non-linearity.
 //
 // Letters: n pieces of experts, T tokens, K experts per token, N routed pairs, D model dim, F expert hidden dim. X is
 // the type that is multiplied in (kernels/elements.cuh), W that of the weights. KIND_ constants and `struct Layer`, as
@@ -11,6 +12,7 @@ typedef u16 Word;
 typedef u32 Word;
 #endif
 constexpr int kLines = 64;  // of a tile: 256 bytes of a row-major row
+constexpr int kSortThreads = 1024;
 
 // Panels [lines][16] to rows [16][lines]. Panel j of expert n begins at blobs + offsets[n] + first + j * stride bytes;
 // its rows are (j % roles) * rows_per_role + (j / roles) * 16 and the next 15 of the expert's matrix in out.
@@ -31,6 +33,39 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   for (int i = threadIdx.x; i < kLines * 16; i += kThreads) {
     const int row = i / kLines, line = i % kLines;
     if (line0 + line < lines) to[i64(row) * lines + line] = tile[row][line];
+  }
+}
+
+// Ids and pairs per expert: known_TK = id, or E where the pair counts for nothing; counts_E lies in pinned memory.
+// One block, and so is `place`: some tens of pairs a thread.
+extern "C" __global__ void __launch_bounds__(kSortThreads)
+    count(const i64* ids_TK, const float* weights_TK, i64* known_TK, i64* counts_E, int num_pairs, int E) {
+  __shared__ int count_E[MAX_EXPERTS];
+  for (int e = threadIdx.x; e < E; e += kSortThreads) count_E[e] = 0;
+  __syncthreads();
+  for (int r = threadIdx.x; r < num_pairs; r += kSortThreads) {
+    const i64 id = ids_TK[r];
+    const bool counts = id >= 0 && id < E && weights_TK[r] != 0.f;
+    known_TK[r] = counts ? id : E;
+    if (counts) atomicAdd(count_E + id, 1);
+  }
+  __syncthreads();
+  for (int e = threadIdx.x; e < E; e += kSortThreads) counts_E[e] = count_E[e];
+}
+
+// Pairs in the order of their experts: begin_E, -1 for those that others compute, says where an expert's rows begin.
+// Within an expert any order will do: a row's product does not depend on it. N rows in all; others get position N.
+extern "C" __global__ void __launch_bounds__(kSortThreads)
+    place(const i64* known_TK, const i64* begin_E, i64* position_TK, i64* tokens_N, i64 N, int num_pairs, int K, int E) {
+  __shared__ int next_E[MAX_EXPERTS];
+  for (int e = threadIdx.x; e < E; e += kSortThreads) next_E[e] = int(begin_E[e]);
+  __syncthreads();
+  for (int r = threadIdx.x; r < num_pairs; r += kSortThreads) {
+    const int e = int(known_TK[r]);
+    const bool here = e < E && begin_E[e] >= 0;
+    const i64 position = here ? atomicAdd(next_E + e, 1) : N;
+    position_TK[r] = position;
+    if (here) tokens_N[position] = r / K;
   }
 }
 

@@ -1,8 +1,8 @@
-"""prefill.cu as calls over tensors; compiled for the current device at first use."""
+"""prefill.cu and panels.cu as calls over tensors; compiled for the current device at first use."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,20 +14,24 @@ from torch import Tensor
 
 from hostcompute import ExpertLayout, ExpertSpec
 from hostcompute.layout import LANES
-from monde.device.kernels import ACTIVATION_CODES, compile_options
+from monde.device.kernels import ACTIVATION_CODES, MAX_EXPERTS, compile_options
 from monde.device.streams import current_stream
 
-SOURCES = ("elements.cuh", "activation.cuh", "prefill.cu")  # joined in this order
+SOURCES = ("elements.cuh", "product.cuh", "activation.cuh", "prefill.cu", "panels.cu")  # joined in this order
 _THREADS = 256  # kThreads of elements.cuh
 _LINES = 64  # kLines of prefill.cu
 _MAX_BLOCKS = 4096
+_SORT_THREADS = 1024  # kSortThreads of prefill.cu
+TILE_ROWS = 128  # kTileRows of panels.cu
+_PANEL_WARPS = 4  # kPanelWarps
+_PANEL_SHARED_BYTES = 6 * (TILE_ROWS * 64 + _PANEL_WARPS * 2048)  # kStages times Stage
 _LAYER = "struct Layer { int activation, gated; double limit, alpha; };\n"
 
 
 def prefill_source() -> str:
     kinds = [f"constexpr int KIND_{kind.name} = {code};" for kind, code in ACTIVATION_CODES.items()]
     parts = (Path(__file__).with_name(name).read_text() for name in SOURCES)
-    return "\n".join((*kinds, _LAYER, *parts))
+    return "\n".join((f"constexpr int MAX_EXPERTS = {MAX_EXPERTS};", *kinds, _LAYER, *parts))
 
 
 @cache
@@ -35,7 +39,14 @@ def _functions(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> dict[str, Any
     import cupy
 
     module = cupy.RawModule(code=prefill_source(), options=compile_options(x_dtype, weight_dtype))
-    return {name: module.get_function(name) for name in ("unpack", "hidden", "combine")}
+    functions = {
+        name: module.get_function(name) for name in ("unpack", "hidden", "combine", "count", "place")
+    }
+    if x_dtype is weight_dtype is torch.bfloat16:
+        for name in ("panels_in", "panels_down"):
+            functions[name] = module.get_function(name)
+            functions[name].max_dynamic_shared_size_bytes = _PANEL_SHARED_BYTES
+    return functions
 
 
 class PrefillKernels:
@@ -55,21 +66,136 @@ class PrefillKernels:
         self.device, self._upload = device, upload
         self._unpack = _functions(product_dtype, weight_dtype)["unpack"]
         self._hidden = _functions(product_dtype, weight_dtype)["hidden"]
-        self._combine = _functions(x_dtype, weight_dtype)["combine"]
+        self._of_x = _functions(x_dtype, weight_dtype)
+        self._combine = self._of_x["combine"]
         self._x_dtype = x_dtype
+        self.has_panels = "panels_in" in self._of_x and torch.cuda.get_device_capability(device) >= (8, 0)
+
+    # ---- pairs ----
+    def count(self, ids_TK: Tensor, weights_TK: Tensor, counts_E: Tensor) -> Tensor:
+        """int64 known ids, E for a pair that counts for nothing; pairs per expert into counts_E, pinned, int64."""
+        known_TK, num_experts = torch.empty_like(ids_TK), len(counts_E)
+        assert num_experts <= MAX_EXPERTS, num_experts
+        with current_stream(self.device):
+            self._of_x["count"](
+                (1,),
+                (_SORT_THREADS,),
+                (
+                    ids_TK.data_ptr(),
+                    weights_TK.data_ptr(),
+                    known_TK.data_ptr(),
+                    counts_E.data_ptr(),
+                    np.int32(ids_TK.numel()),
+                    np.int32(num_experts),
+                ),
+            )
+        return known_TK
+
+    def place(self, known_TK: Tensor, begin_E: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+        """position_TK, num_rows for pairs that others compute, and tokens_N; begin_E is -1 for those."""
+        position_TK, tokens_N = torch.empty_like(known_TK), known_TK.new_empty(num_rows)
+        with current_stream(self.device):
+            self._of_x["place"](
+                (1,),
+                (_SORT_THREADS,),
+                (
+                    known_TK.data_ptr(),
+                    begin_E.data_ptr(),
+                    position_TK.data_ptr(),
+                    tokens_N.data_ptr(),
+                    np.int64(num_rows),
+                    np.int32(known_TK.numel()),
+                    np.int32(known_TK.shape[1]),
+                    np.int32(len(begin_E)),
+                ),
+            )
+        return position_TK, tokens_N
+
+    # ---- products from panels ----
+    def panels(
+        self,
+        spec: ExpertSpec,
+        layout: ExpertLayout,
+        tiles_n4: Tensor,
+        blobs_B: Tensor,
+        at: Any,  # monde.executors.pieces.PackedAt
+        biases: Mapping[str, Tensor],
+        first_row: int,
+        x_TD: Tensor,
+        tokens_N: Tensor,
+        h_NF: Tensor,
+        v_ND: Tensor,
+    ) -> None:
+        """Pieces of `layout` that begin at first_row of F; v_ND is added to unless that is 0. Needs has_panels.
+
+        tiles_n4: int64 (bytes from blobs_B on, first row of N, rows, row of the biases), see waves.tiles_of.
+        """
+        num_tiles, gated, activation = len(tiles_n4), spec.gated, spec.activation
+        bias = {role: tensor.data_ptr() for role, tensor in biases.items()}
+        stride = {role: tensor.shape[1] for role, tensor in biases.items()}
+        num_units = layout.num_f_panels if gated else -(-layout.num_f_panels // 2)
+        with current_stream(self.device):
+            self._of_x["panels_in"](
+                (num_tiles, -(-num_units // _PANEL_WARPS)),
+                (32 * _PANEL_WARPS,),
+                (
+                    blobs_B.data_ptr(),
+                    tiles_n4.data_ptr(),
+                    x_TD.data_ptr(),
+                    tokens_N.data_ptr(),
+                    h_NF.data_ptr(),
+                    np.int64(at.in_offset_bytes),
+                    np.int64(layout.in_panel_bytes),
+                    np.int32(layout.num_f_panels),
+                    np.int32(spec.d_model),
+                    np.int32(layout.d_pad_k),
+                    np.int32(layout.f_pad_k),
+                    bias.get("gate_bias", 0),
+                    bias.get("up_bias", 0),
+                    np.int64(stride.get("up_bias", 0)),
+                    np.int32(first_row),
+                    np.int32(ACTIVATION_CODES[activation.kind]),
+                    np.int32(gated),
+                    np.float64(activation.limit),
+                    np.float64(activation.alpha),
+                ),
+                shared_mem=_PANEL_SHARED_BYTES,
+            )
+            self._of_x["panels_down"](
+                (num_tiles, -(-layout.num_d_panels // (2 * _PANEL_WARPS))),
+                (32 * _PANEL_WARPS,),
+                (
+                    blobs_B.data_ptr(),
+                    tiles_n4.data_ptr(),
+                    h_NF.data_ptr(),
+                    v_ND.data_ptr(),
+                    np.int64(at.down_offset_bytes),
+                    np.int64(at.down_panel_bytes),
+                    np.int32(layout.num_d_panels),
+                    np.int32(spec.d_model),
+                    np.int32(layout.f_pad_k),
+                    0 if first_row else bias.get("down_bias", 0),
+                    np.int64(stride.get("down_bias", 0)),
+                    np.int32(v_ND.dtype is torch.float32),
+                    np.int32(first_row > 0),
+                ),
+                shared_mem=_PANEL_SHARED_BYTES,
+            )
+
+    # ---- around the libraries' products ----
 
     def unpack(
         self,
         spec: ExpertSpec,
         layout: ExpertLayout,
         blobs_B: Tensor,
-        offsets_bytes: Sequence[int],
+        offsets_bytes: npt.NDArray[np.int64],
         at: Any,  # monde.executors.pieces.PackedAt
         in_nKD: Tensor,
         down_nDF: Tensor,
     ) -> None:
         """Products.unpack on the device: one launch for gate and up of all pieces, one for down."""
-        offsets_n = self._upload(np.asarray(offsets_bytes, np.int64))
+        offsets_n = self._upload(offsets_bytes)
         roles = 2 if spec.gated else 1
         n, f16 = len(offsets_bytes), layout.num_f_panels * LANES
         parts = (

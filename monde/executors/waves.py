@@ -1,0 +1,101 @@
+"""What the device computes of a layer, in which order, as arrays: rows of pairs by expert, waves of pieces, tiles.
+
+Letters: E experts, n pieces of experts in a wave, N pairs that the device computes, F expert hidden dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from monde.device.kernels.prefill import TILE_ROWS
+from monde.executors.pieces import PackedAt, Piece
+
+Ints = NDArray[np.int64]
+_MMA_ROWS = 16  # a product takes so many rows at once
+
+
+@dataclass(frozen=True)
+class Order:
+    """Expert e's pairs are the rows [begin_E[e], begin_E[e] + tokens_E[e]); -1 where others compute them."""
+
+    begin_E: Ints
+    tokens_E: Ints
+    num_rows: int
+
+    @classmethod
+    def of(cls, experts: Ints, tokens_E: Ints) -> Order:
+        ends = np.cumsum(tokens_E[experts], dtype=np.int64)
+        begin_E = np.full(len(tokens_E), -1, np.int64)
+        begin_E[experts] = ends - tokens_E[experts]
+        return cls(begin_E, tokens_E, int(ends[-1]) if len(ends) else 0)
+
+
+@dataclass(frozen=True)
+class Wave:
+    """Rows [first_row, first_row + num_rows) of F of n experts, computed together.
+
+    Piece i lies from offsets_n[i] bytes on in what holds all of them, `at` says where its parts lie from there; its
+    biases are row bias_rows_n[i]; its pairs are counts_n[i] rows from begins_n[i] on.
+    """
+
+    first_row: int
+    num_rows: int
+    at: PackedAt
+    offsets_n: Ints
+    bias_rows_n: Ints
+    begins_n: Ints
+    counts_n: Ints
+
+    @classmethod
+    def of(
+        cls, pieces: Sequence[Piece], at: PackedAt, offsets_n: Ints, bias_rows_n: Ints, order: Order
+    ) -> Wave:
+        """Of pieces of one size; those whose experts have no rows here are left out."""
+        experts = np.array([piece.expert_id for piece in pieces])
+        here = (order.begin_E[experts] >= 0) & (order.tokens_E[experts] > 0)
+        experts = experts[here]
+        return cls(
+            pieces[0].first_row,
+            pieces[0].num_rows,
+            at,
+            offsets_n[here],
+            bias_rows_n[here],
+            order.begin_E[experts],
+            order.tokens_E[experts],
+        )
+
+    def tiles_n4(self) -> Ints:
+        """(offset, first row, rows, row of the biases) of every block of rows: at most TILE_ROWS, about equal."""
+        num_tiles_n = -(-self.counts_n // TILE_ROWS)
+        rows_n = -(-self.counts_n // (num_tiles_n * _MMA_ROWS)) * _MMA_ROWS
+        i = np.repeat(np.arange(len(num_tiles_n)), num_tiles_n)
+        done = (np.arange(len(i)) - np.repeat(np.cumsum(num_tiles_n) - num_tiles_n, num_tiles_n)) * rows_n[i]
+        rows = np.minimum(rows_n[i], self.counts_n[i] - done)
+        return np.stack([self.offsets_n[i], self.begins_n[i] + done, rows, self.bias_rows_n[i]], 1)
+
+
+@dataclass
+class Phases:
+    """Seconds of Python in a layer, summed over num_layers; the waits are for counts and for the host's answer."""
+
+    count_s: float = 0.0
+    count_wait_s: float = 0.0
+    plan_s: float = 0.0
+    launch_s: float = 0.0
+    host_wait_s: float = 0.0
+    combine_s: float = 0.0
+    num_layers: int = 0
+
+    def add(self, times_s: Sequence[float]) -> None:
+        """When each phase began, and when the last one ended."""
+        for name, (begin_s, end_s) in zip(PHASES, pairwise(times_s), strict=True):
+            setattr(self, name, getattr(self, name) + end_s - begin_s)
+        self.num_layers += 1
+
+
+PHASES = ("count_s", "count_wait_s", "plan_s", "launch_s", "host_wait_s", "combine_s")
