@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import signal
 import warnings
 
 import torch
@@ -26,15 +27,19 @@ from bench.decode.skew import busiest_quarter
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit ends like Ctrl-C
     logging.getLogger("transformers").setLevel(logging.ERROR)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
         run = Run(options)
         rows = []
         print(report.head())
-        for row in run.rows():
-            rows.append(row)
-            print(report.line(row), flush=True)
+        try:
+            for row in run.rows():
+                rows.append(row)
+                print(report.line(row), flush=True)
+        except KeyboardInterrupt:
+            print("cut short: the artefact holds the rows so far")
     found = targets(rows, run.ceilings.round_trip_s)
     for target in found:
         print(report.target_line(target))

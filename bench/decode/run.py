@@ -61,7 +61,9 @@ class Run:
         if "accelerate" in wanted:
             # The experts' copies are the same whatever the routing asks for.
             yield from self._contender(
-                lambda: Accelerated(self.setting, self.options.accelerate_layers), ("uniform",), _FEW_STEPS
+                lambda: Accelerated(self.setting, self.options.accelerate_layers),
+                self.options.skews[:1],
+                _FEW_STEPS,
             )
         if "lru" in wanted or "popular" in wanted:
             yield from self._torch_offloaders()
