@@ -1,0 +1,128 @@
+"""Seconds of one exchange of routed rows between nodes, by strategy, from the schedule that the dispatcher issues.
+
+Every rank of a node holds the same rows and, after it, the same received rows. M nodes, N ranks of a node.
+Redundant: every rank sends all rows. Drop + gather: each sends 1/N, and gathers the rest within its node. Pipelined:
+the same in chunks, so that a gather runs beside the next exchange over nodes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from monde.planning.fit import AlphaBeta
+from monde.planning.network_profile import NetworkProfile
+from monde.planning.schedule import Resource, Schedule, ScheduleBuilder
+from monde.planning.simulate import simulate
+
+CHUNKS = (2, 4, 8, 16)
+
+
+class Strategy(StrEnum):
+    REDUNDANT = "redundant"
+    DROP_GATHER = "drop + gather"
+    PIPELINED = "pipelined"
+    EP = "EP without TP"
+    EP_HIERARCHICAL = "EP without TP, hierarchical"
+    SHARDING = "sharding"
+
+
+# What moves rows onto all ranks of a node, with the numbers of chunks worth trying.
+REPLICATED: tuple[tuple[Strategy, int], ...] = (
+    (Strategy.REDUNDANT, 1),
+    (Strategy.DROP_GATHER, 1),
+    *((Strategy.PIPELINED, chunks) for chunks in CHUNKS),
+)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One way to make an exchange, and what it takes."""
+
+    strategy: Strategy
+    chunks: int
+    seconds_s: float
+
+
+def exchanges(network: NetworkProfile, rows_bytes: float, summing: bool) -> tuple[Exchange, ...]:
+    """Ways onto all ranks of a node, the soonest first; rows_bytes: of the rows of a rank, its own node's too.
+
+    summing: each rank holds a part of every row, and their sum arrives.
+    """
+    cost = combine_s if summing else dispatch_s
+    found = [Exchange(s, chunks, cost(network, rows_bytes, s, chunks)) for s, chunks in REPLICATED]
+    return tuple(sorted(found, key=lambda e: e.seconds_s))
+
+
+def dispatch_s(network: NetworkProfile, rows_bytes: float, strategy: Strategy, chunks: int) -> float:
+    """Rows to the nodes of their experts, onto all ranks there; rows_bytes: of the rows that one rank holds."""
+    if strategy is Strategy.REDUNDANT:
+        return seconds(network.node_a2a, rows_bytes * away(network))
+    return makespan_s(network, moved(network, rows_bytes * away(network), chunks))
+
+
+def combine_s(network: NetworkProfile, rows_bytes: float, strategy: Strategy, chunks: int) -> float:
+    """Each rank's parts of the outputs summed in the node and sent back, onto all ranks there."""
+    N = network.ranks_per_node
+    if strategy is Strategy.REDUNDANT:
+        sum_s = seconds(network.local_a2a, rows_bytes * (N - 1) / N) + copy_s(network, rows_bytes)
+        over_nodes_s = seconds(network.node_a2a, rows_bytes * away(network))
+        return sum_s + gather_s(network, rows_bytes) + over_nodes_s
+    return makespan_s(network, summed(network, rows_bytes, chunks))
+
+
+def moved(network: NetworkProfile, away_bytes: float, chunks: int) -> Schedule:
+    """Drop + gather as the dispatcher issues it: pack, over nodes, gather, unpack, for every chunk."""
+    N, build = network.ranks_per_node, ScheduleBuilder()
+    part = away_bytes / chunks
+    arrived: list[int] = []
+    for i in range(chunks):
+        packed = build.add(f"pack {i}", Resource.GPU, copy_s(network, part / N))
+        a2a_s = seconds(network.node_a2a, part / N)
+        arrived.append(build.add(f"over nodes {i}", Resource.LINK_INTER, a2a_s, (packed,)))
+    for i in range(chunks):
+        gathered = build.add(f"gather {i}", Resource.LINK_INTRA, gather_s(network, part), (arrived[i],))
+        build.add(f"unpack {i}", Resource.GPU, copy_s(network, part), (gathered,))
+    return build.build()
+
+
+def summed(network: NetworkProfile, rows_bytes: float, chunks: int) -> Schedule:
+    """Sum in the node onto 1/N of the rows, over nodes, gather: three stages, each a chunk behind the one before."""
+    N, build = network.ranks_per_node, ScheduleBuilder()
+    part = rows_bytes / chunks
+    added: dict[int, int] = {}
+    arrived: dict[int, int] = {}
+    for step in range(chunks + 2):
+        if step < chunks:
+            sum_s = seconds(network.local_a2a, part * (N - 1) / N)
+            sent = build.add(f"to sum {step}", Resource.LINK_INTRA, sum_s)
+            added[step] = build.add(f"sum {step}", Resource.GPU, copy_s(network, part), (sent,))
+        if 0 <= (i := step - 1) < chunks:
+            a2a_s = seconds(network.node_a2a, part / N * away(network))
+            arrived[i] = build.add(f"over nodes {i}", Resource.LINK_INTER, a2a_s, (added[i],))
+        if 0 <= (i := step - 2) < chunks:
+            gathered = build.add(f"gather {i}", Resource.LINK_INTRA, gather_s(network, part), (arrived[i],))
+            build.add(f"unpack {i}", Resource.GPU, copy_s(network, part), (gathered,))
+    return build.build()
+
+
+def makespan_s(network: NetworkProfile, schedule: Schedule) -> float:
+    return simulate(schedule, {(Resource.LINK_INTER, Resource.LINK_INTRA): network.overlap}).makespan_s
+
+
+def gather_s(network: NetworkProfile, full_bytes: float) -> float:
+    """Each rank has 1/N of full_bytes and ends with all of them; it sends its part to N - 1 others."""
+    N = network.ranks_per_node
+    return seconds(network.local_gather, full_bytes * (N - 1) / N)
+
+
+def copy_s(network: NetworkProfile, num_bytes: float) -> float:
+    return seconds(network.copy, num_bytes)
+
+
+def away(network: NetworkProfile) -> float:
+    return (network.num_nodes - 1) / network.num_nodes
+
+
+def seconds(line: AlphaBeta, num_bytes: float) -> float:
+    return float(line.seconds(num_bytes))
