@@ -7,7 +7,7 @@ the same in chunks, so that a gather runs beside the next exchange over nodes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from monde.planning.fit import AlphaBeta
@@ -44,31 +44,42 @@ class Exchange:
     seconds_s: float
 
 
-def exchanges(network: NetworkProfile, rows_bytes: float, summing: bool) -> tuple[Exchange, ...]:
-    """Ways onto all ranks of a node, the soonest first; rows_bytes: of the rows of a rank, its own node's too.
+def exchanges(
+    network: NetworkProfile, rows_bytes: float, away_bytes: float, adds: bool
+) -> tuple[Exchange, ...]:
+    """Ways onto all ranks of a node, the soonest first, for the rows that one rank holds.
 
-    summing: each rank holds a part of every row, and their sum arrives.
+    away_bytes: of the rows that go to other nodes. adds: each rank holds a part of every row, and the sum arrives.
     """
-    cost = combine_s if summing else dispatch_s
-    found = [Exchange(s, chunks, cost(network, rows_bytes, s, chunks)) for s, chunks in REPLICATED]
+    found = [
+        Exchange(
+            strategy,
+            chunks,
+            combine_s(network, rows_bytes, away_bytes, strategy, chunks)
+            if adds
+            else dispatch_s(network, away_bytes, strategy, chunks),
+        )
+        for strategy, chunks in REPLICATED
+    ]
     return tuple(sorted(found, key=lambda e: e.seconds_s))
 
 
-def dispatch_s(network: NetworkProfile, rows_bytes: float, strategy: Strategy, chunks: int) -> float:
-    """Rows to the nodes of their experts, onto all ranks there; rows_bytes: of the rows that one rank holds."""
+def dispatch_s(network: NetworkProfile, away_bytes: float, strategy: Strategy, chunks: int) -> float:
+    """Rows to the nodes of their experts, onto all ranks there; those that stay need no network."""
     if strategy is Strategy.REDUNDANT:
-        return seconds(network.node_a2a, rows_bytes * away(network))
-    return makespan_s(network, moved(network, rows_bytes * away(network), chunks))
+        return seconds(network.node_a2a, away_bytes)
+    return makespan_s(network, moved(network, away_bytes, chunks))
 
 
-def combine_s(network: NetworkProfile, rows_bytes: float, strategy: Strategy, chunks: int) -> float:
+def combine_s(
+    network: NetworkProfile, rows_bytes: float, away_bytes: float, strategy: Strategy, chunks: int
+) -> float:
     """Each rank's parts of the outputs summed in the node and sent back, onto all ranks there."""
     N = network.ranks_per_node
     if strategy is Strategy.REDUNDANT:
         sum_s = seconds(network.local_a2a, rows_bytes * (N - 1) / N) + copy_s(network, rows_bytes)
-        over_nodes_s = seconds(network.node_a2a, rows_bytes * away(network))
-        return sum_s + gather_s(network, rows_bytes) + over_nodes_s
-    return makespan_s(network, summed(network, rows_bytes, chunks))
+        return sum_s + gather_s(network, rows_bytes) + seconds(network.node_a2a, away_bytes)
+    return makespan_s(network, summed(network, rows_bytes, away_bytes, chunks))
 
 
 def moved(network: NetworkProfile, away_bytes: float, chunks: int) -> Schedule:
@@ -81,29 +92,50 @@ def moved(network: NetworkProfile, away_bytes: float, chunks: int) -> Schedule:
         a2a_s = seconds(network.node_a2a, part / N)
         arrived.append(build.add(f"over nodes {i}", Resource.LINK_INTER, a2a_s, (packed,)))
     for i in range(chunks):
-        gathered = build.add(f"gather {i}", Resource.LINK_INTRA, gather_s(network, part), (arrived[i],))
+        woken = build.add(f"wake {i}", Resource.HOST, wake_s(network, chunks), (arrived[i],))
+        gathered = build.add(f"gather {i}", Resource.LINK_INTRA, gather_s(network, part), (woken,))
         build.add(f"unpack {i}", Resource.GPU, copy_s(network, part), (gathered,))
     return build.build()
 
 
-def summed(network: NetworkProfile, rows_bytes: float, chunks: int) -> Schedule:
+def summed(network: NetworkProfile, rows_bytes: float, away_bytes: float, chunks: int) -> Schedule:
     """Sum in the node onto 1/N of the rows, over nodes, gather: three stages, each a chunk behind the one before."""
     N, build = network.ranks_per_node, ScheduleBuilder()
     part = rows_bytes / chunks
+    sum_s = seconds(network.local_a2a, part * (N - 1) / N)
+    a2a_s = seconds(network.node_a2a, away_bytes / chunks / N)
     added: dict[int, int] = {}
     arrived: dict[int, int] = {}
     for step in range(chunks + 2):
         if step < chunks:
-            sum_s = seconds(network.local_a2a, part * (N - 1) / N)
             sent = build.add(f"to sum {step}", Resource.LINK_INTRA, sum_s)
             added[step] = build.add(f"sum {step}", Resource.GPU, copy_s(network, part), (sent,))
         if 0 <= (i := step - 1) < chunks:
-            a2a_s = seconds(network.node_a2a, part / N * away(network))
-            arrived[i] = build.add(f"over nodes {i}", Resource.LINK_INTER, a2a_s, (added[i],))
+            woken = build.add(f"wake {i}", Resource.HOST, wake_s(network, chunks), (added[i],))
+            arrived[i] = build.add(f"over nodes {i}", Resource.LINK_INTER, a2a_s, (woken,))
         if 0 <= (i := step - 2) < chunks:
-            gathered = build.add(f"gather {i}", Resource.LINK_INTRA, gather_s(network, part), (arrived[i],))
+            woken = build.add(f"wake again {i}", Resource.HOST, wake_s(network, chunks), (arrived[i],))
+            gathered = build.add(f"gather {i}", Resource.LINK_INTRA, gather_s(network, part), (woken,))
             build.add(f"unpack {i}", Resource.GPU, copy_s(network, part), (gathered,))
     return build.build()
+
+
+def wake_s(network: NetworkProfile, chunks: int) -> float:
+    """Only pipelines hand over while other work is under way; the collectives' own latencies hold the rest."""
+    return network.chunk_s if chunks > 1 else 0.0
+
+
+def chunk_s_from(network: NetworkProfile, away_bytes: float, chunks: int, measured_s: float) -> float:
+    """The chunk_s with which the dispatch of so many chunks takes measured_s, by bisection; 0 where it takes less."""
+    low_s, high_s = 0.0, measured_s
+    for _ in range(40):
+        middle_s = (low_s + high_s) / 2
+        guess = replace(network, chunk_s=middle_s)
+        if dispatch_s(guess, away_bytes, Strategy.PIPELINED, chunks) < measured_s:
+            low_s = middle_s
+        else:
+            high_s = middle_s
+    return low_s
 
 
 def makespan_s(network: NetworkProfile, schedule: Schedule) -> float:
@@ -118,10 +150,6 @@ def gather_s(network: NetworkProfile, full_bytes: float) -> float:
 
 def copy_s(network: NetworkProfile, num_bytes: float) -> float:
     return seconds(network.copy, num_bytes)
-
-
-def away(network: NetworkProfile) -> float:
-    return (network.num_nodes - 1) / network.num_nodes
 
 
 def seconds(line: AlphaBeta, num_bytes: float) -> float:

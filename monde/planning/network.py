@@ -170,8 +170,8 @@ def candidate(
         strategy,
         chunks,
         once_per_node,
-        dispatch_s(network, rows, strategy, chunks),
-        combine_s(network, rows, strategy, chunks),
+        dispatch_s(network, rows * away, strategy, chunks),
+        combine_s(network, rows, rows * away, strategy, chunks),
         traffic.expert_s * traffic.node_skew,
         2 * copies * sent * away,
     )

@@ -23,8 +23,8 @@ class NetworkProfile:
 
     node_a2a: each rank with its counterparts on the other nodes; node_a2a_alone: the same while only one rank of a
     node sends. local_gather, local_a2a: within a node. world_a2a: every rank with every other. copy: permuting rows,
-    over bytes written. overlap slows (node_a2a, local_gather) while the other runs. source: what was measured and
-    what is assumed.
+    over bytes written. overlap slows (node_a2a, local_gather) while the other runs. chunk_s: what a chunk of a pipeline
+    costs between two of its collectives, when threads or kernels wake. source: what was measured and what is assumed.
     """
 
     num_nodes: int
@@ -36,6 +36,7 @@ class NetworkProfile:
     world_a2a: AlphaBeta
     copy: AlphaBeta
     overlap: Overlap
+    chunk_s: float
     source: str
 
     def __post_init__(self) -> None:
@@ -120,6 +121,7 @@ class Cluster:
             ),
             copy=self.copy,
             overlap=self.conflict,
+            chunk_s=self.copy.alpha_s,
             source=self.source,
         )
 

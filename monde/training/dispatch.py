@@ -134,13 +134,7 @@ class NodeExchange:
         """What an exchange of these rows will do, the same on all ranks."""
         if isinstance(self._way, Way):
             return self._way
-        groups = self._groups
-        if groups.num_nodes == 1:
-            return Way(Strategy.REDUNDANT)
-        # Planning takes all rows and their even spread over nodes; only those that leave matter to a plain move.
-        spread = groups.num_nodes / (groups.num_nodes - 1)
-        rows = routes.most_rows if adds else routes.most_away * spread
-        best = exchanges(self._way, rows * row_bytes, adds)[0]
+        best = exchanges(self._way, routes.most_rows * row_bytes, routes.most_away * row_bytes, adds)[0]
         return Way(best.strategy, best.chunks)
 
     def run(self, x_RD: Tensor, routes: Routes, adds: bool) -> Tensor:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from monde.device.all_to_all import start_all_to_all
 from monde.device.mesh import agree, guarded
 from monde.training.dispatch_routes import Routes, cut, starts
 from monde.training.dispatch_rows import Groups, apply
@@ -65,7 +66,7 @@ class RankExchange:
             if self._hierarchical:
                 y = _in_two_stages(rows, routes, self._groups)
             else:
-                y = _all_to_all(rows, routes.received, routes.sent, None)
+                y = _all_to_all(rows, routes.received, routes.sent, self._groups.world)
         return y.view(x_RD.dtype).reshape(shape)
 
 
@@ -92,10 +93,10 @@ def _in_two_stages(x_RD: Tensor, routes: Routes, groups: Groups) -> Tensor:
 
 
 def _all_to_all(
-    x_RD: Tensor, received: Sequence[int], sent: Sequence[int], group: dist.ProcessGroup | None
+    x_RD: Tensor, received: Sequence[int], sent: Sequence[int], group: dist.ProcessGroup
 ) -> Tensor:
     y_SD = x_RD.new_empty(sum(received), *x_RD.shape[1:])
-    dist.all_to_all_single(y_SD, x_RD, list(received), list(sent), group=group)
+    start_all_to_all(y_SD, x_RD, received, sent, group)()
     return y_SD
 
 

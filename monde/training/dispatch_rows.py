@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from monde.device.all_to_all import start_all_to_all
 from monde.device.mesh import LOCAL, NODE, check_mesh
 from monde.training.dispatch_routes import Range, Routes, num_rows, share
 
@@ -24,6 +25,7 @@ from monde.training.dispatch_routes import Range, Routes, num_rows, share
 class Groups:
     """The process groups of a mesh and this rank's place in it."""
 
+    world: dist.ProcessGroup
     node: dist.ProcessGroup
     local: dist.ProcessGroup
     num_nodes: int
@@ -36,7 +38,11 @@ class Groups:
         check_mesh(mesh)
         num_nodes, num_local = mesh.shape
         node, local = mesh.get_group(NODE), mesh.get_group(LOCAL)
-        return cls(node, local, num_nodes, num_local, mesh.get_local_rank(NODE), mesh.get_local_rank(LOCAL))
+        world = dist.group.WORLD
+        assert world is not None
+        return cls(
+            world, node, local, num_nodes, num_local, mesh.get_local_rank(NODE), mesh.get_local_rank(LOCAL)
+        )
 
 
 def apply(function: type[torch.autograd.Function], x: Tensor, *arguments: object) -> Tensor:
@@ -48,7 +54,7 @@ def apply(function: type[torch.autograd.Function], x: Tensor, *arguments: object
 def move_redundant(x_RD: Tensor, routes: Routes, groups: Groups) -> Tensor:
     """Every rank sends all its rows to its counterpart on each node."""
     y_SD = x_RD.new_empty(routes.num_received, *x_RD.shape[1:])
-    dist.all_to_all_single(y_SD, x_RD, list(routes.received), list(routes.sent), group=groups.node)
+    start_all_to_all(y_SD, x_RD, routes.received, routes.sent, groups.node)()
     return y_SD
 
 
@@ -119,10 +125,10 @@ class _Away:
         splits = [rows for _, rows in self._ranges(self._routes.sent, chunk)]
         arriving = [rows for _, rows in self._ranges(self._routes.received, chunk)]
         y_sD = x_rD.new_empty(sum(arriving), *x_rD.shape[1:])
-        work = dist.all_to_all_single(y_sD, x_rD, arriving, splits, group=self._groups.node, async_op=True)
+        done = start_all_to_all(y_sD, x_rD, arriving, splits, self._groups.node)
 
         def wait() -> Tensor:
-            work.wait()
+            done()
             return y_sD
 
         return wait
@@ -188,12 +194,11 @@ class _Sum:
         packed = _rows(self._x_RD, [one for ranges in shares for one in ranges])
         mine = splits[g.local_idx]
         parts_NrD = packed.new_empty(g.num_local, mine, *packed.shape[1:])
-        work = dist.all_to_all_single(
-            parts_NrD.flatten(0, 1), packed, [mine] * g.num_local, splits, group=g.local, async_op=True
-        )
+        arriving = [mine] * g.num_local
+        done = start_all_to_all(parts_NrD.flatten(0, 1), packed, arriving, splits, g.local)
 
         def wait() -> Tensor:
-            work.wait()
+            done()
             wide = torch.float32 if parts_NrD.dtype in (torch.bfloat16, torch.float16) else parts_NrD.dtype
             total = parts_NrD[0].to(wide, copy=True)
             for part in parts_NrD[1:]:

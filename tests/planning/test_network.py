@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from monde.planning.exchange import CHUNKS, Strategy, combine_s, dispatch_s, exchanges
+from monde.planning.exchange import CHUNKS, Strategy, chunk_s_from, combine_s, dispatch_s, exchanges
 from monde.planning.fit import AlphaBeta
 from monde.planning.network import Experts, Traffic, candidate, choose
 from monde.planning.network_profile import CLUSTERS, Cluster, NetworkProfile
@@ -33,19 +34,19 @@ def test_a_slow_shared_link_is_worth_the_degree(num_local: int) -> None:
     """Bytes over the NIC alone would give N exactly; the gather of the last chunk is what is missing."""
     network = cluster(num_local=num_local).profile()
     redundant_s = dispatch_s(network, 1e9, Strategy.REDUNDANT, 1)
-    best = exchanges(network, 1e9, summing=False)[0]
-    assert redundant_s == pytest.approx(10e-6 + num_local * 0.5)
+    best = exchanges(network, 2e9, 1e9, adds=False)[0]
+    assert redundant_s == pytest.approx(10e-6 + num_local * 1.0)
     assert best.strategy is Strategy.PIPELINED
     assert 0.95 * num_local < redundant_s / best.seconds_s < num_local
 
 
 def test_drop_and_gather_in_closed_form() -> None:
     network = cluster(num_nodes=3, copy=AlphaBeta(2e-6, 1e-11)).profile()
-    away = 3e8 * 2 / 3
+    away = 2e8
     over_nodes = 2 * 10e-6 + away / 4 * 4e-9
     gather = 3 * 1e-6 + away * 3 / 4 * 1e-11
     copies = 2 * 2e-6 + (away / 4 + away) * 1e-11
-    assert dispatch_s(network, 3e8, Strategy.DROP_GATHER, 1) == pytest.approx(over_nodes + gather + copies)
+    assert dispatch_s(network, away, Strategy.DROP_GATHER, 1) == pytest.approx(over_nodes + gather + copies)
 
 
 @given(st.sampled_from(CHUNKS), st.floats(1e4, 1e9), st.floats(1e-11, 1e-8), st.floats(1e-11, 1e-8))
@@ -54,8 +55,8 @@ def test_a_pipeline_without_conflict_is_the_textbook_one(
 ) -> None:
     """A + (n-1) max(A, G) + G for chunks of equal seconds A over nodes and G within the node."""
     network = cluster(nic=AlphaBeta(1e-5, inter), intra=AlphaBeta(1e-6, intra)).profile()
-    A = float(network.node_a2a.seconds(size / 2 / 4 / n))
-    G = float(network.local_gather.seconds(size / 2 * 3 / 4 / n))
+    A = float(network.node_a2a.seconds(size / 4 / n))
+    G = float(network.local_gather.seconds(size * 3 / 4 / n))
     textbook = A + (n - 1) * max(A, G) + G
     assert dispatch_s(network, size, Strategy.PIPELINED, n) == pytest.approx(textbook, rel=1e-9)
 
@@ -69,21 +70,30 @@ def test_links_that_exclude_each_other_leave_nothing_to_overlap() -> None:
     assert dispatch_s(alone, 1e8, Strategy.PIPELINED, 8) < 0.7 * dropped
 
 
+@given(st.floats(0, 1e-2), st.sampled_from(CHUNKS), st.floats(1e4, 1e8))
+def test_what_a_chunk_costs_is_found_again(chunk_s: float, chunks: int, size: float) -> None:
+    network = replace(cluster().profile(), chunk_s=chunk_s)
+    measured_s = dispatch_s(network, size, Strategy.PIPELINED, chunks)
+    found = replace(network, chunk_s=chunk_s_from(network, size, chunks, measured_s))
+    assert dispatch_s(found, size, Strategy.PIPELINED, chunks) == pytest.approx(measured_s)
+
+
 def test_few_bytes_are_sent_plainly_and_many_in_more_chunks() -> None:
     network = cluster(intra=AlphaBeta(1e-4, 1e-10)).profile()
-    best = [exchanges(network, size, summing=False)[0] for size in (1e3, 1e6, 1e7, 1e8, 1e9)]
+    best = [exchanges(network, 2 * size, size, adds=False)[0] for size in (1e3, 1e6, 1e7, 1e8, 1e9)]
     assert best[0].strategy is Strategy.REDUNDANT
     assert best[-1].strategy is Strategy.PIPELINED
     assert [e.chunks for e in best] == sorted(e.chunks for e in best)
 
 
 @given(st.floats(1e3, 1e9), st.booleans())
-def test_the_first_is_the_least(size: float, summing: bool) -> None:
+def test_the_first_is_the_least(size: float, adds: bool) -> None:
     network = CLUSTERS["10gbe"].profile()
-    found = exchanges(network, size, summing)
-    cost = combine_s if summing else dispatch_s
+    found = exchanges(network, 2 * size, size, adds)
     assert len(found) == 2 + len(CHUNKS)
-    assert all(e.seconds_s == cost(network, size, e.strategy, e.chunks) for e in found)
+    for e in found:
+        alone_s = dispatch_s(network, size, e.strategy, e.chunks)
+        assert e.seconds_s == (combine_s(network, 2 * size, size, e.strategy, e.chunks) if adds else alone_s)
     assert found[0].seconds_s == min(e.seconds_s for e in found)
 
 
@@ -130,7 +140,6 @@ def test_a_choice_explains_itself() -> None:
 
 def test_one_node_needs_no_network() -> None:
     network = cluster(num_nodes=1).profile()
-    assert dispatch_s(network, 1e9, Strategy.REDUNDANT, 1) == 0
     assert choose(network, TRAFFIC, [Experts.CUT_IN_NODE]).best.inter_bytes == 0
 
 
