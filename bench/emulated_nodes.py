@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-BURST = "64kb"  # what passes unshaped at once: small beside the megabytes that are timed
+BURST = "16kb"  # what passes unshaped at once: small beside the megabytes that are timed
 QUEUE = "256mb"  # nothing is dropped: neither does the fabric of a cluster
 WINDOW, CWND = "4096 524288 524288", "360"  # bytes under way, and the same in packets of 1448 bytes
 PORT = 29400

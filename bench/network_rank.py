@@ -53,7 +53,7 @@ def link(mesh: Any, mbit: float, args: argparse.Namespace) -> list[dict[str, Any
         shape_link(os.environ["GLOO_SOCKET_IFNAME"], mbit)
     dist.barrier()
     begin_s = time.perf_counter()
-    network = measure_network(mesh, NetworkEffort(num_samples=5, longest_s=0.06))
+    network = measure_network(mesh, NetworkEffort(num_samples=5, longest_s=0.15))
     calibrated_s = time.perf_counter() - begin_s
     by_way = [NodeExchange(mesh, way) for way in WAYS]
     chooser = NodeExchange(mesh, network)

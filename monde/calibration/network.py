@@ -7,9 +7,10 @@ plans alike. Sizes grow until a step takes `longest_s`: a slow link is not waite
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 
 import torch
@@ -19,15 +20,18 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from monde.device.all_to_all import start_all_to_all
 from monde.device.mesh import guarded
-from monde.planning.exchange import chunk_s_from
+from monde.planning.exchange import REPLICATED, chunk_s_from
 from monde.planning.fit import AlphaBeta, fit_alpha_beta
-from monde.planning.network_profile import NetworkProfile
+from monde.planning.network_profile import NetworkProfile, WayTimes
 from monde.planning.profile import Overlap
+from monde.training.dispatch import NodeExchange, Way
 from monde.training.dispatch_routes import Routes
 from monde.training.dispatch_rows import Groups, move
 
 _SMALLEST_BYTES, _GREATEST_BYTES, _GROWTH = 1 << 12, 1 << 28, 4
 _CHUNKS = 8
+_ROW_BYTES = 1024
+_ROUNDS_S = 2.0
 _NOTHING = AlphaBeta(0.0, 0.0)
 
 Start = Callable[[int], Callable[[], object]]
@@ -67,7 +71,9 @@ def measure_network(mesh: DeviceMesh, effort: NetworkEffort | None = None) -> Ne
             source=f"measured: {dist.get_backend(groups.node)} on {mesh.device_type}, {probe.effort.num_samples} samples "
             "of every size, slowest rank",
         )
-        return probe.with_chunks(alone) if node and local else alone
+        if not (node and local):
+            return alone
+        return replace(probe.with_chunks(alone), ways=probe.ways(mesh))
 
 
 def overlap_of(alone_s: tuple[float, float], together_s: tuple[float, float]) -> Overlap:
@@ -137,6 +143,50 @@ class _Probe:
         measured = self._samples(lambda: self._seconds_of(lambda: move(x_RD, routes, self.groups, _CHUNKS)))
         away_bytes = rows * (M - 1) * _SMALLEST_BYTES
         return replace(network, chunk_s=chunk_s_from(network, away_bytes, _CHUNKS, median(measured)))
+
+    def ways(self, mesh: DeviceMesh) -> tuple[WayTimes, ...]:
+        """Whole exchanges in turn, at sizes that grow until the slowest of them would take twice longest_s."""
+        exchanges = [NodeExchange(mesh, Way(strategy, chunks)) for strategy, chunks in REPLICATED]
+        kinds = [(exchange, adds) for adds in (False, True) for exchange in exchanges]
+        seconds: list[list[float]] = [[] for _ in kinds]
+        sizes: list[float] = []
+        size = _SMALLEST_BYTES * _GROWTH
+        while True:
+            rows = size // _ROW_BYTES
+            M, me = self.groups.num_nodes, self.groups.node_idx
+            each = rows // (M - 1)
+            routes = Routes(tuple(tuple(each if i != j else 0 for j in range(M)) for i in range(M)), me)
+            x_RD = torch.zeros(each * (M - 1), _ROW_BYTES // 4, device=self._device)
+            steps = [partial(exchange.run, x_RD, routes, adds) for exchange, adds in kinds]
+            rounds = [[self._seconds_of(step) for step in steps] for _ in range(self.effort.num_samples + 1)][
+                1:
+            ]
+            sizes.append(float(each * (M - 1) * _ROW_BYTES))
+            medians = [median(self._slowest(list(samples))) for samples in zip(*rounds, strict=True)]
+            for found, one in zip(seconds, medians, strict=True):
+                found.append(one)
+            if max(medians) * _GROWTH > 2 * self.effort.longest_s or size * _GROWTH > _GREATEST_BYTES:
+                break
+            size *= _GROWTH
+        return tuple(
+            WayTimes(strategy, chunks, adds, tuple(sizes), tuple(found))
+            for (strategy, chunks), adds, found in zip(
+                (*REPLICATED, *REPLICATED), (adds for _, adds in kinds), seconds, strict=True
+            )
+        )
+
+    def _in_turn(self, steps: Sequence[Callable[[], object]]) -> list[float]:
+        """The median of every step; more rounds where they are short, as many on all ranks."""
+        samples: list[list[float]] = []
+        for num_rounds in (self.effort.num_samples + 1, 0):
+            if not num_rounds:
+                round_s = sum(median(one[1:]) for one in samples)
+                num_rounds = min(int(_ROUNDS_S / round_s), 4 * self.effort.num_samples)
+            new = [self._slowest([self._seconds_of(step) for step in steps]) for _ in range(num_rounds)]
+            samples = [
+                [*old, *found] for old, *found in zip(samples or [[] for _ in steps], *new, strict=True)
+            ]
+        return [median(one[1:]) for one in samples]
 
     def _samples(self, measure: Callable[[], float]) -> list[float]:
         """After one to warm up; a rank that has nothing to do counts as 0."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+import numpy as np
+
 from monde.planning.fit import AlphaBeta
 from monde.planning.network_profile import NetworkProfile
 from monde.planning.schedule import Resource, Schedule, ScheduleBuilder
@@ -52,16 +54,35 @@ def exchanges(
     away_bytes: of the rows that go to other nodes. adds: each rank holds a part of every row, and the sum arrives.
     """
     found = [
-        Exchange(
-            strategy,
-            chunks,
-            combine_s(network, rows_bytes, away_bytes, strategy, chunks)
-            if adds
-            else dispatch_s(network, away_bytes, strategy, chunks),
-        )
+        Exchange(strategy, chunks, exchange_s(network, rows_bytes, away_bytes, adds, strategy, chunks))
         for strategy, chunks in REPLICATED
     ]
     return tuple(sorted(found, key=lambda e: e.seconds_s))
+
+
+def exchange_s(
+    network: NetworkProfile, rows_bytes: float, away_bytes: float, adds: bool, strategy: Strategy, chunks: int
+) -> float:
+    """By the schedule of collectives, corrected by whole exchanges of this kind where some were measured.
+
+    Measured exchanges are of rows that all leave: linear between their sizes, in proportion to the schedule's seconds
+    beyond them and for rows that stay.
+    """
+    model_s = model_exchange_s(network, rows_bytes, away_bytes, adds, strategy, chunks)
+    for way in network.ways:
+        if (way.strategy, way.chunks, way.adds) == (strategy, chunks, adds) and away_bytes > 0:
+            size = min(max(away_bytes, way.away_bytes[0]), way.away_bytes[-1])
+            measured_s = float(np.interp(size, way.away_bytes, way.seconds_s))
+            return model_s * measured_s / model_exchange_s(network, size, size, adds, strategy, chunks)
+    return model_s
+
+
+def model_exchange_s(
+    network: NetworkProfile, rows_bytes: float, away_bytes: float, adds: bool, strategy: Strategy, chunks: int
+) -> float:
+    if adds:
+        return combine_s(network, rows_bytes, away_bytes, strategy, chunks)
+    return dispatch_s(network, away_bytes, strategy, chunks)
 
 
 def dispatch_s(network: NetworkProfile, away_bytes: float, strategy: Strategy, chunks: int) -> float:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from math import prod
 
-from monde.planning.exchange import CHUNKS, Strategy, combine_s, copy_s, dispatch_s, gather_s, seconds
+from monde.planning.exchange import CHUNKS, Strategy, copy_s, exchange_s, gather_s, seconds
 from monde.planning.network_profile import NetworkProfile
 
 
@@ -170,8 +170,8 @@ def candidate(
         strategy,
         chunks,
         once_per_node,
-        dispatch_s(network, rows * away, strategy, chunks),
-        combine_s(network, rows, rows * away, strategy, chunks),
+        exchange_s(network, rows, rows * away, False, strategy, chunks),
+        exchange_s(network, rows, rows * away, True, strategy, chunks),
         traffic.expert_s * traffic.node_skew,
         2 * copies * sent * away,
     )

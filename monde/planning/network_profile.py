@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from monde.planning.fit import AlphaBeta
 from monde.planning.profile import Overlap
@@ -18,13 +19,25 @@ NO_CONFLICT = Overlap()
 
 
 @dataclass(frozen=True)
+class WayTimes:
+    """What one way took, measured at a few sizes: seconds over the bytes that all go to other nodes."""
+
+    strategy: str
+    chunks: int
+    adds: bool
+    away_bytes: tuple[float, ...]
+    seconds_s: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class NetworkProfile:
     """Collectives of one mesh. All AlphaBeta are over the bytes that one rank sends to others, all ranks at once.
 
     node_a2a: each rank with its counterparts on the other nodes; node_a2a_alone: the same while only one rank of a
     node sends. local_gather, local_a2a: within a node. world_a2a: every rank with every other. copy: permuting rows,
     over bytes written. overlap slows (node_a2a, local_gather) while the other runs. chunk_s: what a chunk of a pipeline
-    costs between two of its collectives, when threads or kernels wake. source: what was measured and what is assumed.
+    costs between two of its collectives, when threads or kernels wake. ways: whole exchanges, by which the sums of
+    their collectives are corrected. source: what was measured and what is assumed.
     """
 
     num_nodes: int
@@ -38,6 +51,7 @@ class NetworkProfile:
     overlap: Overlap
     chunk_s: float
     source: str
+    ways: tuple[WayTimes, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_nodes < 1 or self.ranks_per_node < 1:
@@ -71,9 +85,15 @@ class NetworkProfile:
                 )
             data |= {name: AlphaBeta(**data[name]) for name in _LINES}
             data["overlap"] = Overlap(**data["overlap"])
+            data["ways"] = tuple(_way_times(way) for way in data["ways"])
             return cls(**data)
         except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"{path}: not a profile of a network ({error}); {remedy}") from error
+
+
+def _way_times(data: dict[str, Any]) -> WayTimes:
+    sizes, seconds = (tuple(map(float, data[name])) for name in ("away_bytes", "seconds_s"))
+    return WayTimes(data["strategy"], data["chunks"], data["adds"], sizes, seconds)
 
 
 @dataclass(frozen=True)

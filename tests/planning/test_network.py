@@ -10,10 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from monde.planning.exchange import CHUNKS, Strategy, chunk_s_from, combine_s, dispatch_s, exchanges
+from monde.planning.exchange import (
+    CHUNKS,
+    Strategy,
+    chunk_s_from,
+    combine_s,
+    dispatch_s,
+    exchange_s,
+    exchanges,
+)
 from monde.planning.fit import AlphaBeta
 from monde.planning.network import Experts, Traffic, candidate, choose
-from monde.planning.network_profile import CLUSTERS, Cluster, NetworkProfile
+from monde.planning.network_profile import CLUSTERS, Cluster, NetworkProfile, WayTimes
 from monde.planning.profile import Overlap
 
 FREE = AlphaBeta(0.0, 0.0)
@@ -76,6 +84,18 @@ def test_what_a_chunk_costs_is_found_again(chunk_s: float, chunks: int, size: fl
     measured_s = dispatch_s(network, size, Strategy.PIPELINED, chunks)
     found = replace(network, chunk_s=chunk_s_from(network, size, chunks, measured_s))
     assert dispatch_s(found, size, Strategy.PIPELINED, chunks) == pytest.approx(measured_s)
+
+
+def test_measured_exchanges_correct_the_model_between_and_beyond_their_sizes() -> None:
+    network = cluster().profile()
+    way = Strategy.DROP_GATHER
+    times = WayTimes(way, 1, False, (1e4, 1e6), (0.1, 0.3))
+    corrected = replace(network, ways=(times,))
+    for size, expected_s in ((1e4, 0.1), (505e3, 0.2), (1e6, 0.3)):
+        assert exchange_s(corrected, size, size, False, way, 1) == pytest.approx(expected_s)
+    beyond = dispatch_s(network, 1e8, way, 1) / dispatch_s(network, 1e6, way, 1)
+    assert exchange_s(corrected, 1e8, 1e8, False, way, 1) == pytest.approx(0.3 * beyond)
+    assert exchange_s(corrected, 1e5, 1e5, True, way, 1) == combine_s(network, 1e5, 1e5, way, 1)
 
 
 def test_few_bytes_are_sent_plainly_and_many_in_more_chunks() -> None:
@@ -144,7 +164,8 @@ def test_one_node_needs_no_network() -> None:
 
 
 def test_kept_in_a_file(tmp_path: Path) -> None:
-    network = CLUSTERS["a800-4nic"].profile()
+    times = WayTimes("redundant", 1, True, (1.0, 2.0), (3.0, 4.0))
+    network = replace(CLUSTERS["a800-4nic"].profile(), ways=(times,))
     network.save(tmp_path / "n.json")
     assert NetworkProfile.load(tmp_path / "n.json") == network
     for damaged in ("{}", '{"version": 0}', "[]", '{"version": 1, "num_nodes": 2}'):
