@@ -128,8 +128,17 @@ class Choice:
 
 
 def choose(network: NetworkProfile, traffic: Traffic, experts: Iterable[Experts] = tuple(Experts)) -> Choice:
-    """argmin of dispatch_s + expert_s + combine_s over the strategies open to `experts`."""
-    names = [strategy for where in experts for strategy in STRATEGIES_OF[where]]
+    """argmin of dispatch_s + expert_s + combine_s over the strategies open to `experts`.
+
+    Whole experts need at least one for every rank, experts cut in a node at least one for every node.
+    """
+    fewest = {
+        Experts.WHOLE: network.num_ranks,
+        Experts.CUT_IN_NODE: network.num_nodes,
+        Experts.CUT_EVERYWHERE: 1,
+    }
+    open_to = [where for where in experts if traffic.num_experts >= fewest[where]]
+    names = [strategy for where in open_to for strategy in STRATEGIES_OF[where]]
     found = [
         candidate(network, traffic, strategy, chunks, once)
         for strategy in names
@@ -137,7 +146,10 @@ def choose(network: NetworkProfile, traffic: Traffic, experts: Iterable[Experts]
         for once in ((False, True) if strategy in (Strategy.DROP_GATHER, Strategy.PIPELINED) else (False,))
     ]
     if not found:
-        raise ValueError("choose: no strategies to choose from; name where the experts lie")
+        raise ValueError(
+            f"choose: {traffic.num_experts} experts are too few for {network.num_nodes} nodes of "
+            f"{network.ranks_per_node} ranks; cut them over all ranks (Experts.CUT_EVERYWHERE)"
+        )
     ordered = tuple(sorted(found, key=lambda c: c.layer_s))
     return Choice(ordered, _why(network, ordered))
 

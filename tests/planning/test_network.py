@@ -158,6 +158,16 @@ def test_a_choice_explains_itself() -> None:
     assert [c.layer_s for c in choice.candidates] == sorted(c.layer_s for c in choice.candidates)
 
 
+def test_whole_experts_need_a_rank_each() -> None:
+    traffic = Traffic(tokens=64, top_k=1, num_experts=2, row_bytes=64)
+    network = cluster().profile()
+    assert {c.strategy for c in choose(network, traffic).candidates}.isdisjoint(
+        {Strategy.EP, Strategy.EP_HIERARCHICAL}
+    )
+    with pytest.raises(ValueError, match="2 experts are too few for 2 nodes of 4 ranks"):
+        choose(network, traffic, [Experts.WHOLE])
+
+
 def test_one_node_needs_no_network() -> None:
     network = cluster(num_nodes=1).profile()
     assert choose(network, TRAFFIC, [Experts.CUT_IN_NODE]).best.inter_bytes == 0
