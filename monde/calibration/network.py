@@ -145,7 +145,7 @@ class _Probe:
         return replace(network, chunk_s=chunk_s_from(network, away_bytes, _CHUNKS, median(measured)))
 
     def ways(self, mesh: DeviceMesh) -> tuple[WayTimes, ...]:
-        """Whole exchanges in turn, at sizes that grow until the slowest of them would take twice longest_s."""
+        """Whole exchanges in turn, at sizes that grow until the redundant one would take four times longest_s."""
         exchanges = [NodeExchange(mesh, Way(strategy, chunks)) for strategy, chunks in REPLICATED]
         kinds = [(exchange, adds) for adds in (False, True) for exchange in exchanges]
         seconds: list[list[float]] = [[] for _ in kinds]
@@ -165,7 +165,7 @@ class _Probe:
             medians = [median(self._slowest(list(samples))) for samples in zip(*rounds, strict=True)]
             for found, one in zip(seconds, medians, strict=True):
                 found.append(one)
-            if max(medians) * _GROWTH > 2 * self.effort.longest_s or size * _GROWTH > _GREATEST_BYTES:
+            if medians[0] * _GROWTH > 4 * self.effort.longest_s or size * _GROWTH > _GREATEST_BYTES:
                 break
             size *= _GROWTH
         return tuple(
