@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
+import sys
 import tempfile
 from pathlib import Path
 from statistics import median
@@ -83,6 +85,7 @@ def main() -> None:
     args = parser.parse_args()
     if (reason := why_not()) is not None:
         parser.error(reason)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the namespaces go
     if args.short:
         args.tp, args.mbit, args.kib, args.cell_s = [2], [200], [2048], 1.0
     cases = json.loads(args.add_to.read_text())["results"]["cases"] if args.add_to else []
