@@ -25,6 +25,7 @@ RANK = {
     "monde.cli": 8,
     "monde.models": 6,
     "monde.calibration": 6,
+    "monde.calibration.network": 7,  # times the exchanges that training makes
     "monde.training": 6,
     "monde.engine": 5,
     "monde.layer": 4,
