@@ -69,14 +69,27 @@ class Wave:
             order.tokens_E[experts],
         )
 
-    def tiles_n4(self) -> Ints:
-        """(offset, first row, rows, row of the biases) of every block of rows: at most TILE_ROWS, about equal."""
-        num_tiles_n = -(-self.counts_n // TILE_ROWS)
-        rows_n = -(-self.counts_n // (num_tiles_n * _MMA_ROWS)) * _MMA_ROWS
-        i = np.repeat(np.arange(len(num_tiles_n)), num_tiles_n)
-        done = (np.arange(len(i)) - np.repeat(np.cumsum(num_tiles_n) - num_tiles_n, num_tiles_n)) * rows_n[i]
-        rows = np.minimum(rows_n[i], self.counts_n[i] - done)
-        return np.stack([self.offsets_n[i], self.begins_n[i] + done, rows, self.bias_rows_n[i]], 1)
+
+def tiles_of(waves: Sequence[Wave]) -> tuple[Ints, list[int]]:
+    """[n, 4]: (offset, first row, rows, row of the biases) of every block of rows; and the blocks of every wave.
+
+    A block has at most TILE_ROWS rows of one piece; those of a piece are about equal.
+    """
+    if not waves:
+        return np.zeros((0, 4), np.int64), []
+    offsets_n, begins_n, counts_n, bias_rows_n = (
+        np.concatenate([getattr(wave, name) for wave in waves])
+        for name in ("offsets_n", "begins_n", "counts_n", "bias_rows_n")
+    )
+    num_tiles_n = -(-counts_n // TILE_ROWS)
+    rows_n = -(-counts_n // (num_tiles_n * _MMA_ROWS)) * _MMA_ROWS
+    ends_n = np.cumsum(num_tiles_n)
+    i = np.repeat(np.arange(len(num_tiles_n)), num_tiles_n)
+    done = (np.arange(len(i)) - (ends_n - num_tiles_n)[i]) * rows_n[i]
+    rows = np.minimum(rows_n[i], counts_n[i] - done)
+    ends_w = np.append(0, ends_n)[np.cumsum([0, *(len(wave.counts_n) for wave in waves)])]
+    tiles = np.stack([offsets_n[i], begins_n[i] + done, rows, bias_rows_n[i]], 1)
+    return tiles, np.diff(ends_w).tolist()
 
 
 @dataclass
