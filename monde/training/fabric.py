@@ -6,6 +6,7 @@ cut along F inside a node. Every rank has tokens of its own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,23 +19,33 @@ from torch.distributed.device_mesh import DeviceMesh
 from monde.planning.schedule import Resource
 from monde.training.lanes import Lane, make_lane
 
+TIMEOUT = timedelta(minutes=5)
+
 
 class Fabric:
     """N nodes of L ranks; this rank is (node_idx, local_idx). mesh None: one process.
 
     Creating one is collective. inter: between nodes, ranks of equal local_idx. intra: inside a node. everyone: all
-    ranks of the mesh. A group is None where it would hold this rank only. timeout: of every collective.
+    ranks of the mesh; reducing: the same ranks, for gradients. A group is None where it would hold this rank only.
+    timeout: after which a collective raises on ranks that wait for one that does not come.
     """
 
-    def __init__(self, mesh: DeviceMesh | None, timeout: timedelta | None = None) -> None:
+    def __init__(
+        self,
+        mesh: DeviceMesh | None,
+        *,
+        timeout: timedelta = TIMEOUT,
+        device: torch.device | None = None,
+    ) -> None:
         self.mesh = mesh
         self.num_nodes, self.num_local, self.node_idx, self.local_idx = 1, 1, 0, 0
         self.everyone: Any = None
+        self.reducing: Any = None
         self.inter: Any = None
         self.intra: Any = None
         self.lanes: dict[Resource, Lane] = {}
         if mesh is None:
-            self.device = torch.device("cpu")
+            self.device = device or torch.device("cpu")
             return
         if mesh.ndim > 2:
             raise ValueError(
@@ -55,11 +66,12 @@ class Fabric:
         )
         # Groups of our own: one lane issues into each, so no two threads share a group.
         self.everyone = self._own([ranks_NL.flatten().tolist()], timeout)
+        self.reducing = self._own([ranks_NL.flatten().tolist()], timeout)
         self.inter = self._own(ranks_NL.t().tolist(), timeout)
         self.intra = self._own(ranks_NL.tolist(), timeout)
         self.lanes = {r: make_lane(r, self.device) for r in (Resource.LINK_INTER, Resource.LINK_INTRA)}
 
-    def _own(self, partition: list[list[int]], timeout: timedelta | None) -> Any:
+    def _own(self, partition: list[list[int]], timeout: timedelta) -> Any:
         if len(partition[0]) == 1:
             return None
         group, _ = dist.new_subgroups_by_enumeration(partition, timeout=timeout)
@@ -77,6 +89,29 @@ class Fabric:
         else:
             dist.all_gather(list(rows_WV), counts_V.contiguous(), group=self.everyone)
         return rows_WV.cpu().view(self.num_nodes, self.num_local, -1)
+
+    @property
+    def is_first(self) -> bool:
+        return self.node_idx == self.local_idx == 0
+
+    def sum_over_ranks(self, values_N: Tensor) -> Tensor:
+        """In place, and returned."""
+        if self.everyone is not None:
+            dist.all_reduce(values_N, group=self.everyone)
+        return values_N
+
+    def first_does(self, action: Callable[[], None]) -> None:
+        """On the first rank only; all wait for it. An OSError or ValueError there is raised on all."""
+        failure: list[object] = [None]
+        if self.is_first:
+            try:
+                action()
+            except (OSError, ValueError) as error:
+                failure = [error]
+        if self.everyone is not None:
+            dist.broadcast_object_list(failure, dist.get_global_rank(self.everyone, 0), group=self.everyone)
+        if isinstance(failure[0], BaseException):
+            raise failure[0]
 
     def must_agree(self, what: str, value: object) -> None:
         """Errors: ValueError on every rank when `value` differs between ranks."""
