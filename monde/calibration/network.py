@@ -32,6 +32,7 @@ _SMALLEST_BYTES, _GREATEST_BYTES, _GROWTH = 1 << 12, 1 << 28, 4
 _CHUNKS = 8
 _ROW_BYTES = 1024
 _ROUNDS_S = 2.0
+_NO_PROGRESS = 1e9  # how many times longer something takes that stands still meanwhile
 _NOTHING = AlphaBeta(0.0, 0.0)
 
 Start = Callable[[int], Callable[[], object]]
@@ -93,10 +94,8 @@ def overlap_of(alone_s: tuple[float, float], together_s: tuple[float, float]) ->
 
 def _no_worse_than_turns(first: float, second: float) -> Overlap:
     """1/first + 1/second of at least 1, by speeding both up alike: the planner never gains from less than turns."""
-    rate = 1 / first + 1 / second
-    if rate >= 1:
-        return Overlap(min(first, 1e9), min(second, 1e9))
-    return Overlap(min(first * rate, 1e9), min(second * rate, 1e9))
+    scale = min(1 / first + 1 / second, 1.0)
+    return Overlap(*(min(max(factor * scale, 1.0), _NO_PROGRESS) for factor in (first, second)))
 
 
 class _Probe:

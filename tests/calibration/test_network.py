@@ -51,6 +51,12 @@ def test_slow_downs_of_a_pair_are_found_again(first: float, second: float, a_s: 
     assert found.second == pytest.approx(second, rel=1e-6)
 
 
+@given(*[st.floats(0.001, 10)] * 4)
+def test_whatever_was_timed_is_an_overlap(a_s: float, b_s: float, a_end_s: float, b_end_s: float) -> None:
+    found = overlap_of((a_s, b_s), (a_end_s, b_end_s))
+    assert min(found.first, found.second) >= 1
+
+
 def test_a_pair_that_takes_turns_or_worse_gains_nothing() -> None:
     for ends in ((1.0, 2.0), (1.5, 3.0), (2.0, 2.5)):
         found = overlap_of((1.0, 1.0), ends)
