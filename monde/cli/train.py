@@ -95,7 +95,14 @@ def _job(config: TrainConfig, base: Path, fabric: Fabric, restart: bool) -> Trai
     batch, length = config.optimizer.batch, config.data.sequence_length
     schedule = _schedule(config)
     model = convert(model, fabric, schedule=schedule)
-    return TrainingJob(model, fabric, config, lambda step: source.window(step, batch, length + 1), folder)
+
+    def report(line: str) -> None:
+        if fabric.is_first:
+            typer.echo(f"monde: {line}", err=True)
+
+    return TrainingJob(
+        model, fabric, config, lambda step: source.window(step, batch, length + 1), folder, report
+    )
 
 
 def _schedule(config: TrainConfig) -> Any:

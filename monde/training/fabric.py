@@ -6,7 +6,10 @@ cut along F inside a node. Every rank has tokens of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,8 +19,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from monde.planning.pipeline import COMPUTE
 from monde.planning.schedule import Resource
-from monde.training.lanes import Lane, make_lane
+from monde.planning.training_profile import Observation
+from monde.training.lanes import Lane, Stamp, make_lane
 
 TIMEOUT = timedelta(minutes=5)
 
@@ -44,6 +49,9 @@ class Fabric:
         self.inter: Any = None
         self.intra: Any = None
         self.lanes: dict[Resource, Lane] = {}
+        self.observations: list[Observation] | None = None  # a list: every use of a layer is noted in it
+        self._stamps: list[Stamp] | None = None
+        self._ended_s = 0.0
         if mesh is None:
             self.device = device or torch.device("cpu")
             return
@@ -80,6 +88,35 @@ class Fabric:
     @property
     def num_ranks(self) -> int:
         return self.num_nodes * self.num_local
+
+    @contextmanager
+    def observed(self, direction: str, degree: int, busiest_rows: int) -> Iterator[None]:
+        """One way through a layer; noted, with the seconds of its tasks on this rank, if somebody wants to know."""
+        if self.observations is None or self.device.type == "cuda":
+            yield
+            return
+        begin_s = time.perf_counter()
+        if self.observations:
+            last = self.observations[-1]
+            self.observations[-1] = replace(last, idle_after_s=begin_s - self._ended_s)
+        self._stamps = []
+        for lane in self.lanes.values():
+            lane.stamps = self._stamps
+        yield
+        seconds_s = {stamp.name: stamp.end_s - stamp.start_s for stamp in self._stamps}
+        self._ended_s = time.perf_counter()
+        total_s = self._ended_s - begin_s
+        self.observations.append(Observation(direction, degree, busiest_rows, seconds_s, total_s))
+        self._stamps = None
+        for lane in self.lanes.values():
+            lane.stamps = None
+
+    def compute(self, name: str, action: Callable[[], None]) -> None:
+        """A task of the compute stream, here."""
+        start_s = time.perf_counter()
+        action()
+        if self._stamps is not None:
+            self._stamps.append(Stamp(name, COMPUTE, start_s, time.perf_counter()))
 
     def gather_counts(self, counts_V: Tensor) -> Tensor:
         """Every rank's row of int64 numbers, on the host: [N, L, V]. The one place where a layer waits."""

@@ -40,13 +40,13 @@ class Bucket:
 
 
 class GradientReducer:
-    """plan[l]: elements to reduce beside the backward of the l-th layer of experts (in order of forward); what is not
-    planned, or not ready by then, is reduced by `finish`. No plan: all of it at the end.
+    """beside[l], after[l]: elements to reduce beside the backward of the l-th layer of experts (in order of forward),
+    and right after it; what is not planned, or not final by then, is reduced by `finish`. No plan: all at the end.
 
     begin() before every backward, finish() after it and before the optimizer.
     """
 
-    def __init__(self, model: nn.Module, fabric: Fabric, plan: Sequence[int] = ()) -> None:
+    def __init__(self, model: nn.Module, fabric: Fabric) -> None:
         self.fabric = fabric
         self.layers = [m for m in model.modules() if isinstance(m, ShardedExperts)]
         self.ready_elements = [0] * len(self.layers)  # by layer: gradients final when its backward began
@@ -57,7 +57,7 @@ class GradientReducer:
             _bucket([p for p in reversed(shared) if p.dtype is dtype], self)
             for dtype in dict.fromkeys(p.dtype for p in shared)
         ]
-        self.plan_slices(plan)
+        self.plan_slices((), ())
         for position, layer in enumerate(self.layers):
             layer.slices = partial(self._slices, position)
 
@@ -65,13 +65,15 @@ class GradientReducer:
     def num_elements(self) -> int:
         return sum(bucket.flat.numel() for bucket in self.buckets)
 
-    def plan_slices(self, plan: Sequence[int]) -> None:
-        """Errors: ValueError unless there is one number for each layer, or none at all."""
-        if plan and len(plan) != len(self.layers):
-            raise ValueError(
-                f"plan: expected one number for each of {len(self.layers)} layers, got {len(plan)}"
-            )
-        self.plan = list(plan) or [0] * len(self.layers)
+    def plan_slices(self, beside: Sequence[int], after: Sequence[int]) -> None:
+        """Errors: ValueError unless each has one number for each layer, or none at all."""
+        for plan in (beside, after):
+            if plan and len(plan) != len(self.layers):
+                raise ValueError(
+                    f"plan_slices: expected one number for each of {len(self.layers)} layers, got {len(plan)}"
+                )
+        nothing = [0] * len(self.layers)
+        self.beside, self.after = list(beside) or nothing, list(after) or nothing
 
     def begin(self) -> None:
         """Gradients to zero, as views of the buckets. In place of optimizer.zero_grad()."""
@@ -86,15 +88,20 @@ class GradientReducer:
                 param.grad = None
 
     def _slices(self, position: int) -> Slices:
-        left = self.plan[position]
         self.ready_elements[position] = sum(bucket.ready_end() for bucket in self.buckets)
+        if self.fabric.reducing is None:
+            return Slices()
+        beside, after = (self._take(plan[position]) for plan in (self.beside, self.after))
+        return Slices(beside, after, self._tickets.extend)
+
+    def _take(self, num_elements: int) -> list[Action]:
         actions: list[Action] = []
         for bucket in self.buckets:
-            take = min(left, bucket.ready_end() - bucket.num_issued)
-            if take > 0 and self.fabric.reducing is not None:
+            take = min(num_elements, bucket.ready_end() - bucket.num_issued)
+            if take > 0:
                 actions.append(self._reduce(bucket, take))
-                left -= take
-        return Slices(actions, self._tickets.extend)
+                num_elements -= take
+        return actions
 
     def _reduce(self, bucket: Bucket, num_elements: int) -> Action:
         part = bucket.flat[bucket.num_issued : bucket.num_issued + num_elements]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from monde.routing.gates import Balance
 from monde.training import checkpoint
+from monde.training.auto import AutoSchedule
 from monde.training.config import TrainConfig
 from monde.training.convert import converted_experts
 from monde.training.fabric import Fabric
@@ -42,7 +43,8 @@ class StepRecord:
 
 class TrainingJob:
     """batch_of(step): token ids [B, sequence + 1] of the whole batch, the same on all ranks; every rank takes its
-    rows. model: converted, in float32 or bf16, with the same weights on all ranks.
+    rows. model: converted, in float32 or bf16, with the same weights on all ranks. report: of what is planned, with
+    parallel.chunks "auto".
     """
 
     def __init__(
@@ -52,10 +54,12 @@ class TrainingJob:
         config: TrainConfig,
         batch_of: Callable[[int], Tensor],
         folder: Path,
+        report: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.model, self.fabric, self.config = model.train(), fabric, config
         self.batch_of, self.folder = batch_of, folder
         self.reducer = GradientReducer(model, fabric)
+        self.auto = AutoSchedule(fabric, self.reducer, report) if config.parallel.chunks == "auto" else None
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.optimizer.learning_rate, betas=(0.9, 0.95),
             weight_decay=config.optimizer.weight_decay,
@@ -91,10 +95,15 @@ class TrainingJob:
         """The steps that are left. Collective. Errors: RuntimeError when another rank is gone or late."""
         output = self.config.output
         self.fabric.first_does(self._open_losses)
+        first = self.next_step
         while self.next_step < self.config.optimizer.steps:
             step = self.next_step
             try:
+                if self.auto is not None:
+                    self.auto.before_step(step - first)
                 record = self._step(step)
+                if self.auto is not None:
+                    self.auto.after_step()
             except RuntimeError as error:
                 raise self._explained(error, step) from error
             self.next_step += 1

@@ -48,13 +48,13 @@ def fabric_for(mesh_shape: tuple[int, ...] | None, timeout_s: float = 60.0) -> F
 
 def job_for(
     folder: Path, mesh_shape: tuple[int, ...] | None, batch_of: Any = batch, name: str = "olmoe",
-    timeout_s: float = 60.0, **optimizer: Any,
+    timeout_s: float = 60.0, chunks: Any = (2, 3), **optimizer: Any,
 ) -> TrainingJob:  # fmt: skip
     config = TrainConfig(
         ModelSettings("tiny"),
         OutputSettings(str(folder), checkpoint_every=2, keep=2),
         optimizer=OptimizerSettings(**{"steps": STEPS, "batch": 4, "warmup_steps": 2} | optimizer),
-        parallel=ParallelSettings(timeout_s=timeout_s),
+        parallel=ParallelSettings(chunks=chunks, timeout_s=timeout_s),
     )
     fabric = fabric_for(mesh_shape, timeout_s)
     model = convert(tiny.build(name), fabric, schedule=Degrees(2, 3))
