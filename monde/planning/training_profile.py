@@ -157,11 +157,7 @@ class DegreePlanner:
             return False
         drifted = drift(self.profile, self._seen)
         self._seen.clear()
-        off = {
-            name: ratio
-            for name, ratio in drifted.items()
-            if max(ratio, 1 / ratio) > 1 + self.tolerance
-        }
+        off = {name: ratio for name, ratio in drifted.items() if max(ratio, 1 / ratio) > 1 + self.tolerance}
         if not off:
             return False
         self.profile = refitted(self.profile, off)

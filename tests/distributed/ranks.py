@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-
 # Ranks are forked from a server that has imported these and has run nothing: a fresh interpreter for each would spend
 # seconds on imports.
 PRELOAD = ["torch", "torch.distributed", "transformers", "monde", "monde.training"]

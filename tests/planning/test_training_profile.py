@@ -32,7 +32,9 @@ PROFILE = TrainingProfile(
 def observed(profile: TrainingProfile, direction: str, degree: int, rows: int) -> Observation:
     """What a mesh that behaves as `profile` shows."""
     timeline = layer_timeline(profile.stages(direction, rows), degree, profile.contention)
-    return Observation(direction, degree, rows, {span.name: span.end_s - span.start_s for span in timeline.spans})
+    return Observation(
+        direction, degree, rows, {span.name: span.end_s - span.start_s for span in timeline.spans}
+    )
 
 
 def look(profile: TrainingProfile, rows: int = 4096) -> list[Observation]:
@@ -43,9 +45,13 @@ def test_work_of_a_balanced_load() -> None:
     stages = PROFILE.stages(FORWARD, 4000)
     assert stages.experts.work_s == pytest.approx(4000 * 2e-6)
     assert stages.dispatch is not None
-    assert stages.dispatch.work_s == pytest.approx(2000 / 2 * 1024 * 2e-9)  # half of a rank's rows change nodes
+    assert stages.dispatch.work_s == pytest.approx(
+        2000 / 2 * 1024 * 2e-9
+    )  # half of a rank's rows change nodes
     assert stages.gather is not None
-    assert stages.gather.work_s == pytest.approx(2000 * 1024 * 5e-10)  # half of a node's rows are another rank's
+    assert stages.gather.work_s == pytest.approx(
+        2000 * 1024 * 5e-10
+    )  # half of a node's rows are another rank's
 
 
 def test_interference_is_not_drift() -> None:
@@ -63,7 +69,9 @@ def test_a_slower_link_is_found_and_degrees_follow() -> None:
     assert planner.observe(look(slow))
     assert planner.num_refits == 1
     assert planner.profile.inter is not None
-    assert planner.profile.inter.s_per_unit == pytest.approx(2e-8, rel=0.3)  # its tasks overlap less with others now
+    assert planner.profile.inter.s_per_unit == pytest.approx(
+        2e-8, rel=0.3
+    )  # its tasks overlap less with others now
     assert planner.profile.forward == PROFILE.forward
     assert planner(4096) == DegreePlanner(planner.profile)(4096)
     assert planner(4096) != before
