@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from monde.device.all_to_all import start_all_to_all
+from monde.device.collectives import start_all_gather, start_all_to_all
 from monde.device.mesh import guarded
 from monde.planning.exchange import REPLICATED, chunk_s_from
 from monde.planning.fit import AlphaBeta, fit_alpha_beta
@@ -246,8 +246,7 @@ class _Probe:
     def local_gather(self, num_bytes: int) -> Callable[[], object]:
         mine = self._bytes(num_bytes // (self.groups.num_local - 1))
         everything = self._bytes(mine.numel() * self.groups.num_local)
-        work = dist.all_gather_into_tensor(everything, mine, group=self.groups.local, async_op=True)
-        return work.wait  # type: ignore[no-any-return]
+        return start_all_gather(everything, mine, self.groups.local)
 
     def copy(self, num_bytes: int) -> Callable[[], object]:
         source, target = (
