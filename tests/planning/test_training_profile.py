@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -104,31 +102,6 @@ def test_another_load_has_degrees_of_its_own() -> None:
     planner = DegreePlanner(PROFILE)
     assert planner(16) != planner(65536)
     assert planner(65536) == planner(66000)
-
-
-RECORDED = Path(__file__).parents[1] / "training" / "recorded_timings.json"
-
-
-def test_recorded_timings_of_two_ranks() -> None:
-    """Stamps of a run on two ranks whose link was quick, then shaped: the profile of the first is found wanting."""
-    data = json.loads(RECORDED.read_text())
-    profile = TrainingProfile(
-        **data["profile"]
-        | {n: AlphaBeta(**data["profile"][n]) for n in ("forward", "backward", "inter", "all_reduce")}
-        | {n: Overlap(**data["profile"][n]) for n in ("compute_inter", "compute_intra", "inter_intra")}
-    )
-    quick, slow = ([Observation(**seen) for seen in data[name]] for name in ("quick", "slow"))
-    planner = DegreePlanner(profile, num_observed=len(slow))
-    rows = slow[0].busiest_rows
-    before = planner(rows)
-    ratio = drift(profile, slow)["inter"] / drift(profile, quick)["inter"]
-    assert ratio > 2
-    assert planner.observe(slow)
-    assert planner.profile.inter is not None
-    assert profile.inter is not None
-    assert planner.profile.inter.s_per_unit > 2 * profile.inter.s_per_unit
-    assert planner(rows) != before
-    assert drift(planner.profile, slow)["inter"] == pytest.approx(1.0, abs=0.5)
 
 
 def test_refit_touches_what_drifted() -> None:
