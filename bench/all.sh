@@ -9,5 +9,7 @@ mkdir -p .cache bench/results
 "$bin/monde" bench .cache/demo-model -p 512 -n 64 -r 5 --baseline transformers:best \
   -o json --plot bench/results/whole-model.png > bench/results/whole-model.json
 if "$bin/python" -c 'import sys, torch, cupy; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
+  "$bin/python" -m bench.decode.layers
+  "$bin/python" -m bench.prefill
   "$bin/python" -m bench.decode
 fi

@@ -175,7 +175,10 @@ def profile_of(
             host_while_copying=nearest_overlap(host_slow, copy_slow),
             gpu_while_copying=described.gpu.gpu_while_copying,
             block_overhead_s=described.gpu.block_overhead_s,
+            decode_layer_s=described.gpu.decode_layer_s,
+            prefill_layer_s=described.gpu.prefill_layer_s,
         ),
+        eager_block_s=described.eager_block_s,
     )
 
 

@@ -21,6 +21,7 @@ from monde.executors.host import HostExecutor, HostTotals, host_pool
 from monde.executors.prefill import PrefillExecutor
 from monde.executors.prefill_hub import PrefillHub
 from monde.executors.prefill_size import PrefillSize
+from monde.executors.zero_copy import first_share
 from monde.layer import MoELayer
 from monde.planning.budget import MemoryPlan
 from monde.planning.placement import best_experts
@@ -95,18 +96,26 @@ class Engine:
             return None
         if x_dtype not in self._hubs:
             specs, banks = zip(*((layer.spec, layer.host.bank) for layer in self.layers), strict=True)
-            self._hubs[x_dtype] = DecodeHub(specs, banks, x_dtype, self.device, self.pool)
+            share = first_share(profile_of(this_machine()))
+            self._hubs[x_dtype] = DecodeHub(specs, banks, x_dtype, self.device, self.pool, share=share)
         if (layer_idx, x_dtype) not in self._decoders:
             layer = self.layers[layer_idx]
             slots, heat_E = self.residency.slots[layer_idx], self.residency.tracker.count_E(layer_idx)
             self._decoders[layer_idx, x_dtype] = DecodeExecutor(
-                layer_idx, layer.spec, slots, layer.table, heat_E, self._hubs[x_dtype]
+                layer_idx,
+                layer.spec,
+                slots,
+                layer.table,
+                heat_E,
+                self._hubs[x_dtype],
+                self.residency.fetchable(layer_idx),
             )
         return self._decoders[layer_idx, x_dtype]
 
     def begin_step(self) -> None:
         """Before a step of the model. Errors: RuntimeError for an earlier step that the host did not answer."""
-        self.check()
+        for hub in self._hubs.values():
+            hub.begin_step()
 
     def before_replay(self) -> None:
         """Before a CUDA graph that holds a step of the model."""

@@ -46,6 +46,18 @@ def plan(
     heat: Annotated[
         Path | None, typer.Option(help="A heat file: how popular experts are.", show_default="all equally")
     ] = None,
+    mesh: Annotated[
+        str | None,
+        typer.Option(
+            help="Nodes x ranks of a node, as 2x8: plan the exchanges between them instead of memory."
+        ),
+    ] = None,
+    network: Annotated[
+        str | None,
+        typer.Option(
+            help="With --mesh: a described cluster, or the file of a measured network.", show_default=False
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plot: Annotated[
         Path | None, typer.Option(help="Store a picture of tokens/s over gpu_memory: .png, .svg or .pdf.")
@@ -60,7 +72,23 @@ def plan(
       monde plan assets/moe-3m -m h200 --batch 4 --json
 
       monde plan MODEL --gpu-memory 16GiB --plot budget.png
+
+      monde plan MODEL --mesh 2x8 --network a800-1nic --prompt 8192
     """
+    if mesh is not None or network is not None:
+        given: dict[str, object] = {
+            "--machine": machine,
+            "--gpu-memory": gpu_memory,
+            "--host-memory": host_memory,
+        }
+        given |= {"--heat": heat, "--plot": plot}
+        if mesh is None or any(given.values()):
+            wrong = [option for option, value in given.items() if value] or ["--network without --mesh"]
+            raise ValueError(
+                f"{', '.join(wrong)}: has no meaning for exchanges; with --mesh give --network and --prompt"
+            )
+        typer.echo(_plan_mesh(model, mesh, network, batch * prompt, as_json))
+        return
     from monde.cli.plan_plot import draw_budgets, sweep
     from monde.cli.plot import check_plot
     from monde.models.outline import outline_of
@@ -102,6 +130,19 @@ def plan(
         title = f"{Path(model).name} on {profile.machine.name}"
         draw_budgets(sweep(forecast, now, card_bytes), now, title, plot)
         typer.echo(f"monde: plot saved to {plot}", err=True)
+
+
+def _plan_mesh(model: str, mesh: str, network: str | None, tokens: int, as_json: bool) -> str:
+    from monde.cli import plan_mesh
+    from monde.planning.network import choose
+
+    profile = plan_mesh.find_network(network, *plan_mesh.parse_mesh(mesh))
+    check_model(model)
+    traffic = plan_mesh.traffic_of(model, tokens)
+    choice = choose(profile, traffic)
+    if as_json:
+        return json.dumps(plan_mesh.mesh_answer(choice, profile, traffic), indent=1)
+    return plan_mesh.mesh_text(choice, profile, traffic, str(network))
 
 
 def find_profile(machine: str | None) -> HardwareProfile:

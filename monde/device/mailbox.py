@@ -18,7 +18,14 @@ from hostcompute.layout import LANES
 from monde.device.kernels import STATE_WORDS
 
 _LINE_BYTES = 128
-_WORDS = ("rung", "answered", "error", "failed")  # 64 bits each, every one on a line of its own
+_WORDS = (
+    "rung",
+    "answered",
+    "error",
+    "failed",
+    "cut",
+    "gpu_ns",
+)  # 64 bits each, every one on a line of its own
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,11 @@ class Mailbox:
         """The layer whose answer the GPU gave up waiting for. Reads memory, synchronises with nothing."""
         word = int(self._word("failed").item())
         return word - 1 if word else None
+
+    @property
+    def gpu_s(self) -> float:
+        """What the GPU's own part of all layers took so far that the host had a part of."""
+        return int(self._word("gpu_ns").item()) * 1e-9
 
     def clear_failure(self) -> None:
         self._word("failed").zero_()

@@ -1,13 +1,15 @@
 """A layer's few tokens on GPU and host at once, with nothing that waits on the CPU's side.
 
-Four kernels a layer (monde/device/kernels/decode.cu): route and ring, gate-up and down of the residents while the
-host computes the others, combine. All of it is plain launches on the current stream, so a CUDA graph can hold it.
+Four kernels a layer (monde/device/kernels/decode.cu): route and ring, gate-up and down of the residents, and of a
+part of every other expert, while the host computes what is left of those, combine. All of it is plain launches on the current stream, so a CUDA graph can hold it.
 Letters as in monde.core.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,6 +32,8 @@ from monde.device.layer_record import layer_record
 from monde.device.mailbox import DecodeScratch, DecodeSize, Mailbox
 from monde.device.streams import current_stream
 from monde.executors.host import HostTotals
+from monde.executors.zero_copy import ShareBalance, can_read_from_host
+from monde.weights.host import HostBlobs
 from monde.weights.packing import TORCH_DTYPES
 from monde.weights.slots import ExpertSlots
 from monde.weights.table import SlotTable
@@ -52,15 +56,35 @@ class DecodeHub:
         device: torch.device,
         pool: object,
         deadline_s: float = DEADLINE_S,
+        share: float = 0.0,
     ) -> None:
+        """share: of F of cold experts, where the GPU's part starts from if layers let it read host memory."""
         size = DecodeSize.of(specs, MAX_DECODE_TOKENS, MAX_DECODE_TOPK)
         self.x_dtype, self.device, self.deadline_s = x_dtype, device, deadline_s
         self.scratch, self.mailbox = DecodeScratch(size, device, deadline_s), Mailbox(size)
         self.banks, self.d_model = banks, size.d_model
         self.num_ringing = 0  # layers that ring in every step
         self.is_captured = False  # a CUDA graph holds a step
-        places = {k: v for k, v in self.mailbox.addresses.items() if k != "failed"}
-        self.doorbell = Doorbell(banks, MailboxAddresses(**places), _HOST_DTYPES[x_dtype], pool)
+        names = (field.name for field in dataclasses.fields(MailboxAddresses))
+        places = MailboxAddresses(**{name: self.mailbox.addresses[name] for name in names})
+        self.doorbell = Doorbell(banks, places, _HOST_DTYPES[x_dtype], pool)
+        self._first_share = share
+        self._fewest_panels = sys.maxsize  # of F, of the layers whose experts the GPU reads from the host
+        self.balance: ShareBalance | None = None
+
+    def read_from_host(self, num_f_panels: int) -> None:
+        """A layer of so many panels of F lets the GPU read its experts on the host."""
+        self._fewest_panels = min(self._fewest_panels, num_f_panels)
+        share = self._first_share if self.balance is None else self.balance.share
+        self.balance = ShareBalance(
+            share, self._fewest_panels, self.scratch.state, self.mailbox, self.doorbell
+        )
+
+    def begin_step(self) -> None:
+        """Before a step of the model. Errors: as check."""
+        self.check()
+        if self.balance is not None:
+            self.balance.step()
 
     def check(self) -> None:
         """Errors: RuntimeError naming the layer that got no answer from the host; the next call works again.
@@ -94,14 +118,14 @@ class DecodeHub:
         return HostTotals(
             num_pairs=host.num_pairs,
             weight_bytes=host.weight_bytes,
-            h2d_bytes=self.count("ANSWERED_TOKENS") * self.d_model * 4,
+            h2d_bytes=self.count("ANSWERED_TOKENS") * self.d_model * 4 + self.count("SHARED_BYTES"),
             d2h_bytes=self.count("POSTED_TOKENS") * row_bytes + 8 * num_pairs,
             busy_s=host.busy_s,
         )
 
     def reset_totals(self) -> None:
         self.doorbell.reset_totals()
-        for name in ("COLD_PAIRS", "RESIDENT_PAIRS", "POSTED_TOKENS", "ANSWERED_TOKENS"):
+        for name in ("COLD_PAIRS", "RESIDENT_PAIRS", "POSTED_TOKENS", "ANSWERED_TOKENS", "SHARED_BYTES"):
             self.scratch.state[STATE_WORDS.index(name)] = 0
 
     def close(self) -> None:
@@ -120,12 +144,17 @@ class DecodeExecutor:
         table: SlotTable,
         heat_E: Tensor,
         hub: DecodeHub,
+        host: HostBlobs | None = None,
     ) -> None:
+        """host: the layer's experts in pinned host memory, for the GPU to read a part of the cold ones."""
         assert spec.num_experts <= MAX_EXPERTS, spec.num_experts
         self.hub, self.spec, self.slots = hub, spec, slots
         self.layout = make_layout(spec)
         self.rings = slots is None or slots.num_slots < spec.num_experts
         hub.num_ringing += self.rings
+        self._host = host if can_read_from_host(spec, hub.x_dtype) else None
+        if self._host is not None:
+            hub.read_from_host(self.layout.num_f_panels)
         self._table, self._heat_E = table, heat_E
         self._record = layer_record(self._fields(layer_idx), hub.device)
         self._kernels: DecodeKernels = decode_kernels(hub.x_dtype, TORCH_DTYPES[spec.dtype])
@@ -161,8 +190,9 @@ class DecodeExecutor:
                 block,
                 (record, x, ids, weights, _int(weights_type), _int(num_tokens), _int(num_topk)),
             )
-            if self.slots is not None:
-                num_groups = min(num_tokens * num_topk, self.slots.num_slots)
+            num_places = self._num_slots + (0 if self._host is None else self.spec.num_experts)
+            if num_places:
+                num_groups = min(num_tokens * num_topk, num_places)
                 num_blocks = (
                     self.layout.num_f_panels if self.spec.gated else -(-self.layout.num_f_panels // 2)
                 )
@@ -175,6 +205,10 @@ class DecodeExecutor:
             )
         return y_TD
 
+    @property
+    def _num_slots(self) -> int:
+        return 0 if self.slots is None else self.slots.num_slots
+
     def _fields(self, layer_idx: int) -> dict[str, int | float]:
         spec, layout, slots = self.spec, self.layout, self.slots
         biases = {} if slots is None else slots.biases
@@ -183,7 +217,7 @@ class DecodeExecutor:
         return {
             "layer_idx": layer_idx,
             "num_experts": spec.num_experts,
-            "num_slots": 0 if slots is None else slots.num_slots,
+            "num_slots": self._num_slots,
             "d_model": spec.d_model,
             "d_ffn": spec.d_ffn,
             "gated": int(spec.gated),
@@ -201,6 +235,8 @@ class DecodeExecutor:
             "slot_of_expert_E": self._table.slot_of_expert_E1.data_ptr(),
             "blobs_SB": 0 if slots is None else slots.blobs_SB.data_ptr(),
             "blob_bytes": layout.weight_bytes,
+            "host_blobs": 0 if self._host is None else self._host.address,
+            "host_blob_bytes": layout.blob_bytes,
             "heat_E": self._heat_E.data_ptr(),
             **{field: biases[role].data_ptr() if role in biases else 0 for role, field in names.items()},
             **self.hub.scratch.addresses,

@@ -13,6 +13,7 @@ from monde.models.decode_graph import install_on_gpu
 from monde.models.experts import find_experts
 from monde.models.fill import ProgressBar, fill_layer, load_report
 from monde.models.memory import PeakMemory
+from monde.models.norms import fuse_norms
 from monde.models.on_cpu import speed_up_on_cpu
 from monde.models.sizing import plan_for, resolve_device
 
@@ -55,6 +56,7 @@ def offload(model: PreTrainedModel, config: MondeConfig | None = None, **setting
         engine.load_report = load_report(plan, time.perf_counter() - start_s, peak.stop())
     model.monde = engine  # type: ignore[assignment]
     install_on_gpu(model, engine)
+    fuse_norms(model)
     speed_up_on_cpu(model, device, engine.pool)
     return model
 

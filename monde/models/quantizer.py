@@ -26,6 +26,7 @@ from monde.models.decode_graph import install_on_gpu
 from monde.models.experts import ExpertsModule, find_experts
 from monde.models.fill import ProgressBar, fill_layer, load_report
 from monde.models.memory import PeakMemory
+from monde.models.norms import fuse_norms
 from monde.models.on_cpu import speed_up_on_cpu
 from monde.models.sizing import plan_for, resolve_device
 from monde.models.sources import ModuleSource, find_sources
@@ -109,6 +110,7 @@ class MondeQuantizer(HfQuantizer):
         loading.engine.load_report = load_report(loading.engine.plan, seconds_s, loading.peak.stop())
         model.monde = loading.engine
         install_on_gpu(model, loading.engine)
+        fuse_norms(model)
         speed_up_on_cpu(model, loading.engine.device, loading.engine.pool)
         self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
         for module in model.modules():

@@ -217,12 +217,12 @@ NB_MODULE(_native, m) {
           "__init__",
           [](Doorbell* self, std::vector<std::shared_ptr<Bank>> banks, std::shared_ptr<Pool> pool, uintptr_t rung,
              uintptr_t answered, uintptr_t error, uintptr_t x, uintptr_t ids, uintptr_t weights, uintptr_t out,
-             const std::string& x_dtype, double deadline_s) {
-            const Mailbox mailbox{rung, answered, error, x, ids, weights, out, dtype(x_dtype)};
+             uintptr_t cut, const std::string& x_dtype, double deadline_s) {
+            const Mailbox mailbox{rung, answered, error, x, ids, weights, out, cut, dtype(x_dtype)};
             new (self) Doorbell(std::move(banks), std::move(pool), mailbox, deadline_s);
           },
           nb::arg("banks"), nb::arg("pool"), nb::arg("rung"), nb::arg("answered"), nb::arg("error"), nb::arg("x"),
-          nb::arg("ids"), nb::arg("weights"), nb::arg("out"), nb::arg("x_dtype"), nb::arg("deadline_s"))
+          nb::arg("ids"), nb::arg("weights"), nb::arg("out"), nb::arg("cut"), nb::arg("x_dtype"), nb::arg("deadline_s"))
       .def("expect", &Doorbell::expect)
       .def("reset", &Doorbell::reset, nb::call_guard<nb::gil_scoped_release>())
       .def("reset_totals", &Doorbell::reset_totals)
@@ -241,8 +241,9 @@ NB_MODULE(_native, m) {
         nb::gil_scoped_release release;
         return submit_queue().submit(std::move(bank), args);
       },
-      nb::arg("bank"), nb::arg("x"), nb::arg("ids"), nb::arg("weights"), nb::arg("out"), nb::arg("cut_expert") = -1,
-      nb::arg("cut_panel") = 0, "Starts a forward; the arrays must stay alive and unchanged until wait().");
+      nb::arg("bank"), nb::arg("x"), nb::arg("ids"), nb::arg("weights"), nb::arg("out"),
+      nb::arg("cut_expert") = kAllExperts, nb::arg("cut_panel") = 0,
+      "Starts a forward; the arrays must stay alive and unchanged until wait().");
 
   // Addresses and row strides of bf16 matrices that the caller has checked; x and out [tokens, ...], weights [N, K].
   m.def("dense",

@@ -223,7 +223,7 @@ void Bank::check_loaded(const ForwardArgs& args) const {
 
 ForwardCounts Bank::forward(const ForwardArgs& args) {
   check_loaded(args);
-  if (args.cut_expert >= 0 && (args.cut_panel % 2 || args.cut_panel < 0 || args.cut_panel >= layout_.num_f_panels))
+  if (args.cut_panel % 2 || args.cut_panel < 0 || args.cut_panel >= layout_.num_f_panels)
     throw std::invalid_argument("cut: expected an even panel within F, got " + std::to_string(args.cut_panel));
   ForwardCounts total;
   if (args.num_tokens == 0) return total;
@@ -283,6 +283,7 @@ ForwardCounts Bank::forward_chunk(const ForwardArgs& args, int64_t token_begin, 
   };
   for_each_pair([&](int, int id, float) { ++counts[id]; });
   int num_groups = 0, num_rows = 0, num_blocks = 0;
+  int64_t weight_bytes = 0;
   for (int id = 0; id < E; ++id) {
     if (!counts[id]) continue;
     const unsigned char* data = expert_data(id);
@@ -293,7 +294,9 @@ ForwardCounts Bank::forward_chunk(const ForwardArgs& args, int64_t token_begin, 
                           bias(id, "down_bias"),
                           counts[id],
                           num_rows,
-                          id == args.cut_expert ? args.cut_panel : 0};
+                          args.cut_expert == kAllExperts || id == args.cut_expert ? args.cut_panel : 0};
+    weight_bytes +=
+        int64_t(layout_.weight_bytes) * (layout_.num_f_panels - groups[num_groups].first_panel) / layout_.num_f_panels;
     for (int row = 0; row < counts[id]; row += kBlockRows) {
       gather_group[num_blocks] = num_groups;
       gather_row[num_blocks++] = row;
@@ -347,7 +350,7 @@ ForwardCounts Bank::forward_chunk(const ForwardArgs& args, int64_t token_begin, 
   } else {
     lease.run(phases, 3, &plan);
   }
-  return {num_rows, num_groups, int64_t(num_groups) * int64_t(layout_.weight_bytes)};
+  return {num_rows, num_groups, weight_bytes};
 }
 
 }  // namespace monde

@@ -24,6 +24,8 @@ struct ExpertSource {
   MatrixView gate, up, down, gate_bias, up_bias, down_bias;
 };
 
+inline constexpr int kAllExperts = -1;
+
 // A forward's arguments. Strides count elements; ids are int64 or int32.
 struct ForwardArgs {
   const unsigned char* x;
@@ -38,8 +40,9 @@ struct ForwardArgs {
   unsigned char* out;
   DType out_dtype;
   int64_t out_row_stride;
-  // Of this expert only rows of F from 16 * cut_panel on are computed, and no down bias: somebody else does the rest.
-  int cut_expert = -1, cut_panel = 0;
+  // Of this expert, of all experts if it is kAllExperts, only rows of F from 16 * cut_panel on are computed, and no
+  // down bias: somebody else does the rest.
+  int cut_expert = kAllExperts, cut_panel = 0;
 };
 
 struct ForwardCounts {

@@ -136,6 +136,7 @@ void Doorbell::answer(uint64_t word) {
       args.out = reinterpret_cast<unsigned char*>(mailbox_.out);
       args.out_dtype = DType::kF32;
       args.out_row_stride = d_model;
+      args.cut_panel = int(word_at(mailbox_.cut).load(std::memory_order_relaxed));
       const ForwardCounts counts = bank.forward(args);
       done.num_pairs = counts.num_pairs;
       done.weight_bytes = counts.weight_bytes;

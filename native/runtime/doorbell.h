@@ -37,6 +37,7 @@ struct Mailbox {
   uintptr_t ids;       // [tokens, topk] int32; -1: not for the host
   uintptr_t weights;   // [tokens, topk] float
   uintptr_t out;       // [tokens, d_model] float
+  uintptr_t cut;       // a word: the host computes panels of F from this one on, of every expert
   DType x_dtype;
 };
 

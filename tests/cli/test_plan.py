@@ -17,6 +17,7 @@ from monde.cli.plan_plot import sweep
 from monde.planning.budget import LayerSize, ModelSize, plan_memory
 from monde.planning.forecast import Speed
 from monde.planning.machines import DESCRIBED
+from monde.planning.network_profile import CLUSTERS
 from monde.planning.profile import Noise
 from monde.routing.heat import Heat
 from monde.weights.checkpoint import read_header
@@ -102,7 +103,7 @@ def test_the_checkpoint_says_what_it_holds(monde: Monde) -> None:
 
 
 def test_a_channel_is_worth_something_where_memory_is_the_limit(monde: Monde, tmp_path: Path) -> None:
-    host_only = dataclasses.replace(DESCRIBED["laptop-4060"], gpu=None)
+    host_only = dataclasses.replace(DESCRIBED["laptop-4060"], gpu=None, eager_block_s=0.0)
     host_only.save(tmp_path / "host.json")
     answer = json.loads(monde("plan", MODEL, "-m", tmp_path / "host.json", "--json").stdout)
     assert answer["memory_channels"] == {"num_channels": 2, "channel_bytes_per_s": 44.8e9}
@@ -162,3 +163,45 @@ def test_what_the_machine_lacks_is_refused(monde: Monde) -> None:
     outcome = monde("plan", MODEL, "-m", "abacus")
     assert outcome.exit_code == 2
     assert "described machines h200, laptop-4060" in outcome.stderr
+
+
+def test_a_mesh_plans_exchanges(monde: Monde) -> None:
+    outcome = monde("plan", MODEL, "--mesh", "2x4", "--network", "a800-1nic", "-p", 8192)
+    assert outcome.exit_code == 0, outcome.stderr
+    lines = outcome.stdout.splitlines()
+    first = next(line for line in lines[lines.index("") + 2 :])
+    name = first.split("  ")[0]
+    assert f"chosen: {name}: " in outcome.stdout
+    assert "sharding" in outcome.stdout
+    asked = json.loads(
+        monde("plan", MODEL, "--mesh", "2x4", "--network", "a800-1nic", "-p", 8192, "--json").stdout
+    )
+    assert asked["chosen"] == name == asked["candidates"][0]["name"]
+    assert [c["layer_s"] for c in asked["candidates"]] == sorted(c["layer_s"] for c in asked["candidates"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--mesh", "2by4"], "expected nodes x ranks of a node, as 2x8, got '2by4'"),
+        (["--mesh", "2x4"], "which network\\? Give --network"),
+        (
+            ["--mesh", "2x4", "--network", "ether"],
+            "neither a file nor one of the described clusters a800-1nic",
+        ),
+        (["--network", "10gbe"], "--network without --mesh"),
+        (["--mesh", "2x4", "--network", "10gbe", "-m", "h200"], "--machine: has no meaning for exchanges"),
+    ],
+)
+def test_a_mesh_that_cannot_be_planned(monde: Monde, options: list[str], message: str) -> None:
+    outcome = monde("plan", MODEL, *options)
+    assert outcome.exit_code == 2
+    assert re.search(message, outcome.stderr)
+    assert outcome.stderr.count("\n") == 1
+
+
+def test_a_measured_network_is_of_one_mesh(monde: Monde, tmp_path: Path) -> None:
+    CLUSTERS["10gbe"].profile().save(tmp_path / "net.json")
+    assert monde("plan", MODEL, "--mesh", "2x4", "--network", tmp_path / "net.json").exit_code == 0
+    outcome = monde("plan", MODEL, "--mesh", "4x2", "--network", tmp_path / "net.json")
+    assert "was measured on 2x4 ranks" in outcome.stderr

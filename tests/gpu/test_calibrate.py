@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from hostcompute import ExpertSpec
-from monde.calibration import measure, store
+from monde import profile_store as store
+from monde.calibration import measure
 from monde.calibration.host import TOKENS
 from monde.planning.cost import CostModel, ExpertShape
 from monde.planning.profile import HardwareProfile

@@ -34,6 +34,7 @@ class Layers:
     hub: Any
     executors: list[Any]
     pool: Any
+    pinned: list[Any]  # host memory that the GPU reads, until the layers go
 
 
 def torch_array(array: Any) -> torch.Tensor:
@@ -43,9 +44,17 @@ def torch_array(array: Any) -> torch.Tensor:
 
 
 def build(
-    specs: list[ExpertSpec], residents: list[list[int]], x_dtype: str, seed: int, deadline_s: float = 10.0
+    specs: list[ExpertSpec],
+    residents: list[list[int]],
+    x_dtype: str,
+    seed: int,
+    deadline_s: float = 10.0,
+    share: float | None = None,
 ) -> Layers:
+    """share: of F of cold experts that the GPU reads from host memory at first; None: it cannot."""
+    from monde.device.pinned import PinnedRange
     from monde.executors.decode import DecodeExecutor, DecodeHub
+    from monde.weights.host import HostBlobs
     from monde.weights.slots import ExpertSlots
     from monde.weights.table import SlotTable
 
@@ -54,8 +63,8 @@ def build(
     banks = [
         load_all(ExpertBank(spec, "native", pool=pool), one) for spec, one in zip(specs, experts, strict=True)
     ]
-    hub = DecodeHub(specs, banks, TORCH[x_dtype], device, pool, deadline_s)
-    executors, tables = [], []
+    hub = DecodeHub(specs, banks, TORCH[x_dtype], device, pool, deadline_s, share or 0.0)
+    executors, tables, pinned = [], [], []
     for layer_idx, (spec, resident) in enumerate(zip(specs, residents, strict=True)):
         table = [resident.index(e) if e in resident else -1 for e in range(spec.num_experts)]
         slots = ExpertSlots(spec, len(resident), device) if resident else None
@@ -64,9 +73,13 @@ def build(
             slots.write(slot, {role: torch_array(a) for role, a in experts[layer_idx][e].items()})
         heat_E = torch.zeros(spec.num_experts, device=device)
         slot_table = SlotTable(Placement(tuple(table)), device)
-        executors.append(DecodeExecutor(layer_idx, spec, slots, slot_table, heat_E, hub))
+        host = None
+        if share is not None:
+            host = HostBlobs(banks[layer_idx])
+            pinned.append(PinnedRange(*host.range_of(0, spec.num_experts), host, device))
+        executors.append(DecodeExecutor(layer_idx, spec, slots, slot_table, heat_E, hub, host))
         tables.append(table)
-    return Layers(specs, experts, tables, hub, executors, pool)
+    return Layers(specs, experts, tables, hub, executors, pool, pinned)
 
 
 def on_gpu(batch: Batch) -> RoutedBatch:
@@ -99,6 +112,47 @@ def test_any_types_and_placement(x_dtype: str, dtype: DType, resident: str) -> N
             batch = make_batch(rng, spec, num_tokens, top_k, x_dtype)
             check(layers, 0, batch, x_dtype, f"{spec}, {resident}, T={num_tokens}, K={top_k}")
         layers.hub.close()
+
+
+@pytest.mark.parametrize("resident", [[], [7, 0, 3, 4], list(range(8))], ids=["none", "some", "all but one"])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_a_part_of_cold_experts_is_read_from_host_memory(resident: list[int], share: float) -> None:
+    rng = np.random.default_rng(12)
+    for d_model, d_ffn, gated in ((64, 96, True), (200, 264, True), (37, 104, False)):
+        spec = ExpertSpec(
+            9,
+            d_model,
+            d_ffn,
+            DType.BF16,
+            gated,
+            Activation(ActivationKind.SILU if gated else ActivationKind.RELU),
+        )
+        layers = build([spec], [resident], "bf16", seed=1, share=share)
+        for num_tokens, top_k in ((1, 1), (1, 4), (3, 8), (17, 5), (64, 3)):
+            batch = make_batch(rng, spec, num_tokens, top_k, "bf16")
+            check(layers, 0, batch, "bf16", f"{spec}, {share}, T={num_tokens}, K={top_k}")
+        assert layers.hub.count("SHARED_BYTES") > 0
+        assert layers.hub.totals().weight_bytes > 0
+        layers.hub.close()
+
+
+def test_the_share_follows_the_seconds_of_both_sides() -> None:
+    """From far too much on the GPU towards balance; the answer stays the same all the way."""
+    rng = np.random.default_rng(13)
+    spec = ExpertSpec(16, 1024, 1024)
+    layers = build([spec], [[]], "bf16", seed=1, share=0.9)
+    batch = make_batch(rng, spec, 1, 8, "bf16")
+    shares = []
+    for step in range(60):
+        layers.hub.begin_step()
+        check(layers, 0, batch, "bf16", f"step {step}")
+        shares.append(layers.hub.balance.share)
+    assert shares[0] > 0.85
+    assert len(set(shares)) > 1
+    gpu_s, host_s = layers.hub.mailbox.gpu_s, layers.hub.doorbell.totals.busy_s
+    assert gpu_s > 0
+    assert host_s > 0
+    layers.hub.close()
 
 
 @pytest.mark.parametrize("kind", list(ActivationKind))
@@ -222,7 +276,7 @@ def test_a_host_that_does_not_answer_is_an_exception_and_the_next_call_works() -
     assert time.perf_counter() - start_s < 2
     assert torch.isnan(y_TD).all()
     # A new thread on the same mailbox starts from the latest ring.
-    places = {k: v for k, v in layers.hub.mailbox.addresses.items() if k != "failed"}
+    places = {field: layers.hub.mailbox.addresses[field] for field in MailboxAddresses.__dataclass_fields__}
     layers.hub.doorbell = Doorbell(layers.hub.banks, MailboxAddresses(**places), DType.BF16, layers.pool)
     with pytest.raises(RuntimeError, match=r"MoE layer 1: the host did not answer within 0\.2 s"):
         layers.hub.check()

@@ -158,7 +158,7 @@ def test_two_models_on_two_streams() -> None:
     assert [model._decode_runner.num_captures for _, model in pairs] == [1, 1]
 
 
-@pytest.mark.parametrize("gpu_memory", [None, "120MB"])
+@pytest.mark.parametrize("gpu_memory", [None, "160MB"])
 def test_experts_run_by_monde(gpu_memory: str | None) -> None:
     """The same text whether the executors can be captured or not; if not, one warning says so."""
     original = tiny.build("qwen3_moe").cuda()

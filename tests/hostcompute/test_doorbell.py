@@ -12,7 +12,15 @@ import pytest
 
 from hostcompute import DType, ExpertBank, ExpertSpec, make_layout, make_pool
 from tests.hostcompute.bounds import assert_within
-from tests.hostcompute.cases import Batch, expected, load_all, make_batch, make_expert
+from tests.hostcompute.cases import (
+    Batch,
+    expected,
+    host_array,
+    load_all,
+    make_batch,
+    make_expert,
+    sliced,
+)
 
 native = pytest.importorskip("hostcompute._native")
 doorbell = pytest.importorskip("hostcompute.doorbell")
@@ -27,7 +35,7 @@ DEADLINE_S = 5.0
 class FakeGpu:
     """Memory of a mailbox and the stores that a kernel makes."""
 
-    words: npt.NDArray[np.uint64] = field(default_factory=lambda: np.zeros(24, np.uint64))
+    words: npt.NDArray[np.uint64] = field(default_factory=lambda: np.zeros(32, np.uint64))
     x_TD: npt.NDArray[np.uint16] = field(default_factory=lambda: np.zeros((MAX_TOKENS, 40), np.uint16))
     ids_TK: npt.NDArray[np.int32] = field(default_factory=lambda: np.zeros((MAX_TOKENS, TOPK), np.int32))
     weights_TK: npt.NDArray[np.float32] = field(
@@ -40,7 +48,9 @@ class FakeGpu:
     def addresses(self) -> doorbell.MailboxAddresses:
         base = self.words.ctypes.data
         parts = (self.x_TD, self.ids_TK, self.weights_TK, self.out_TD)
-        return doorbell.MailboxAddresses(base, base + 64, base + 128, *(part.ctypes.data for part in parts))
+        return doorbell.MailboxAddresses(
+            base, base + 64, base + 128, *(part.ctypes.data for part in parts), base + 192
+        )
 
     def ring(self, layer: int, num_tokens: int, work: bool) -> None:
         self.number += 1
@@ -96,6 +106,39 @@ def test_answers_are_those_of_the_bank() -> None:
     assert bell.totals.num_pairs == num_pairs
     assert bell.totals.weight_bytes > 0
     assert bell.error == ""
+    bell.close()
+
+
+def test_who_rings_may_compute_a_part_of_every_expert() -> None:
+    rng, gpu, pool = np.random.default_rng(8), FakeGpu(), make_pool(2)
+    spec, num_rows = ExpertSpec(num_experts=6, d_model=40, d_ffn=104), 64
+    experts = {e: make_expert(rng, spec, "separate") for e in range(spec.num_experts)}
+    bank = load_all(ExpertBank(spec, "native", pool=pool), experts)
+    ours = ExpertBank(ExpertSpec(spec.num_experts, spec.d_model, num_rows), "native", pool=pool)
+    for e, expert in experts.items():
+        gate, up = (sliced(expert[role], np.s_[:num_rows]) for role in ("gate", "up"))
+        ours.load(e, gate=gate, up=up, down=sliced(expert["down"], np.s_[:, :num_rows]))
+    bell = doorbell.Doorbell([bank], gpu.addresses, DType.BF16, pool)
+    whole_bytes = []
+    for cut_panel in (num_rows // 16, 0):
+        gpu.words[24] = cut_panel
+        batch = make_batch(rng, spec, 5, TOPK, "bf16")
+        bell.expect(1)
+        gpu.post(0, batch)
+        gpu.wait()
+        y_TD = gpu.out_TD[:5].copy()
+        if cut_panel:
+            part = host_array(np.zeros((5, spec.d_model)), "f32")
+            ours.forward(*batch.arguments, out=part)
+            y_TD += part.float32()
+        assert_within(y_TD, expected(spec, experts, batch, "f32", bf16_dots=True), f"from panel {cut_panel}")
+        ids_TK = batch.ids_TK
+        wanted_TK = (ids_TK >= 0) & (ids_TK < spec.num_experts) & (batch.weights_TK.float32() != 0)
+        time.sleep(0.01)
+        whole_bytes.append(bell.totals.weight_bytes / len(np.unique(ids_TK[wanted_TK])))
+        bell.reset_totals()
+    # Three of seven panels are left to the host.
+    assert whole_bytes[0] == pytest.approx(whole_bytes[1] * 3 / 7, rel=1e-3)
     bell.close()
 
 

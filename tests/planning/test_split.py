@@ -43,6 +43,8 @@ def costs(draw: st.DrawFn, gpu_expert: ExpertRate | None = None) -> CostModel:
         host_while_copying=draw(overlap),
         gpu_while_copying=draw(overlap),
         block_overhead_s=0.0,
+        decode_layer_s=0.0,
+        prefill_layer_s=0.0,
     )
     profile = dataclasses.replace(DESCRIBED["h200"], host_expert=draw(experts), gpu=gpu)
     return CostModel(profile, SHAPE)

@@ -14,11 +14,12 @@ from monde.device.layer_record import c_struct
 
 SOURCES = ("elements.cuh", "product.cuh", "activation.cuh", "decode.cu")  # joined in this order
 MAX_EXPERTS = 1024  # of one layer; sizes an array in shared memory
+SHARE_ONE = 1 << 16  # the state's share of F in these parts
 ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # 64-bit words of device memory that the layers of a model share.
 STATE_WORDS = (
-    *("RING", "TICKET", "COLD", "FAILED", "DEADLINE_NS"),
-    *("COLD_PAIRS", "RESIDENT_PAIRS", "POSTED_TOKENS", "ANSWERED_TOKENS"),  # counters
+    *("RING", "TICKET", "COLD", "FAILED", "DEADLINE_NS", "SHARE", "SHARED_PANELS", "ROUTED_NS", "GPU_NS"),
+    *("COLD_PAIRS", "RESIDENT_PAIRS", "POSTED_TOKENS", "ANSWERED_TOKENS", "SHARED_BYTES"),  # counters
 )
 ACTIVATION_CODES = {kind: code for code, kind in enumerate(ActivationKind)}
 
@@ -40,7 +41,7 @@ def decode_source() -> str:
     ring = {f"RING_{name}": value for name, value in _native.ring_layout().items()}
     state = {f"STATE_{name}": index for index, name in enumerate(STATE_WORDS)}
     kinds = {f"KIND_{kind.name}": code for kind, code in ACTIVATION_CODES.items()}
-    constants = {"MAX_EXPERTS": MAX_EXPERTS} | ring | state | kinds
+    constants = {"MAX_EXPERTS": MAX_EXPERTS, "SHARE_ONE": SHARE_ONE} | ring | state | kinds
     lines = [f"constexpr int {name} = {value};" for name, value in constants.items()]
     parts = (Path(__file__).with_name(name).read_text() for name in SOURCES)
     return "\n".join((*lines, c_struct(), *parts))

@@ -1,9 +1,12 @@
 // One mixture-of-experts layer for a few tokens, without the host's CPU launching or waiting for anything:
 //
 //   route     who is resident? cold pairs and their rows go to the mailbox, and the doorbell rings
-//   gate_up   resident pairs: h = act(gate x, up x)           one block: 16 rows of F of one expert
-//   down      resident pairs: v = down h                      one block: 32 rows of D of one expert
+//   gate_up   h = act(gate x, up x)           one block: 16 rows of F of one expert
+//   down      v = down h                      one block: 32 rows of D of one expert
 //   combine   y = sum of weight * v, and, when it has answered, what the host computed
+//
+// gate_up and down compute residents from their slots, and of every cold expert the first rows of F, as many as the
+// state says, straight from the host's memory: the bus has nothing else to do, and the host reads that much less.
 //
 // Letters: T tokens, K experts per token, R = T * K routed pairs, S slots, D model dim, F expert hidden dim, G groups
 // of pairs that share an expert. Weights lie in panels of 16 output rows (native/layout.h), the same bytes as in host
@@ -28,13 +31,16 @@ __device__ u64 nanoseconds() {
 
 // ---- route ----
 
-// Pairs in groups that share a slot, so that an expert's weights are read once per group. One block; counts fit
-// because a layer has at most MAX_EXPERTS experts.
+// Pairs in groups that share a place, so that an expert's weights are read once per group. Places are slots, and after
+// them the experts in the host's memory. One block; counts fit because a layer has at most MAX_EXPERTS experts.
 __device__ void make_groups(const Layer* layer, int num_pairs) {
-  __shared__ int first_E[MAX_EXPERTS + 1];
+  __shared__ int first_E[2 * MAX_EXPERTS + 1];
   __shared__ int carry_T[kThreads];
+  __shared__ int num_shared;
+  if (threadIdx.x == 0) num_shared = 0;
   int* slots_R = reinterpret_cast<int*>(layer->slots_R);
-  const int num_slots = int(layer->num_slots), per_thread = (num_slots + kThreads - 1) / kThreads;
+  const int num_slots = int(layer->num_slots) + (layer->host_blobs ? int(layer->num_experts) : 0);
+  const int per_thread = (num_slots + kThreads - 1) / kThreads;
   for (int s = threadIdx.x; s < num_slots; s += kThreads) first_E[s] = 0;
   __syncthreads();
   for (int r = threadIdx.x; r < num_pairs; r += kThreads)
@@ -64,6 +70,7 @@ __device__ void make_groups(const Layer* layer, int num_pairs) {
     if (count) {
       group_slot_G[sum >> 16] = s;
       group_first_G[sum >> 16] = sum & 0xffff;
+      if (s >= layer->num_slots) atomicAdd(&num_shared, 1);
     }
     first_E[s] = sum & 0xffff;
     sum += count + (count > 0) * (1 << 16);
@@ -73,11 +80,20 @@ __device__ void make_groups(const Layer* layer, int num_pairs) {
     const int total = carry_T[kThreads - 1];
     group_first_G[total >> 16] = total & 0xffff;
     *reinterpret_cast<int*>(layer->num_groups) = total >> 16;
+    u64* state = reinterpret_cast<u64*>(layer->state);
+    state[STATE_SHARED_BYTES] += num_shared * state[STATE_SHARED_PANELS] * (layer->blob_bytes / layer->num_f_panels);
   }
   // Within a group the order of pairs is of no consequence: combine sums over K in order.
   int* group_pairs_R = reinterpret_cast<int*>(layer->group_pairs_R);
   for (int r = threadIdx.x; r < num_pairs; r += kThreads)
     if (slots_R[r] >= 0) group_pairs_R[atomicAdd(&first_E[slots_R[r]], 1)] = r;
+}
+
+// Panels of a cold expert's F that the GPU computes: whole tiles, and never all of them.
+__device__ int shared_panels(const Layer* layer, u64 share) {
+  if (layer->host_blobs == 0) return 0;
+  const int num_tiles = int(layer->num_f_panels - 1) / 2;
+  return 2 * min(num_tiles, int((share * u64(layer->num_f_panels) / 2 + SHARE_ONE / 2) / SHARE_ONE));
 }
 
 // x_TD [T, D] and ids_TK [T, K] contiguous; weights_TK of weights_type.
@@ -111,7 +127,11 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   // Pairs: the table decides, here and nowhere else.
   if (blockIdx.x == 0) {
     __shared__ int num_cold, num_resident;
-    if (threadIdx.x == 0) num_cold = num_resident = 0;
+    if (threadIdx.x == 0) {
+      num_cold = num_resident = 0;
+      state[STATE_ROUTED_NS] = nanoseconds();
+    }
+    const int cut = shared_panels(layer, state[STATE_SHARE]);
     __syncthreads();
     const int* slot_of_expert_E = reinterpret_cast<const int*>(layer->slot_of_expert_E);
     float* heat_E = reinterpret_cast<float*>(layer->heat_E);
@@ -124,7 +144,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
       const bool wanted = id >= 0 && id < layer->num_experts && weight != 0.f;
       const int slot = wanted ? slot_of_expert_E[id] : -1;
       const bool cold = wanted && slot < 0;
-      slots_R[r] = slot;
+      slots_R[r] = cold && cut > 0 ? int(layer->num_slots + id) : slot;
       if (wanted) atomicAdd(heat_E + id, 1.f);
       if (posted) {
         posted_ids_R[r] = cold ? int(id) : -1;
@@ -136,6 +156,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     if (threadIdx.x == 0) {
       state[STATE_COLD] = num_cold;
+      state[STATE_SHARED_PANELS] = cut;
+      if (posted) *reinterpret_cast<u64*>(layer->mailbox_cut) = cut;
       state[STATE_COLD_PAIRS] += num_cold;
       state[STATE_RESIDENT_PAIRS] += num_resident;
       if (posted) state[STATE_POSTED_TOKENS] += num_tokens;
@@ -157,18 +179,25 @@ extern "C" __global__ void __launch_bounds__(kThreads)
                         u64(num_topk) << RING_TOPK_SHIFT | u64(cold > 0) << RING_WORK_SHIFT);
     }
   }
-  if (blockIdx.x == 0 && layer->num_slots > 0) make_groups(layer, num_pairs);
+  if (blockIdx.x == 0 && (layer->num_slots > 0 || layer->host_blobs)) make_groups(layer, num_pairs);
 }
 
 // ---- gate_up and down ----
 
 struct Group {
-  int slot, first, count;
+  const u8* blob;
+  int slot, num_panels, first, count;  // slot of biases, which experts on the host have not here; panels of F
 };
 
 __device__ Group group_at(const Layer* layer, int g) {
   const int* first_G = reinterpret_cast<const int*>(layer->group_first_G);
-  return {reinterpret_cast<const int*>(layer->group_slot_G)[g], first_G[g], first_G[g + 1] - first_G[g]};
+  const int place = reinterpret_cast<const int*>(layer->group_slot_G)[g], expert = place - int(layer->num_slots);
+  const int first = first_G[g], count = first_G[g + 1] - first;
+  if (expert < 0)
+    return {reinterpret_cast<const u8*>(layer->blobs_SB) + place * layer->blob_bytes, place, int(layer->num_f_panels),
+            first, count};
+  return {reinterpret_cast<const u8*>(layer->host_blobs) + expert * layer->host_blob_bytes, 0,
+          int(reinterpret_cast<const u64*>(layer->state)[STATE_SHARED_PANELS]), first, count};
 }
 
 // Grid: (num_f_panels, or half of them where there is no gate; groups at most).
@@ -181,9 +210,9 @@ extern "C" __global__ void __launch_bounds__(kThreads) gate_up(const Layer* laye
   const bool gated = layer->gated;
   const int num_panels = int(layer->num_f_panels), f_pad_k = int(layer->f_pad_k);
   const int panel = gated ? blockIdx.x : 2 * blockIdx.x;
+  if (panel >= group.num_panels) return;
   const bool two = gated || panel + 1 < num_panels;
-  const u8* first = reinterpret_cast<const u8*>(layer->blobs_SB) + group.slot * layer->blob_bytes +
-                    panel * layer->in_unit_bytes;
+  const u8* first = group.blob + panel * layer->in_unit_bytes;
   const float* gate_bias = layer->gate_bias_SF ? reinterpret_cast<const float*>(layer->gate_bias_SF) : nullptr;
   const float* up_bias = layer->up_bias_SF ? reinterpret_cast<const float*>(layer->up_bias_SF) : nullptr;
   HElement* h_RF = reinterpret_cast<HElement*>(layer->h_RF);
@@ -223,8 +252,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) down(const Layer* layer) 
   const int* pairs = reinterpret_cast<const int*>(layer->group_pairs_R) + group.first;
   const int num_panels = int(layer->num_d_panels), panel = 2 * blockIdx.x;
   const bool two = panel + 1 < num_panels;
-  const u8* first = reinterpret_cast<const u8*>(layer->blobs_SB) + group.slot * layer->blob_bytes +
-                    layer->down_offset_bytes + panel * layer->down_panel_bytes;
+  const u8* first = group.blob + layer->down_offset_bytes + panel * layer->down_panel_bytes;
+  const int num_tiles = (group.num_panels * 16 + kTile - 1) / kTile;
   const float* bias = layer->down_bias_SD ? reinterpret_cast<const float*>(layer->down_bias_SD) : nullptr;
   float* v_RD = reinterpret_cast<float*>(layer->v_RD);
   for (int begin = 0; begin < group.count; begin += kRows) {
@@ -233,8 +262,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) down(const Layer* layer) 
       rows[threadIdx.x] =
           reinterpret_cast<const HElement*>(layer->h_RF) + i64(pairs[begin + threadIdx.x]) * layer->f_pad_k;
     __syncthreads();
-    product<kHidden>(first, first + (two ? layer->down_panel_bytes : 0), int(layer->f_pad_k) / kTile, rows, num_rows,
-                     sums);
+    product<kHidden>(first, first + (two ? layer->down_panel_bytes : 0), num_tiles, rows, num_rows, sums);
     __syncthreads();
     for (int i = threadIdx.x; i < num_rows * 32; i += kThreads) {
       const int row = i / 32, second = i / 16 % 2, lane = i % 16;
@@ -274,8 +302,11 @@ __device__ bool host_answered(const Layer* layer) {
 extern "C" __global__ void __launch_bounds__(kThreads)
     combine(const Layer* layer, const void* weights_TK, int weights_type, XElement* y_TD, int num_topk) {
   __shared__ bool ok;
-  const u64* state = reinterpret_cast<const u64*>(layer->state);
+  u64* state = reinterpret_cast<u64*>(layer->state);
   const bool waits = layer->mailbox_x && state[STATE_COLD] > 0;
+  if (waits && threadIdx.x == 0 && blockIdx.x == 0 && blockIdx.y == 0)
+    *reinterpret_cast<volatile u64*>(layer->mailbox_gpu_ns) = state[STATE_GPU_NS] +=
+        nanoseconds() - state[STATE_ROUTED_NS];
   if (threadIdx.x == 0) ok = !waits || host_answered(layer);
   __syncthreads();
   const int t = blockIdx.y, D = int(layer->d_model), d = blockIdx.x * kThreads + threadIdx.x;

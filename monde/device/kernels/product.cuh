@@ -18,33 +18,36 @@ __device__ uint4 load_once(const void* p) {
   return v;
 }
 
-// A dot product may take its inputs in any order, if both operands agree. Lane (g = lane / 4, q = lane % 4) loads 16
-// bytes of activation row g, inputs 8q..8q+7 of a tile, and lines 4q..4q+3 of the weights, which hold those inputs. A
-// 16-byte piece of a line is four output rows 4a..4a+3 of panel p, with g = 4p + a: four products, one for each of them.
+// A dot product may take its inputs in any order, if both operands agree. Lane (g = lane / 4, q = lane % 4) loads lines
+// q, q + 4, q + 8 and q + 12 of a tile's weights, so that a load of the warp covers 256 bytes in a row of each panel,
+// which reads across the bus need; and of activation row g the pairs of inputs that those lines hold. A 16-byte piece of
+// a line is four output rows 4a..4a+3 of panel p, with g = 4p + a: four products, one for each of them.
 __device__ void multiply(const u8* panel0, const u8* panel1, int num_tiles, const u16* const* rows, int num_rows,
                          Sums& sums) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4, a = g % 4, p = g / 4;
-  const u8* weights = (p ? panel1 : panel0) + q * 4 * kLine + a * 16;
-  const u16* low = g < num_rows ? rows[g] + q * 8 : nullptr;
-  const u16* high = g + 8 < num_rows ? rows[g + 8] + q * 8 : nullptr;
+  const u8* weights = (p ? panel1 : panel0) + q * kLine + a * 16;
+  const u32* low = g < num_rows ? reinterpret_cast<const u32*>(rows[g]) + q : nullptr;
+  const u32* high = g + 8 < num_rows ? reinterpret_cast<const u32*>(rows[g + 8]) + q : nullptr;
   float acc[4][4] = {};
 #pragma unroll 2
   for (int tile = warp; tile < num_tiles; tile += kWarps) {
     const u8* at = weights + i64(tile) * kTile / 2 * kLine;
     uint4 line[4];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) line[j] = load_once(at + j * kLine);
-    const uint4 zero = {0, 0, 0, 0};
-    const uint4 x = low ? *reinterpret_cast<const uint4*>(low + tile * kTile) : zero;
-    const uint4 z = high ? *reinterpret_cast<const uint4*>(high + tile * kTile) : zero;
-    mma_bf16(acc[0], x.x, z.x, x.y, z.y, line[0].x, line[1].x);
-    mma_bf16(acc[1], x.x, z.x, x.y, z.y, line[0].y, line[1].y);
-    mma_bf16(acc[2], x.x, z.x, x.y, z.y, line[0].z, line[1].z);
-    mma_bf16(acc[3], x.x, z.x, x.y, z.y, line[0].w, line[1].w);
-    mma_bf16(acc[0], x.z, z.z, x.w, z.w, line[2].x, line[3].x);
-    mma_bf16(acc[1], x.z, z.z, x.w, z.w, line[2].y, line[3].y);
-    mma_bf16(acc[2], x.z, z.z, x.w, z.w, line[2].z, line[3].z);
-    mma_bf16(acc[3], x.z, z.z, x.w, z.w, line[2].w, line[3].w);
+    for (int j = 0; j < 4; ++j) line[j] = load_once(at + j * 4 * kLine);
+    u32 x[4], z[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      x[j] = low ? low[tile * kTile / 2 + j * 4] : 0;
+      z[j] = high ? high[tile * kTile / 2 + j * 4] : 0;
+    }
+#pragma unroll
+    for (int j = 0; j < 4; j += 2) {
+      mma_bf16(acc[0], x[j], z[j], x[j + 1], z[j + 1], line[j].x, line[j + 1].x);
+      mma_bf16(acc[1], x[j], z[j], x[j + 1], z[j + 1], line[j].y, line[j + 1].y);
+      mma_bf16(acc[2], x[j], z[j], x[j + 1], z[j + 1], line[j].z, line[j + 1].z);
+      mma_bf16(acc[3], x[j], z[j], x[j + 1], z[j + 1], line[j].w, line[j + 1].w);
+    }
   }
 #pragma unroll
   for (int c = 0; c < 4; ++c)

@@ -3,8 +3,9 @@
 Real dimensions (Qwen3-30B-A3B: D=2048, F=768, 128 experts, top-8, bf16), as many layers as the machine has time for.
 Every row: batch, share of resident experts, microseconds a layer, and
     bound = max(cold bytes / host read bandwidth, resident bytes / HBM bandwidth) + round trip of an empty layer
-with all three ceilings measured in the same run. Contender for everything resident: gathered weights and bmm, which
-is transformers' batched_mm, captured in a graph as well. Letters as in monde.core.
+where the host's memory is read by processor and bus at once, and all ceilings are measured in the same run.
+Contenders: all cold experts on the host, bounded by what the processor reads alone; and for everything resident
+gathered weights and bmm, which is transformers' batched_mm, captured in a graph as well. Letters as in monde.core.
 """
 
 from __future__ import annotations
@@ -22,17 +23,22 @@ import numpy as np
 import torch
 
 import hostcompute
-from bench import artefact, host_layers
+from bench import artefact, host_layers, prefill_ceilings
 from hostcompute import ExpertBank, ExpertSpec
+from hostcompute.backends.select import choose
 from monde.core import Placement, RoutedBatch
+from monde.device.pinned import PinnedRange
 from monde.executors.decode import DecodeExecutor, DecodeHub
 from monde.executors.host import host_threads
+from monde.executors.zero_copy import first_share
+from monde.profile_store import profile_of, this_machine
+from monde.weights.host import HostBlobs
 from monde.weights.slots import ExpertSlots
 from monde.weights.table import SlotTable
 
 SPEC, TOPK = ExpertSpec(128, 2048, 768), 8
 NUM_ROUTINGS = 32
-NUM_WARM_UPS, NUM_STEPS = 10, 60
+NUM_WARM_UPS, NUM_STEPS = 60, 60  # the share needs some steps to find its place
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class Ceilings:
     """Measured before the rows; seconds of a layer whose experts are next to nothing."""
 
     host_read_bytes_per_s: float
+    host_and_bus_read_bytes_per_s: float  # at the same time
     hbm_read_bytes_per_s: float
     round_trip_s: float
 
@@ -56,15 +63,27 @@ class Row:
     bound_s: float
     median_s: float
     samples_s: list[float]
+    share: float  # of cold experts' F that the GPU read from host memory at the end
 
 
 class Hybrid:
-    """Layers with the first `num_resident` experts in slots and all of them in host memory."""
+    """Layers with the first `num_resident` experts in slots and all of them in host memory.
 
-    def __init__(self, banks: list[ExpertBank], spec: ExpertSpec, num_resident: int, pool: object) -> None:
+    pinned: a view of each bank's memory that the GPU may read; None: it may not.
+    """
+
+    def __init__(
+        self,
+        banks: list[ExpertBank],
+        spec: ExpertSpec,
+        num_resident: int,
+        pool: object,
+        pinned: list[HostBlobs] | None = None,
+    ) -> None:
         device = torch.device("cuda:0")
         specs = [spec] * len(banks)
-        self.hub = DecodeHub(specs, banks, torch.bfloat16, device, pool)
+        share = first_share(profile_of(this_machine()))
+        self.hub = DecodeHub(specs, banks, torch.bfloat16, device, pool, share=share)
         entries = tuple(e if e < num_resident else -1 for e in range(spec.num_experts))
         self.executors = []
         for layer_idx in range(len(banks)):
@@ -73,14 +92,20 @@ class Hybrid:
                 slots.blobs_SB.view(torch.bfloat16).normal_(std=0.02)
             heat_E = torch.zeros(spec.num_experts, device=device)
             table = SlotTable(Placement(entries), device)
-            self.executors.append(DecodeExecutor(layer_idx, spec, slots, table, heat_E, self.hub))
+            host = None if pinned is None else pinned[layer_idx]
+            self.executors.append(DecodeExecutor(layer_idx, spec, slots, table, heat_E, self.hub, host))
 
     def step(self, batch: RoutedBatch) -> None:
         for executor in self.executors:
             executor.forward(batch)
 
     def before_replay(self) -> None:
+        self.hub.begin_step()
         self.hub.before_replay()
+
+    @property
+    def share(self) -> float:
+        return 0.0 if self.hub.balance is None else self.hub.balance.share
 
     def close(self) -> None:
         self.hub.check()
@@ -104,6 +129,8 @@ class Gathered:
             v_RD = torch.bmm(down_EDF[ids_R], torch.nn.functional.silu(gate) * up).squeeze(-1)
             weighted = v_RD * batch.topk_weights_TK.flatten()[:, None]
             weighted.view(*batch.topk_ids_TK.shape, -1).sum(1)
+
+    share = 0.0
 
     def before_replay(self) -> None: ...
 
@@ -152,7 +179,7 @@ def touched_bytes(routings: list[torch.Tensor], num_resident: int, spec: ExpertS
     return cold * spec.expert_bytes, resident * spec.expert_bytes
 
 
-def measure_ceilings(pool: object, num_layers: int) -> Ceilings:
+def hbm_read_bytes_per_s() -> float:
     numbers = torch.empty(1 << 30, dtype=torch.float32, device="cuda").normal_()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
     best_s = float("inf")
@@ -162,15 +189,29 @@ def measure_ceilings(pool: object, num_layers: int) -> Ceilings:
         events[1].record()
         torch.cuda.synchronize()
         best_s = min(best_s, events[0].elapsed_time(events[1]) * 1e-3)
-    tiny = ExpertSpec(8, SPEC.d_model, 16)
+    return numbers.nbytes / best_s
+
+
+def measure_ceilings(pool: object, blobs: list[HostBlobs], num_layers: int) -> Ceilings:
+    read = prefill_ceilings.measure(prefill_ceilings.Bus(blobs), pool, choose("native").isa)
+    return Ceilings(
+        read.host_read_bytes_per_s,
+        read.host_read_beside_h2d_bytes_per_s + read.h2d_beside_read_bytes_per_s,
+        hbm_read_bytes_per_s(),
+        measure_round_trip_s(pool, num_layers, SPEC.d_model),
+    )
+
+
+def measure_round_trip_s(pool: object, num_layers: int, d_model: int) -> float:
+    """Seconds a layer in a graph of `num_layers` whose cold experts are next to nothing, one token."""
+    tiny = ExpertSpec(8, d_model, 16)
     layer = host_layers.make_layer(tiny, 0)
     banks = [host_layers.fill_bank(layer, ExpertBank(tiny, "native", pool)) for _ in range(num_layers)]
     hybrid = Hybrid(banks, tiny, 0, pool)
     batch, routings = make_batch(1, tiny, 1)
     round_trip_s = statistics.median(time_graph(hybrid, batch, routings, num_layers))
     hybrid.close()
-    threads = pool.num_threads  # type: ignore[attr-defined]
-    return Ceilings(hostcompute.read_bandwidth(threads), numbers.nbytes / best_s, round_trip_s)
+    return round_trip_s
 
 
 def run(
@@ -179,21 +220,32 @@ def run(
     num_resident: int,
     options: argparse.Namespace,
     top: Ceilings,
+    pinned: bool = False,
 ) -> list[Row]:
+    """pinned: the GPU reads the host's memory too."""
     contender, rows = make(), []
     for num_tokens in options.batches:
         batch, routings = make_batch(num_tokens, SPEC, TOPK)
         samples = time_graph(contender, batch, routings, options.layers)
         cold, resident = touched_bytes(routings, num_resident, SPEC)
-        times = (cold / top.host_read_bytes_per_s, resident / top.hbm_read_bytes_per_s)
+        read = top.host_and_bus_read_bytes_per_s if pinned else top.host_read_bytes_per_s
+        times = (cold / read, resident / top.hbm_read_bytes_per_s)
         bound_s = max(times) + (top.round_trip_s if cold else 0)
         row = Row(
-            name, num_tokens, num_resident, cold, resident, bound_s, statistics.median(samples), samples
+            name,
+            num_tokens,
+            num_resident,
+            cold,
+            resident,
+            bound_s,
+            statistics.median(samples),
+            samples,
+            contender.share,
         )
         rows.append(row)
         print(
-            f"{name:10} batch {num_tokens:3}  {num_resident:3} resident  {row.median_s * 1e6:8.1f} us a layer, "
-            f"bound {bound_s * 1e6:8.1f} us, {bound_s / row.median_s:4.0%} of it",
+            f"{name:14} batch {num_tokens:3}  {num_resident:3} resident  {row.median_s * 1e6:8.1f} us a layer, "
+            f"bound {bound_s * 1e6:8.1f} us, {bound_s / row.median_s:4.0%} of it, share {row.share:.2f}",
             flush=True,
         )
     contender.close()
@@ -204,7 +256,9 @@ def run(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.decode", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.decode.layers", description=__doc__.splitlines()[0]
+    )
     numbers = {"type": lambda text: [int(part) for part in text.split(",")]}
     parser.add_argument(
         "--layers", type=int, default=8, help="MoE layers in a step (default 8, 9.7 GB of experts)"
@@ -216,16 +270,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where the artefact goes (default: bench/results/)")
     options = parser.parse_args()
     pool = hostcompute.make_pool(host_threads())
-    top = measure_ceilings(pool, num_layers=48)
-    print(
-        f"host read {top.host_read_bytes_per_s / 1e9:.0f} GB/s, HBM read {top.hbm_read_bytes_per_s / 1e9:.0f} GB/s, "
-        f"round trip {top.round_trip_s * 1e6:.1f} us a layer"
-    )
     layer = host_layers.make_layer(SPEC, 0)
     banks = [host_layers.fill_bank(layer, ExpertBank(SPEC, "native", pool)) for _ in range(options.layers)]
+    blobs = [HostBlobs(bank) for bank in banks]
+    ranges = [PinnedRange(*b.range_of(0, SPEC.num_experts), b, torch.device("cuda:0")) for b in blobs]
+    top = measure_ceilings(pool, blobs, num_layers=48)
+    print(
+        f"host read {top.host_read_bytes_per_s / 1e9:.0f} GB/s, with the bus "
+        f"{top.host_and_bus_read_bytes_per_s / 1e9:.0f} GB/s, HBM read {top.hbm_read_bytes_per_s / 1e9:.0f} GB/s, "
+        f"round trip {top.round_trip_s * 1e6:.1f} us a layer"
+    )
     rows = []
     for n in options.residents:
-        rows += run("monde", lambda n=n: Hybrid(banks, SPEC, n, pool), n, options, top)
+        rows += run("monde", lambda n=n: Hybrid(banks, SPEC, n, pool, blobs), n, options, top, pinned=True)
+        if n < SPEC.num_experts:
+            rows += run("host computes", lambda n=n: Hybrid(banks, SPEC, n, pool), n, options, top)
+    for pinned in ranges:
+        pinned.close()
     rows += run("torch bmm", lambda: Gathered(options.layers, SPEC), SPEC.num_experts, options, top)
     configuration = {k: v for k, v in vars(options).items() if k != "out"} | {
         "spec": dataclasses.asdict(SPEC),

@@ -1,0 +1,67 @@
+"""What the machine can do, measured in the run: reads, copies, both at once, round trips, steps without experts."""
+
+from __future__ import annotations
+
+import statistics
+
+import torch
+from transformers import PretrainedConfig
+
+import hostcompute
+from bench import host_layers, prefill_ceilings
+from bench.decode import layers, models
+from bench.decode.bound import Ceilings
+from bench.decode.shapes import Shape
+from bench.decode.steps import Case, Decoding, GraphedSteps, StaticSteps
+from hostcompute import ExpertBank
+from hostcompute.backends.select import choose
+from monde.device.pinned import PinnedRange
+from monde.executors.host import host_threads
+from monde.models.norms import fuse_norms
+from monde.weights.host import HostBlobs
+
+
+def measure(shape: Shape, device: torch.device) -> Ceilings:
+    """The host's memory is read where experts lie in it: a layer of Qwen3-30B-A3B's, which no cache holds."""
+    if device.type != "cuda":  # the CPU stands in for the GPU: its experts are read from the same memory
+        host = hostcompute.read_bandwidth(num_bytes=1 << 26)
+        return Ceilings(host, 0.0, 0.0, 0.0, host, 0.0)
+    pool = hostcompute.make_pool(host_threads())
+    layer = host_layers.make_layer(layers.SPEC, 0)
+    blobs = HostBlobs(host_layers.fill_bank(layer, ExpertBank(layers.SPEC, "native", pool)))
+    pinned = PinnedRange(*blobs.range_of(0, layers.SPEC.num_experts), blobs, device)
+    read = prefill_ceilings.measure(prefill_ceilings.Bus([blobs]), pool, choose("native").isa)
+    pinned.close()
+    return Ceilings(
+        host_read_bytes_per_s=read.host_read_bytes_per_s,
+        h2d_bytes_per_s=read.h2d_bytes_per_s,
+        overlapped_host_bytes_per_s=read.host_read_beside_h2d_bytes_per_s,
+        overlapped_h2d_bytes_per_s=read.h2d_beside_read_bytes_per_s,
+        hbm_read_bytes_per_s=layers.hbm_read_bytes_per_s(),
+        round_trip_s=layers.measure_round_trip_s(pool, shape.full_layers, shape.d_model),
+    )
+
+
+class Floor:
+    """The step without experts, in one graph where there is a GPU."""
+
+    def __init__(
+        self, config: PretrainedConfig, dense: dict[str, torch.Tensor], device: torch.device, num_steps: int
+    ) -> None:
+        self.model = models.build(config, dense, device, models.nothing)
+        fuse_norms(self.model)  # as monde does: a floor that nobody is above
+        self._num_steps = num_steps
+        self._samples: dict[Case, list[float]] = {}
+
+    def samples_s(self, case: Case) -> list[float]:
+        if case not in self._samples:
+            make = GraphedSteps if self.model.device.type == "cuda" else StaticSteps
+            with torch.no_grad():
+                steps = make(self.model, case)
+            decoding = Decoding(steps, self.model.config.vocab_size, case.batch, self.model.device)
+            decoding.run(4)
+            self._samples[case] = decoding.run(self._num_steps)
+        return self._samples[case]
+
+    def median_s(self, case: Case) -> float:
+        return statistics.median(self.samples_s(case))

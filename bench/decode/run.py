@@ -1,0 +1,275 @@
+"""One run: ceilings, then every contender in every case, rows as they come.
+
+L layers, E experts.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.contenders.accelerated import Accelerated
+from bench.contenders.base import Contender, Demand, DoesNotFitError, Setting, free_memory
+from bench.contenders.host_experts import HostExperts
+from bench.contenders.hybrid_peers import PeerKernel, measured
+from bench.contenders.lru import Lru
+from bench.contenders.monde_model import MondeModel, plan_of, settings_of
+from bench.contenders.popular import Costs, Popular
+from bench.contenders.resident import WAYS, Resident, ResidentModel
+from bench.decode import ceilings, models, skew
+from bench.decode.bound import Ceilings, Row, Traffic, bound_s, expected_traffic
+from bench.decode.options import Options
+from bench.decode.shapes import config_of, shape_of
+from bench.decode.steps import Case
+from monde.executors.host import host_threads
+
+_REALISED_TOKENS = 4096
+_FEW_STEPS = 3  # of a contender whose step takes seconds
+
+
+class Run:
+    """setting, popularity by skew, ceilings and floors of one invocation; `rows` yields the results."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.shape = shape_of(options.model, options.num_layers, options.toy)
+        config = config_of(options.model, options.num_layers, options.toy)
+        self._say("ceilings")
+        self.ceilings: Ceilings = ceilings.measure(self.shape, options.device)
+        self._say("dense weights, floors")
+        dense = models.make_dense(config, options.device)
+        self.setting = Setting(config, self.shape, dense, options.device)
+        self.floor = ceilings.Floor(config, dense, options.device, options.num_steps)
+        self.p_LE: dict[str, NDArray[np.float64]] = {}
+        for name in options.skews:
+            skew.apply(name, self.shape, dense)
+            self.p_LE[name] = skew.realised(self.floor.model, self.shape, _REALISED_TOKENS)
+
+    # ---- what is measured ----
+    def rows(self) -> Iterator[Row]:
+        wanted = self.options.contenders
+        for case in self.options.cases:
+            yield self._floor_row(case)
+        if "transformers" in wanted:
+            yield from self._transformers()
+        if "accelerate" in wanted:
+            # The experts' copies are the same whatever the routing asks for.
+            yield from self._contender(
+                lambda: Accelerated(self.setting, self.options.accelerate_layers),
+                self.options.skews[:1],
+                _FEW_STEPS,
+            )
+        if "lru" in wanted or "popular" in wanted:
+            yield from self._torch_offloaders()
+            free_memory()
+        if "peers" in wanted and self.options.peers:
+            yield from self._peers()
+        if "monde" in wanted:
+            yield from self._monde()
+
+    def _monde(self) -> Iterator[Row]:
+        options = self.options
+        for budget in options.budgets:
+            # Residents that follow need one model for all skews; the others start from a heat file of each.
+            follows = options.residency == "dynamic" or budget == "all"
+            for names in [options.skews] if follows else [(name,) for name in options.skews]:
+                for cases, why_not in self._fitting(budget):
+                    if why_not:
+                        yield from (
+                            self._skipped("monde", "monde", budget, n, c, why_not)
+                            for c in cases
+                            for n in names
+                        )
+                        continue
+                    yield from self._contender(
+                        lambda b=budget, c=cases, n=names: MondeModel(  # type: ignore[misc]
+                            self.setting, b, c, options.residency, self.p_LE[n[0]]
+                        ),
+                        names,
+                        options.num_steps,
+                        cases,
+                        budget,
+                    )
+
+    def _fitting(self, budget: str) -> Iterator[tuple[list[Case], str]]:
+        """Cases that one plan holds, by context; and those that the budget does not hold, with the reason."""
+        for context in sorted({case.context for case in self.options.cases}):
+            cases = sorted((c for c in self.options.cases if c.context == context), key=lambda c: c.batch)
+            while cases:
+                try:
+                    self._num_slots(budget, cases)
+                    break
+                except DoesNotFitError as error:
+                    yield [cases.pop()], str(error)
+            if cases:
+                yield cases, ""
+
+    def _num_slots(self, budget: str, cases: list[Case]) -> int:
+        """Residents of a layer, on average, as monde plans them."""
+        settings = settings_of(self.setting, budget, cases, "static")
+        return int(np.mean(plan_of(self.setting, settings).num_resident_L))
+
+    def _transformers(self) -> Iterator[Row]:
+        try:
+            held = ResidentModel(self.setting)
+        except DoesNotFitError as error:
+            for case in self.options.cases:
+                yield self._skipped("transformers", "resident eager", "", "", case, str(error))
+            return
+        for way in WAYS:
+            yield from self._contender(
+                lambda w=way: Resident(held, w), self.options.skews, self.options.num_steps
+            )  # type: ignore[misc]
+        held.close()
+
+    def _torch_offloaders(self) -> Iterator[Row]:
+        options = self.options
+        self._say(f"{options.host_layers} layers of experts into pinned memory")
+        config = models.build(self.setting.config, self.setting.dense, options.device, lambda e, l: e)
+        host = HostExperts(config, options.host_layers, options.device)
+        costs = Costs(host)
+        for budget in options.budgets:
+            for cases, why_not in self._fitting(budget):
+                if why_not or budget == "all":
+                    continue
+                num_slots = self._num_slots(budget, cases)
+                makers: dict[str, Callable[[], Contender]] = {
+                    "lru": lambda b=budget, n=num_slots: Lru(self.setting, host, b, n),  # type: ignore[misc]
+                    "popular": lambda b=budget, n=num_slots: Popular(self.setting, host, costs, b, n),  # type: ignore[misc]
+                }
+                for name, make in makers.items():
+                    if name in options.contenders:
+                        num_steps = max(_FEW_STEPS, options.num_steps // 4)
+                        yield from self._contender(make, options.skews, num_steps, cases, budget)
+
+    def _peers(self) -> Iterator[Row]:
+        batches = sorted({case.batch for case in self.options.cases})
+        for peer in self.options.peers:
+            self._say(peer.name)
+            kernel = measured(peer, batches, host_threads(), seconds_s=2.0)
+            for budget in self.options.budgets:
+                for cases, why_not in self._fitting(budget):
+                    if why_not or budget == "all":
+                        continue
+                    num_slots = self._num_slots(budget, cases)
+                    for case in cases:
+                        for name in self.options.skews:
+                            yield self._peer_row(kernel, budget, num_slots, name, case)
+
+    # ---- one contender ----
+    def _contender(
+        self,
+        make: Callable[[], Contender],
+        names: tuple[str, ...],
+        num_steps: int,
+        cases: list[Case] | None = None,
+        budget: str = "",
+    ) -> Iterator[Row]:
+        start_s = time.perf_counter()
+        try:
+            contender = make()
+        except DoesNotFitError as error:
+            self._say(f"left out: {error}")
+            return
+        self._say(f"{contender.name} {budget} is there after {time.perf_counter() - start_s:.0f} s")
+        try:
+            for case in cases or self.options.cases:
+                for name in names:
+                    skew.apply(name, self.shape, self.setting.dense)
+                    yield self._row(contender, Demand(case, name, self.p_LE[name]), num_steps)
+            generate = getattr(contender, "generate_samples", None)
+            if (
+                generate is not None
+                and self.options.generate
+                and getattr(contender, "_way", "eager") == "eager"
+            ):
+                demand = Demand((cases or self.options.cases)[0], names[-1], self.p_LE[names[-1]])
+                yield self._generate_row(contender, generate, demand, num_steps)
+        finally:
+            contender.close()
+
+    def _row(self, contender: Contender, demand: Demand, num_steps: int) -> Row:
+        case = demand.case
+        try:
+            decoding = contender.decoding(demand)
+        except DoesNotFitError as error:
+            return self._skipped(
+                contender.name, contender.group, contender.budget, demand.skew, case, str(error)
+            )
+        samples = decoding.run(num_steps)
+        return self._finish(contender, contender.name, demand, samples, num_steps)
+
+    def _generate_row(
+        self, contender: Any, generate: Callable[..., list[float]], demand: Demand, num_steps: int
+    ) -> Row:
+        skew.apply(demand.skew, self.shape, self.setting.dense)
+        samples = generate(demand, num_steps)
+        return self._finish(
+            contender, f"{contender.name}, model.generate", demand, samples, num_steps, "generate"
+        )
+
+    def _finish(
+        self,
+        contender: Contender,
+        name: str,
+        demand: Demand,
+        samples: list[float],
+        num_steps: int,
+        group: str | None = None,
+    ) -> Row:
+        """Times of fewer layers become those of all: everything but the ends of the model repeats per layer."""
+        factor = self.shape.num_layers / contender.num_layers
+        traffic = contender.traffic(demand, num_steps).scaled(factor)
+        figures = contender.figures(num_steps) | {"note": contender.note} | vars(traffic)
+        return Row(
+            contender=name,
+            group=group or contender.group,
+            budget=contender.budget,
+            skew=demand.skew,
+            batch=demand.case.batch,
+            context=demand.case.context,
+            median_s=statistics.median(samples) * factor,
+            samples_s=[float(f"{sample * factor:.5g}") for sample in samples],
+            bound_s=self._bound_s(traffic, demand.case),
+            measured_layers=contender.num_layers,
+            figures=figures,
+        )
+
+    def _floor_row(self, case: Case) -> Row:
+        samples = self.floor.samples_s(case)
+        median_s = statistics.median(samples)
+        told = "one graph" if self.options.device.type == "cuda" else "eager"
+        return Row(
+            f"no experts, {told}", "floor", "", "", case.batch, case.context, median_s, samples, median_s,
+            self.shape.num_layers, {},
+        )  # fmt: skip
+
+    def _peer_row(self, kernel: PeerKernel, budget: str, num_slots: int, name: str, case: Case) -> Row:
+        p_LE = self.p_LE[name]
+        order_LE = np.argsort(np.argsort(-p_LE, axis=1, kind="stable"), axis=1)
+        traffic = expected_traffic(p_LE, order_LE < num_slots, case.batch)
+        step_s = kernel.step_s(case.batch, traffic, self.floor.median_s(case), self.shape.num_layers)
+        note = (
+            "computed: floor + the peer's kernel for the cold share + its handshake, none of which overlaps"
+        )
+        figures = {"layer_s": kernel.layer_s[case.batch], "handshake_s": kernel.handshake_s, "note": note}
+        return Row(
+            f"{kernel.name}, host kernel", "hybrid", budget, name, case.batch, case.context, step_s, [],
+            self._bound_s(traffic, case), 1, figures | vars(traffic),
+        )  # fmt: skip
+
+    def _skipped(self, who: str, group: str, budget: str, name: str, case: Case, why: str) -> Row:
+        return Row(who, group, budget, name, case.batch, case.context, 0.0, [], 0.0, 0, {}, why)
+
+    def _bound_s(self, traffic: Traffic, case: Case) -> float:
+        return bound_s(traffic, self.shape.expert_bytes, self.ceilings, self.floor.median_s(case))
+
+    @staticmethod
+    def _say(what: str) -> None:
+        print(f"[{time.strftime('%H:%M:%S')}] {what}", file=sys.stderr, flush=True)
