@@ -58,5 +58,7 @@ def bank_id(bank: ExpertBank) -> int:
 
     backend = bank.backend
     if not isinstance(backend, NativeBackend):
-        raise ValueError(f"timeline: only the native backend records what it does, this bank runs on {backend.name}")
+        raise ValueError(
+            f"timeline: only the native backend records what it does, this bank runs on {backend.name}"
+        )
     return int(backend.native_bank.timeline_id)

@@ -164,7 +164,9 @@ def host_events(spans: list[HostSpan], layer_of: dict[int, int], shift_ns: int) 
     """Forwards in the first row, threads below. A phase belongs to the forward around it."""
     forwards = [span for span in spans if span.thread < 0]
     starts_ns = [span.start_ns for span in forwards]
-    events = _names(_HOST_PID, "host experts", {s.thread + 1: f"thread {s.thread}" for s in spans if s.thread >= 0})
+    events = _names(
+        _HOST_PID, "host experts", {s.thread + 1: f"thread {s.thread}" for s in spans if s.thread >= 0}
+    )
     for span in spans:
         place = bisect.bisect_right(starts_ns, span.start_ns) - 1
         around = forwards[place] if place >= 0 and forwards[place].end_ns >= span.end_ns else None
@@ -194,8 +196,12 @@ def host_events(spans: list[HostSpan], layer_of: dict[int, int], shift_ns: int) 
 
 def _names(pid: int, process: str, threads: dict[int, str]) -> list[Event]:
     """Metadata: what the rows are called, and their order."""
-    events: list[Event] = [{"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": process}}]
+    events: list[Event] = [
+        {"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": process}}
+    ]
     for tid, name in sorted(threads.items()):
         events.append({"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": {"name": name}})
-        events.append({"ph": "M", "name": "thread_sort_index", "pid": pid, "tid": tid, "args": {"sort_index": tid}})
+        events.append(
+            {"ph": "M", "name": "thread_sort_index", "pid": pid, "tid": tid, "args": {"sort_index": tid}}
+        )
     return events

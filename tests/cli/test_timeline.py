@@ -19,7 +19,9 @@ NUM_LAYERS = 4  # of the shipped model, top-2
 def events(monde: Monde, tmp_path: Path) -> list[dict[str, Any]]:
     pytest.importorskip("hostcompute._native")
     path = tmp_path / "out.json"
-    outcome = monde("bench", MODEL, "-p", 16, "-n", 12, "-r", 1, "-t", 2, "--backend", "native", "--trace", path)
+    outcome = monde(
+        "bench", MODEL, "-p", 16, "-n", 12, "-r", 1, "-t", 2, "--backend", "native", "--trace", path
+    )
     assert outcome.exit_code == 0, outcome.stderr
     assert "timeline saved to" in outcome.stderr
     found: list[dict[str, Any]] = json.loads(path.read_text())["traceEvents"]
@@ -64,7 +66,10 @@ def test_both_clocks_are_one(events: list[dict[str, Any]]) -> None:
 
 def test_decode_kernels_get_their_layer() -> None:
     names = ["route", "gate_up", "down", "combine", "route", "combine"] * 2
-    kernels = [{"ph": "X", "cat": "kernel", "name": n, "ts": 10.0 * i, "dur": 5.0, "tid": 7} for i, n in enumerate(names)]
+    kernels = [
+        {"ph": "X", "cat": "kernel", "name": n, "ts": 10.0 * i, "dur": 5.0, "tid": 7}
+        for i, n in enumerate(names)
+    ]
     other = {"ph": "X", "cat": "kernel", "name": "gemm", "ts": 1.0, "dur": 1.0, "tid": 7}
     found = device_events([other, *kernels], num_layers=2)
     assert [k["args"]["layer"] for k in kernels] == [0, 0, 0, 0, 1, 1] * 2
@@ -84,13 +89,18 @@ def test_a_phase_outside_of_forwards_has_no_layer() -> None:
 
 
 def test_bad_paths_are_refused_before_loading(monde: Monde, tmp_path: Path) -> None:
-    for path, why in ((tmp_path / "out.txt", "ends in .json"), (tmp_path / "no" / "out.json", "does not exist")):
+    for path, why in (
+        (tmp_path / "out.txt", "ends in .json"),
+        (tmp_path / "no" / "out.json", "does not exist"),
+    ):
         outcome = monde("bench", "no-such-model", "--trace", path)
         assert outcome.exit_code != 0
         assert why in outcome.stderr
 
 
 def test_other_backends_record_nothing(monde: Monde, tmp_path: Path) -> None:
-    outcome = monde("bench", MODEL, "-p", 4, "-n", 0, "-r", 1, "--backend", "numba", "--trace", tmp_path / "o.json")
+    outcome = monde(
+        "bench", MODEL, "-p", 4, "-n", 0, "-r", 1, "--backend", "numba", "--trace", tmp_path / "o.json"
+    )
     assert outcome.exit_code != 0
     assert "only the native backend records what it does" in outcome.stderr
