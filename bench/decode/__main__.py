@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
         except (KeyboardInterrupt, Exception) as error:  # what was measured is kept, and the run still fails
             traceback.print_exc()
             failure = repr(error)
-    found = targets(rows, run.ceilings.round_trip_s)
+    found = targets(rows, run.ceilings.own_round_trip_s)
     for target in found:
         print(report.target_line(target))
     configuration = dataclasses.asdict(options) | {

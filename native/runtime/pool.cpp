@@ -1,7 +1,5 @@
 #include "pool.h"
 
-#include "timeline.h"
-
 #include <pthread.h>
 #include <sched.h>
 
@@ -13,6 +11,8 @@
 #include <mutex>
 #include <new>
 #include <thread>
+
+#include "timeline.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
