@@ -7,6 +7,8 @@ bf16), as many layers as the machine has time for. Milliseconds a layer of
     host     every cold expert on the host, with the same kernels
     bound    max(1 / (1 / h + 1 / c), the GPU's part): h and c are the cold experts' seconds on the host and over the
              bus, each measured while the other runs; the GPU's part is its operations at the rate of a large product
+Below each, what Python did a layer: count, wait for the counts, plan, launch, wait for the host, combine; and the
+device's time from a layer's first kernel to its last.
 All contenders see the same weights and fresh routings; they take turns. Letters as in monde.core.
 """
 
@@ -34,6 +36,7 @@ from monde.executors.host import host_threads
 from monde.executors.prefill import PrefillExecutor
 from monde.executors.prefill_hub import PrefillHub
 from monde.executors.prefill_size import PrefillSize
+from monde.executors.waves import PHASES
 from monde.planning.feedback import Feedback
 from monde.planning.profile import HardwareProfile
 from monde.planning.split import Where, best_split
@@ -77,6 +80,8 @@ class Row:
     host_busy_s: float
     h2d_bytes: float
     feedback: dict[str, float]
+    phases_s: dict[str, float]
+    device_s: float
 
 
 class Model:
@@ -89,7 +94,8 @@ class Model:
         size = PrefillSize.of([spec], 2, 4096, num_topk)
         self.hub = PrefillHub(GPU, size, profile)
         entries = tuple(e if e < num_resident else -1 for e in range(spec.num_experts))
-        self.layers = []
+        self.layers: list[PrefillExecutor] = []
+        self.around: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # each layer of the steps so far
         for layer_idx, bank in enumerate(banks):
             blobs = HostBlobs(bank)
             slots = ExpertSlots(spec, num_resident, GPU) if num_resident else None
@@ -112,8 +118,28 @@ class Model:
     ) -> torch.Tensor:
         y_TD = x_TD
         for layer, ids_TK in zip(self.layers, routings, strict=True):
+            events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            events[0].record()
             y_TD = layer.forward(RoutedBatch(x_TD, ids_TK, weights_TK))
+            events[1].record()
+            self.around.append(events)
         return y_TD
+
+    def reset(self) -> None:
+        """Forget what was measured."""
+        self.around.clear()
+        for layer in self.layers:
+            layer.reset_totals()
+
+    def phases_s(self) -> dict[str, float]:
+        """Means over the layers since `reset`."""
+        num_layers = sum(layer.phases.num_layers for layer in self.layers)
+        return {
+            name: sum(getattr(layer.phases, name) for layer in self.layers) / num_layers for name in PHASES
+        }
+
+    def device_s(self) -> float:
+        return statistics.median(start.elapsed_time(end) for start, end in self.around) * 1e-3
 
     def close(self) -> None:
         self.hub.close()
@@ -158,8 +184,7 @@ def time_contender(
         chosen = [routings[(step * num_layers + l) % len(routings)] for l in range(num_layers)]
         torch.cuda.synchronize()
         if step == NUM_WARM_UPS:
-            for layer in model.layers:
-                layer.reset_totals()
+            model.reset()
         start_s = time.perf_counter()
         model.step(x_TD, weights_TK, chosen)
         torch.cuda.synchronize()
@@ -225,6 +250,8 @@ def run_case(
             busy_s,
             h2d,
             dataclasses.asdict(model.hub.feedback),
+            model.phases_s(),
+            model.device_s(),
         )
         rows.append(row)
         print(
@@ -235,6 +262,8 @@ def run_case(
             f"{model.hub.feedback.host:.2f} copy {model.hub.feedback.copy:.2f}, differs {difference:.1e}",
             flush=True,
         )
+        parts = ", ".join(f"{part.removesuffix('_s')} {s * 1e3:.2f}" for part, s in row.phases_s.items())
+        print(f"{'':15} ms a layer: {parts}; device {row.device_s * 1e3:.2f}", flush=True)
     return rows
 
 

@@ -148,15 +148,17 @@ class HostAlone:
 def profile_of(
     banks: Sequence[ExpertBank], top: Ceilings, host_slow: float, copy_slow: float
 ) -> HardwareProfile:
-    """A profile of this machine in this very run, host by tokens an expert; the GPU's rate is half of its best."""
+    """A profile of this machine in this very run, host by tokens an expert; the GPU's rate is assumed."""
     spec: ExpertSpec = banks[0].spec
     shape = ExpertShape(spec.d_model, spec.d_ffn, spec.gated)
     seconds = tuple(_expert_s(banks, t) for t in CURVE_TOKENS)
     described = DESCRIBED["h200"]
     assert described.gpu is not None
     h2d = AlphaBeta(10e-6, 1 / top.h2d_bytes_per_s)
-    # Unpacking reads and writes every weight, then the product reads them.
-    gpu = ExpertRate(5e-6, top.hbm_bytes_per_s / 4, Curve((1.0, 128.0), (1e12, top.gpu_flops_per_s / 2)))
+    # Assumed of panels.cu: weights at two thirds of the memory's speed, a third of the tensor cores' best, and tiles
+    # of 16 rows, however few are filled.
+    rate = top.gpu_flops_per_s / 3
+    gpu = ExpertRate(0.0, top.hbm_bytes_per_s / 1.5, Curve((1.0, 16.0), (rate / 16, rate)))
     return HardwareProfile(
         machine=described.machine,
         source="bench.prefill_ceilings, in the same run",
@@ -173,7 +175,10 @@ def profile_of(
             host_while_copying=nearest_overlap(host_slow, copy_slow),
             gpu_while_copying=described.gpu.gpu_while_copying,
             block_overhead_s=described.gpu.block_overhead_s,
+            decode_layer_s=described.gpu.decode_layer_s,
+            prefill_layer_s=described.gpu.prefill_layer_s,
         ),
+        eager_block_s=described.eager_block_s,
     )
 
 

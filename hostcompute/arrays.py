@@ -109,7 +109,8 @@ def as_host_array(value: Any, what: str) -> HostArray:
     if not isinstance(value, np.ndarray):
         if not hasattr(value, "__dlpack__"):
             raise TypeError(
-                f"{what}: expected a NumPy array, CPU tensor or DLPack producer, got {type(value).__name__}"
+                f"{what}: expected a NumPy array, CPU tensor or DLPack producer, got {type(value).__name__}; "
+                "numpy.asarray makes one of lists"
             )
         value = np.from_dlpack(value)
     dtype = _dtype_name(value.dtype.name, what)

@@ -37,6 +37,7 @@ class ExpertBank:
     def __init__(
         self, spec: ExpertSpec, backend: str = "auto", pool: Any = None, isa: str | None = None
     ) -> None:
+        _check_fits(spec)
         self.spec = spec
         self.choice: BackendChoice = choose(backend, isa)
         self._backend = self.choice.build(spec, pool)
@@ -95,7 +96,9 @@ class ExpertBank:
             if array.shape != shapes[name]:
                 raise ValueError(f"[load] {name}: expected shape {shapes[name]}, got {array.shape}")
             if array.dtype not in _FLOATS:
-                raise ValueError(f"[load] {name}: expected one of {_FLOATS}, got {array.dtype}")
+                raise ValueError(
+                    f"[load] {name}: expected one of {', '.join(_FLOATS)}, got {array.dtype}; convert it to float32"
+                )
             if name.endswith("_bias") and not self.spec.has_bias:
                 raise ValueError(
                     f"[load] {name}: this bank keeps no biases; build it with ExpertSpec(has_bias=True)"
@@ -120,7 +123,8 @@ class ExpertBank:
     def forward(self, x_TD: Any, topk_ids_TK: Any, topk_weights_TK: Any, out: Any = None) -> Any:
         """y_TD = sum over k of weight_Tk * expert[id_Tk](x_T), in fp32, rounded once to out's type.
 
-        `out` is by default a new array like x.
+        `out` is by default a new array like x. Pairs of weight 0, or with an id outside [0, E), add nothing: routers
+        mark so what others compute.
         """
         arrays, out = self._check_batch(x_TD, topk_ids_TK, topk_weights_TK, out)
         self.last_counts = self._backend.forward(*arrays)
@@ -266,3 +270,14 @@ _under_way: weakref.WeakSet[PendingForward] = weakref.WeakSet()
 def _finish_all() -> None:
     for pending in list(_under_way):
         pending.finish()
+
+
+def _check_fits(spec: ExpertSpec) -> None:
+    """Memory is taken expert by expert, so that the system would only complain when it is too late."""
+    num_bytes = spec.num_experts * spec.expert_bytes
+    machine_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if num_bytes > machine_bytes:
+        raise ValueError(
+            f"ExpertBank: {spec.num_experts} experts of {spec.expert_bytes} bytes are more than the "
+            f"{machine_bytes} bytes of this machine; make a bank of fewer experts"
+        )

@@ -1,6 +1,6 @@
 """Who may import whom, read from the syntax tree of every file.
 
-    cli -> training -> models, calibration -> engine -> {layer, residency} -> {routing, executors}
+    cli -> training -> calibration -> models -> engine -> {layer, residency} -> {routing, executors}
         -> {device, weights, hostcompute} -> core
 
 A layer may import what stands to the right of it and nothing to the left; planning is pure: no CUDA, no
@@ -21,12 +21,12 @@ ROOT = Path(__file__).parent.parent
 # A package may import those of a lower rank, and itself. The longest matching prefix decides; a new package
 # of monde is ranked here.
 RANK = {
-    "monde": 9,  # the public names; the command line uses them as any user does
-    "monde.cli": 10,
+    "monde": 10,  # the public names; the command line uses them as any user does
+    "monde.cli": 11,
     "monde.models": 6,
-    "monde.calibration": 6,
-    "monde.calibration.network": 8,  # times the exchanges that training makes
-    "monde.training": 7,
+    "monde.calibration": 7,  # times blocks as monde.models runs them
+    "monde.calibration.network": 9,  # times the exchanges that training makes
+    "monde.training": 8,
     "monde.engine": 5,
     "monde.layer": 4,
     "monde.residency": 4,

@@ -20,7 +20,6 @@ from monde.executors.host import host_threads
 from monde.models.norms import fuse_norms
 from monde.weights.host import HostBlobs
 
-
 # A bound must not hide what waking threads costs: fewer of them answer sooner where there is nothing to compute.
 _FEW_THREADS = (1, 4)
 

@@ -5,6 +5,7 @@ Letters: T tokens, A active experts of one call, S slots, D model dim.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from hostcompute import ExpertBank, ExpertSpec
 from monde.calibration.copies import Copies
+from monde.calibration.graph import capture
 from monde.calibration.host import TOKENS, HostProbes, fill, rate_of, rotating
 from monde.calibration.overlap import overlap_of
 from monde.calibration.samples import Probe, Samples, Timings, repeated, seconds_of
@@ -23,12 +25,13 @@ from monde.executors.prefill import PrefillExecutor
 from monde.executors.prefill_hub import PrefillHub
 from monde.executors.prefill_size import PrefillSize
 from monde.planning.fit import AlphaBeta, fit_alpha_beta
-from monde.planning.machines import BLOCK_OVERHEAD_S, DESCRIBED
+from monde.planning.machines import DESCRIBED
 from monde.planning.profile import GpuProfile
 from monde.weights.slots import ExpertSlots
 from monde.weights.table import SlotTable
 
 _NUM_ACTIVE = 8
+_FEW, _MANY = 8, 32  # experts of a layer that are timed, to tell what a layer takes from what its experts do
 _MAX_DECODE = (
     16  # tokens of an expert up to which decode's kernels are timed, beyond them the grouped products
 )
@@ -52,7 +55,7 @@ class GpuProbes:
             std=0.02
         )  # any numbers do; zeros would take less power
         table = SlotTable(Placement(tuple(range(self.spec.num_experts))), device)
-        size = PrefillSize.of([self.spec], torch.bfloat16.itemsize, TOKENS[-1], _NUM_ACTIVE)
+        size = PrefillSize.of([self.spec], torch.bfloat16.itemsize, TOKENS[-1], _MANY)
         self.prefill = PrefillHub(device, size, DESCRIBED["h200"])  # all are resident: nothing is planned
         self.grouped = PrefillExecutor(0, host.bank, self.slots, table, self.prefill, lambda: None)
         self.hub = DecodeHub([self.spec], [host.bank], torch.bfloat16, device, pool)
@@ -61,21 +64,26 @@ class GpuProbes:
 
     def probes(self) -> list[Probe]:
         trips = [Probe(_trip_name(t), partial(self._round_trip, t)) for t in _TRIP_TOKENS]
-        experts = [Probe(_expert_name(t), partial(self._experts, t)) for t in TOKENS]
+        layers = [Probe(_layer_name(t, a), partial(self._layer, t, a)) for t in TOKENS for a in (_FEW, _MANY)]
         pairs = [Probe("host while copying", self._host_pair), Probe("GPU while copying", self._gpu_pair)]
-        return [*self.copies.probes(), *experts, *trips, *pairs]
+        return [*self.copies.probes(), *layers, *trips, *pairs]
 
-    def profile(self, samples: dict[str, Samples]) -> GpuProfile:
+    def profile(self, samples: dict[str, Samples], block_overhead_s: float) -> GpuProfile:
+        layers = [layer_of(t, samples) for t in TOKENS]
+        of_decode = [layer.alpha_s for t, layer in zip(TOKENS, layers, strict=True) if t <= _MAX_DECODE]
+        of_prefill = [layer.alpha_s for t, layer in zip(TOKENS, layers, strict=True) if t > _MAX_DECODE]
         return GpuProfile(
             memory_bytes=torch.cuda.get_device_properties(self.device).total_memory,
-            expert=rate_of(self.spec, tuple(samples[_expert_name(t)].median_s for t in TOKENS)),
+            expert=rate_of(self.spec, tuple(layer.s_per_unit for layer in layers)),
             h2d=self.copies.fit("h2d", samples),
             d2h=self.copies.fit("d2h", samples),
             zero_copy_bytes_per_s=self.copies.zero_copy_bytes_per_s(samples),
             round_trip=self._fit_trips(samples),
             host_while_copying=overlap_of("host", samples),
             gpu_while_copying=overlap_of("GPU", samples),
-            block_overhead_s=BLOCK_OVERHEAD_S,
+            block_overhead_s=block_overhead_s,
+            decode_layer_s=statistics.median(of_decode),
+            prefill_layer_s=statistics.median(of_prefill),
         )
 
     def close(self) -> None:
@@ -83,20 +91,20 @@ class GpuProbes:
         self.hub.close()
 
     # ---- experts ----
-    def _experts(self, num_tokens: int) -> Timings:
-        step, num_experts = self._gpu_step(num_tokens)
-        return {_expert_name(num_tokens): [s / num_experts for s in repeated(step, self.host.sample_s)]}
+    def _layer(self, num_tokens: int, num_active: int) -> Timings:
+        step, num_layers = self._gpu_step(num_tokens, num_active)
+        samples = repeated(step, self.host.sample_s)
+        return {_layer_name(num_tokens, num_active): [s / num_layers for s in samples]}
 
-    def _gpu_step(self, num_tokens: int) -> tuple[Callable[[], None], int]:
-        """A step that waits for its end: every expert once, A at a time; and how many that is."""
-        num_active = min(_NUM_ACTIVE, self.spec.num_experts)
+    def _gpu_step(self, num_tokens: int, num_active: int) -> tuple[Callable[[], None], int]:
+        """A step that waits for its end: every expert once, A of them a layer; and how many layers that is."""
         batches = [
             _batch(ids_TA, self.spec.d_model, self.device)
             for ids_TA in rotating(self.spec.num_experts, num_active, num_tokens)
         ]
         stream = torch.cuda.current_stream(self.device)
         graph = (
-            _capture(lambda: [self.decode.forward(batch) for batch in batches])
+            capture(lambda: [self.decode.forward(batch) for batch in batches])
             if num_tokens <= _MAX_DECODE
             else None
         )
@@ -109,7 +117,7 @@ class GpuProbes:
                     self.grouped.forward(batch)
             stream.synchronize()  # of this stream alone: copies may run beside it
 
-        return step, num_active * len(batches)
+        return step, len(batches)
 
     # ---- the way to the host and back ----
     def _round_trip(self, num_tokens: int) -> Timings:
@@ -122,7 +130,7 @@ class GpuProbes:
         layers = [DecodeExecutor(idx, spec, None, table, heat_E, hub) for idx in range(_TRIP_LAYERS)]
         ids_T1 = torch.arange(num_tokens)[:, None] % spec.num_experts
         batch = _batch(ids_T1, spec.d_model, self.device)
-        graph = _capture(lambda: [layer.forward(batch) for layer in layers])
+        graph = capture(lambda: [layer.forward(batch) for layer in layers])
         stream = torch.cuda.current_stream(self.device)
 
         def step() -> None:
@@ -149,22 +157,8 @@ class GpuProbes:
         return self.copies.beside("host", step)
 
     def _gpu_pair(self) -> Timings:
-        step, _ = self._gpu_step(1)
+        step, _ = self._gpu_step(1, _FEW)
         return self.copies.beside("GPU", step)
-
-
-def _capture(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """`step` as a CUDA graph, after three steps to compile kernels and fill the allocator."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    side.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side):
-        step()
-    return graph
 
 
 def _batch(ids_TA: Tensor, d_model: int, device: torch.device) -> RoutedBatch:
@@ -174,8 +168,20 @@ def _batch(ids_TA: Tensor, d_model: int, device: torch.device) -> RoutedBatch:
     return RoutedBatch(x_TD, ids_TA.to(device), weights_TA)
 
 
-def _expert_name(num_tokens: int) -> str:
-    return f"GPU expert, {num_tokens} tokens"
+def layer_of(num_tokens: int, samples: dict[str, Samples]) -> AlphaBeta:
+    """Seconds of a layer over its active experts. Errors: ValueError where more of them took no longer."""
+    timed = [(a, s) for a in (_FEW, _MANY) for s in samples[_layer_name(num_tokens, a)].all_s]
+    fit = fit_alpha_beta([a for a, _ in timed], [s for _, s in timed])
+    if fit.s_per_unit == 0:
+        raise ValueError(
+            f"calibrate: {_MANY} experts of {num_tokens} tokens on the GPU took no longer than {_FEW}; measure again "
+            "when nothing else uses the GPU"
+        )
+    return fit
+
+
+def _layer_name(num_tokens: int, num_active: int) -> str:
+    return f"GPU layer of {num_active} experts, {num_tokens} tokens each"
 
 
 def _trip_name(num_tokens: int) -> str:

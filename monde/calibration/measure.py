@@ -11,6 +11,7 @@ import torch
 from hostcompute import ExpertSpec, env, make_pool
 from hostcompute.probe import uncached_bytes
 from hostcompute.topology import choose_cores
+from monde.calibration.dense import DenseProbes
 from monde.calibration.gpu import GpuProbes
 from monde.calibration.host import HostProbes
 from monde.calibration.samples import Progress, noise_of, take
@@ -50,18 +51,21 @@ def calibrate(
     _check_memory(effort, on_gpu)
     pool = make_pool(host_threads() if on_gpu else len(choose_cores(env.num_threads())))
     host = HostProbes(effort.spec, pool, effort.sample_s, effort.read_bytes)
-    gpu = GpuProbes(host, pool, torch.device("cuda:0"), effort.copied_bytes) if on_gpu else None
+    device = torch.device("cuda:0" if on_gpu else "cpu")
+    gpu = GpuProbes(host, pool, device, effort.copied_bytes) if on_gpu else None
+    dense = DenseProbes(device)
     try:
-        probes = [*host.probes(), *(gpu.probes() if gpu is not None else [])]
+        probes = [*dense.probes(), *host.probes(), *(gpu.probes() if gpu is not None else [])]
         progress = start(2 * len(probes)) if start is not None else lambda what: None
         samples = take(probes, progress)
         return HardwareProfile(
             machine=machine,
-            source=_source(effort, host.num_threads, on_gpu),
+            source=_source(effort, host.num_threads),
             memory_bytes=machine_memory_bytes(),
             host_read=host.read_curve(samples),
             host_expert=host.expert_rate(samples),
-            gpu=None if gpu is None else gpu.profile(samples),
+            gpu=None if gpu is None else gpu.profile(samples, dense.captured_block_s(samples)),
+            eager_block_s=dense.eager_block_s(samples),
             noisy=noise_of(samples),
         )
     finally:
@@ -81,9 +85,8 @@ def _check_memory(effort: Effort, on_gpu: bool) -> None:
         )
 
 
-def _source(effort: Effort, num_threads: int, on_gpu: bool) -> str:
+def _source(effort: Effort, num_threads: int) -> str:
     spec = effort.spec
-    text = (
+    return (
         f"measured: experts of {spec.d_model}x{spec.d_ffn} in {spec.dtype.value}, {num_threads} host threads"
     )
-    return text + (". Assumed: overhead of a block's dense kernels" if on_gpu else "")

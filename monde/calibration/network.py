@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from monde.device.all_to_all import start_all_to_all
+from monde.device.collectives import start_all_gather, start_all_to_all
 from monde.device.mesh import guarded
 from monde.planning.exchange import REPLICATED, chunk_s_from
 from monde.planning.fit import AlphaBeta, fit_alpha_beta
@@ -32,6 +32,7 @@ _SMALLEST_BYTES, _GREATEST_BYTES, _GROWTH = 1 << 12, 1 << 28, 4
 _CHUNKS = 8
 _ROW_BYTES = 1024
 _ROUNDS_S = 2.0
+_NO_PROGRESS = 1e9  # how many times longer something takes that stands still meanwhile
 _NOTHING = AlphaBeta(0.0, 0.0)
 
 Start = Callable[[int], Callable[[], object]]
@@ -93,10 +94,8 @@ def overlap_of(alone_s: tuple[float, float], together_s: tuple[float, float]) ->
 
 def _no_worse_than_turns(first: float, second: float) -> Overlap:
     """1/first + 1/second of at least 1, by speeding both up alike: the planner never gains from less than turns."""
-    rate = 1 / first + 1 / second
-    if rate >= 1:
-        return Overlap(min(first, 1e9), min(second, 1e9))
-    return Overlap(min(first * rate, 1e9), min(second * rate, 1e9))
+    scale = min(1 / first + 1 / second, 1.0)
+    return Overlap(*(min(max(factor * scale, 1.0), _NO_PROGRESS) for factor in (first, second)))
 
 
 class _Probe:
@@ -247,8 +246,7 @@ class _Probe:
     def local_gather(self, num_bytes: int) -> Callable[[], object]:
         mine = self._bytes(num_bytes // (self.groups.num_local - 1))
         everything = self._bytes(mine.numel() * self.groups.num_local)
-        work = dist.all_gather_into_tensor(everything, mine, group=self.groups.local, async_op=True)
-        return work.wait  # type: ignore[no-any-return]
+        return start_all_gather(everything, mine, self.groups.local)
 
     def copy(self, num_bytes: int) -> Callable[[], object]:
         source, target = (

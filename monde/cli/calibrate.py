@@ -106,6 +106,7 @@ def describe(profile: HardwareProfile) -> str:
         "host read": f"{reads} GB/s by threads",
         "host experts": f"{host.bytes_per_s / 1e9:.3g} GB/s with few tokens, "
         f"{max(host.flops_per_s.y) / 1e12:.3g} TFLOP/s with many",
+        "block in Python": f"{profile.eager_block_s * 1e6:.3g} us without experts, one kernel after the other",
         "gpu": "none" if gpu is None else str(machine.gpu),
     }
     if gpu is not None:
@@ -113,6 +114,9 @@ def describe(profile: HardwareProfile) -> str:
             rate = "" if fit.s_per_unit == 0 else f" + {1e-9 / fit.s_per_unit:.3g} GB/s"
             rows[name] = f"{fit.alpha_s * 1e6:.3g} us{rate}, r2 {fit.r2:.4f}"
         rows |= {
+            "block in a graph": f"{gpu.block_overhead_s * 1e6:.3g} us without experts",
+            "expert layer": f"{gpu.decode_layer_s * 1e6:.3g} us in a graph, {gpu.prefill_layer_s * 1e6:.3g} us for "
+            "long prompts, beside its experts",
             "zero-copy": f"{gpu.zero_copy_bytes_per_s / 1e9:.3g} GB/s",
             "GPU experts": f"{gpu.expert.bytes_per_s / 1e9:.3g} GB/s with few tokens, "
             f"{max(gpu.expert.flops_per_s.y) / 1e12:.3g} TFLOP/s with many",

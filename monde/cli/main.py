@@ -13,6 +13,7 @@ from monde.cli.errors import OneLineErrors
 from monde.cli.generate import generate
 from monde.cli.info import info
 from monde.cli.plan import plan
+from monde.cli.train import train
 
 EPILOG = (
     "Environment: MONDE_CPU_ISA forces one instruction set, MONDE_NUM_THREADS the number of host threads, "
@@ -31,6 +32,7 @@ app.command()(generate)
 app.command()(bench)
 app.command()(plan)
 app.command()(calibrate)
+app.command()(train)
 app.command()(info)
 
 

@@ -32,7 +32,7 @@ from monde.device.layer_record import layer_record
 from monde.device.mailbox import DecodeScratch, DecodeSize, Mailbox
 from monde.device.streams import current_stream
 from monde.executors.host import HostTotals
-from monde.executors.zero_copy import MIN_PANELS, ShareBalance
+from monde.executors.zero_copy import ShareBalance, can_read_from_host
 from monde.weights.host import HostBlobs
 from monde.weights.packing import TORCH_DTYPES
 from monde.weights.slots import ExpertSlots
@@ -152,8 +152,7 @@ class DecodeExecutor:
         self.layout = make_layout(spec)
         self.rings = slots is None or slots.num_slots < spec.num_experts
         hub.num_ringing += self.rings
-        can_read = spec.dtype is DType.BF16 and hub.x_dtype is torch.bfloat16 and not spec.has_bias
-        self._host = host if can_read and self.layout.num_f_panels >= MIN_PANELS else None
+        self._host = host if can_read_from_host(spec, hub.x_dtype) else None
         if self._host is not None:
             hub.read_from_host(self.layout.num_f_panels)
         self._table, self._heat_E = table, heat_E

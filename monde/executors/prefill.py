@@ -34,7 +34,7 @@ from monde.executors.pieces import Piece, alone, in_whole, piece_layout, pieces_
 from monde.executors.prefill_hub import PrefillHub
 from monde.executors.prefill_size import LayerPieces
 from monde.executors.products import Packed, Products, Rows, combine
-from monde.executors.waves import Order, Phases, Wave
+from monde.executors.waves import Order, Phases, Wave, tiles_of
 from monde.planning.cost import ExpertShape
 from monde.planning.split import ExpertSplit, Load, Where
 from monde.planning.split_policies import all_host
@@ -222,9 +222,9 @@ class PrefillExecutor:
         self, order: Order, waves: Sequence[Wave], ids_TK: Tensor, x_TD: Tensor
     ) -> tuple[Rows, list[Tensor]]:
         """And the tiles of every wave; all that the device must be told goes up at once."""
-        E, tiles = len(order.begin_E), [wave.tiles_n4() for wave in waves]
-        told = self.hub.lanes.upload(np.concatenate([order.begin_E, *(t.ravel() for t in tiles)]))
-        begin_E, tiles_N4 = told[:E], told[E:].view(-1, 4)
+        E, (tiles_n4, num_tiles) = len(order.begin_E), tiles_of(waves)
+        told = self.hub.lanes.upload(np.concatenate([order.begin_E, tiles_n4.ravel()]))
+        begin_E, tiles = told[:E], told[E:].view(-1, 4).split(num_tiles)
         position_TK, tokens_N = _place(self.hub.kernels(x_TD.dtype, self.spec), begin_E, order, ids_TK)
         dtype = torch.promote_types(x_TD.dtype, TORCH_DTYPES[self.spec.dtype])
         v_dtype = x_TD.dtype if self.is_whole and dtype == x_TD.dtype else torch.float32
@@ -234,7 +234,7 @@ class PrefillExecutor:
         if self._products(x_TD.dtype).panels is not None:
             f_pad_k = piece_layout(self.spec, min(self.size.piece_rows, self.spec.d_ffn)).f_pad_k
             h_NF = x_TD.new_empty(order.num_rows, f_pad_k)
-        return Rows(x_TD, tokens_N, position_TK, v_ND, h_NF), list(tiles_N4.split([len(t) for t in tiles]))
+        return Rows(x_TD, tokens_N, position_TK, v_ND, h_NF), list(tiles)
 
     def _combined(self, rows: Rows, weights_TK: Tensor, y_TD: Tensor | None, x_TD: Tensor) -> Tensor:
         kernels = self.hub.kernels(x_TD.dtype, self.spec)
@@ -272,17 +272,16 @@ class PrefillExecutor:
             chosen = resident[i : i + at_once]
             slots = slot_E[chosen]
             for first_row in range(0, F, step):
-                pieces = [Piece(e, first_row, min(step, F - first_row)) for e in chosen.tolist()]
-                at = in_whole(self.spec, first_row)
-                waves.append(Wave.of(pieces, at, slots * self.slots.blobs_SB.stride(0), slots, order))
+                at, rows = in_whole(self.spec, first_row), (first_row, min(step, F - first_row))
+                offsets_n = slots * self.slots.blobs_SB.stride(0)
+                waves.append(Wave.of(chosen, rows, at, offsets_n, slots, order))
         return waves
 
     def _arriving(self, pieces: Sequence[Piece], order: Order) -> Wave:
-        i = np.arange(len(pieces))
-        num_rows = pieces[0].num_rows
-        return Wave.of(
-            pieces, alone(self.spec, num_rows), i * piece_layout(self.spec, num_rows).blob_bytes, i, order
-        )
+        experts, i = np.array([piece.expert_id for piece in pieces]), np.arange(len(pieces))
+        rows = (pieces[0].first_row, pieces[0].num_rows)
+        stride_bytes = piece_layout(self.spec, rows[1]).blob_bytes
+        return Wave.of(experts, rows, alone(self.spec, rows[1]), i * stride_bytes, i, order)
 
     def _arrived(
         self, shipment: Shipment, wave: Wave, tiles_n4: Tensor, rows: Rows, blobs: HostBlobs | None

@@ -119,9 +119,11 @@ class PrefillHub:
         blobs = None if layer is None or not layer.is_whole or not self.fetches_ahead else layer.blobs()
         if layer is None or blobs is None:
             return None
+        resident_E = np.array(layer.table.placement.slot_of_expert_E) >= 0
+        if resident_E.all():
+            return None
         num_experts, num_pairs = layer.spec.num_experts, num_tokens * num_topk
         share_E = np.full(num_experts, 1 / num_experts) if layer.share_E is None else layer.share_E
-        resident_E = np.array(layer.table.placement.slot_of_expert_E) >= 0
         step = layer.size.num_staged
         experts = certain_fetches(
             share_E * num_pairs, resident_E, num_tokens, self.cost(layer.shape), NUM_BUFFERS * step

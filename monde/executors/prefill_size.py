@@ -12,11 +12,11 @@ from monde.executors.pieces import piece_layout, rows_per_piece
 # A copy of 64 MiB takes 1.2 ms on PCIe 5: a hundred times what starting one takes, and Python keeps ahead of it.
 BUFFER_BYTES = 64 << 20
 NUM_BUFFERS = 2  # one is filled while the other is unpacked, which takes a fiftieth of the time
-# Experts of one grouped product on the GPU: enough tiles for all of its multiprocessors.
+# Experts unpacked at once where types have no kernel that reads panels.
 SCRATCH_BYTES = 128 << 20
 MAX_TOKENS = 4096  # of a chunk: every chunk moves its experts anew
 MAX_PAIRS = 32768  # what the host's kernels take at once, too
-BLOCK_ROWS = 4096  # rows of one grouped product; bounds what hidden values take
+BLOCK_ROWS = 4096  # rows of one of the libraries' products; bounds what hidden values take
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class PrefillSize:
         max_pairs = min(MAX_PAIRS, max_tokens * max_topk)
         d_model = max(spec.d_model for spec in specs)
         # A block: gathered inputs and results, gate and up and hidden values; torch's activations, without the
-        # kernels, take four arrays of fp32 besides.
+        # kernels, take four arrays of fp32 besides. Straight from panels hidden values of all pairs are kept: less.
         f16 = max(min(pieces.piece_rows, spec.d_ffn) for spec, pieces in layers) + LANES
         block_bytes = min(BLOCK_ROWS, max_pairs) * (2 * d_model * x_bytes + f16 * (3 * x_bytes + 4 * 4))
         # One result a pair, in fp32 where an expert comes in several pieces; three fp32 sums a token.

@@ -75,7 +75,7 @@ class Products:
     ) -> None:
         """v_ND of the wave's rows; added to where its pieces do not begin their experts.
 
-        tiles_n4: wave.tiles_n4() on the device. read: called once all that reads `packed` is launched.
+        tiles_n4: the wave's part of waves.tiles_of, on the device. read: called once all that reads `packed` is launched.
         """
         if self.panels is not None:
             assert rows.h_NF is not None

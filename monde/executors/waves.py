@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from monde.device.kernels.prefill import TILE_ROWS
-from monde.executors.pieces import PackedAt, Piece
+from monde.executors.pieces import PackedAt
 
 Ints = NDArray[np.int64]
 _MMA_ROWS = 16  # a product takes so many rows at once
@@ -53,15 +53,19 @@ class Wave:
 
     @classmethod
     def of(
-        cls, pieces: Sequence[Piece], at: PackedAt, offsets_n: Ints, bias_rows_n: Ints, order: Order
+        cls,
+        experts: Ints,
+        rows: tuple[int, int],
+        at: PackedAt,
+        offsets_n: Ints,
+        bias_rows_n: Ints,
+        order: Order,
     ) -> Wave:
-        """Of pieces of one size; those whose experts have no rows here are left out."""
-        experts = np.array([piece.expert_id for piece in pieces])
+        """Of pieces with these first and numbers of rows; experts that have no pairs here are left out."""
         here = (order.begin_E[experts] >= 0) & (order.tokens_E[experts] > 0)
         experts = experts[here]
         return cls(
-            pieces[0].first_row,
-            pieces[0].num_rows,
+            *rows,
             at,
             offsets_n[here],
             bias_rows_n[here],
@@ -69,14 +73,27 @@ class Wave:
             order.tokens_E[experts],
         )
 
-    def tiles_n4(self) -> Ints:
-        """(offset, first row, rows, row of the biases) of every block of rows: at most TILE_ROWS, about equal."""
-        num_tiles_n = -(-self.counts_n // TILE_ROWS)
-        rows_n = -(-self.counts_n // (num_tiles_n * _MMA_ROWS)) * _MMA_ROWS
-        i = np.repeat(np.arange(len(num_tiles_n)), num_tiles_n)
-        done = (np.arange(len(i)) - np.repeat(np.cumsum(num_tiles_n) - num_tiles_n, num_tiles_n)) * rows_n[i]
-        rows = np.minimum(rows_n[i], self.counts_n[i] - done)
-        return np.stack([self.offsets_n[i], self.begins_n[i] + done, rows, self.bias_rows_n[i]], 1)
+
+def tiles_of(waves: Sequence[Wave]) -> tuple[Ints, list[int]]:
+    """[n, 4]: (offset, first row, rows, row of the biases) of every block of rows; and the blocks of every wave.
+
+    A block has at most TILE_ROWS rows of one piece; those of a piece are about equal.
+    """
+    if not waves:
+        return np.zeros((0, 4), np.int64), []
+    offsets_n, begins_n, counts_n, bias_rows_n = (
+        np.concatenate([getattr(wave, name) for wave in waves])
+        for name in ("offsets_n", "begins_n", "counts_n", "bias_rows_n")
+    )
+    num_tiles_n = -(-counts_n // TILE_ROWS)
+    rows_n = -(-counts_n // (num_tiles_n * _MMA_ROWS)) * _MMA_ROWS
+    ends_n = np.cumsum(num_tiles_n)
+    i = np.repeat(np.arange(len(num_tiles_n)), num_tiles_n)
+    done = (np.arange(len(i)) - (ends_n - num_tiles_n)[i]) * rows_n[i]
+    rows = np.minimum(rows_n[i], counts_n[i] - done)
+    ends_w = np.append(0, ends_n)[np.cumsum([0, *(len(wave.counts_n) for wave in waves)])]
+    tiles = np.stack([offsets_n[i], begins_n[i] + done, rows, bias_rows_n[i]], 1)
+    return tiles, np.diff(ends_w).tolist()
 
 
 @dataclass

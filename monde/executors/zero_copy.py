@@ -6,8 +6,10 @@ ends finish together: it starts from the machine's profile and follows the secon
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from hostcompute import DType, ExpertSpec, make_layout
 from hostcompute.doorbell import Doorbell
 from monde.device.kernels import SHARE_ONE, STATE_WORDS
 from monde.device.mailbox import Mailbox
@@ -16,6 +18,12 @@ from monde.planning.share import ShareController, best_share
 
 MIN_PANELS = 6  # of F; fewer cannot be cut finely enough to balance anything
 _GRANULE_PANELS = 2
+
+
+def can_read_from_host(spec: ExpertSpec, x_dtype: torch.dtype) -> bool:
+    """Whether decode's kernels can read a part of such experts in host memory."""
+    in_bf16 = spec.dtype is DType.BF16 and x_dtype is torch.bfloat16
+    return in_bf16 and not spec.has_bias and make_layout(spec).num_f_panels >= MIN_PANELS
 
 
 def first_share(profile: HardwareProfile) -> float:

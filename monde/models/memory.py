@@ -32,10 +32,14 @@ class PeakMemory:
         """Peak growth in bytes. May be called again."""
         self._done.set()
         self._thread.join()
+        self._look()  # what is held now counts, whenever the thread looked last
         return self._peak_bytes - self._start_bytes
+
+    def _look(self) -> None:
+        self._peak_bytes = max(self._peak_bytes, int(self._process.memory_info().rss))
 
     def _sample(self) -> None:
         while True:
-            self._peak_bytes = max(self._peak_bytes, int(self._process.memory_info().rss))
+            self._look()
             if self._done.wait(_INTERVAL_S):
                 return

@@ -13,9 +13,12 @@ from transformers import AutoConfig
 
 from hostcompute import ExpertSpec
 from monde.config import MondeConfig
+from monde.executors.decode import MAX_DECODE_TOKENS
+from monde.executors.prefill_size import NUM_BUFFERS, LayerPieces, PrefillSize
+from monde.executors.zero_copy import can_read_from_host
 from monde.models.experts import find_experts
 from monde.models.loading import model_class
-from monde.models.sizing import model_size
+from monde.models.sizing import heads_of, model_size
 from monde.models.stored import StoredSizes, checkpoint_files, stored_dtype, stored_sizes
 from monde.planning.budget import ModelSize
 from monde.planning.cost import ExpertShape
@@ -75,18 +78,31 @@ def outline_of(
         [np.ones(n) for n in num_experts_L] if heat is None else heat.count_L
     )
     layers = tuple(
-        MoeLayer(_shape(module.spec), num_topk, _normalised(count_E))
+        MoeLayer(
+            _shape(module.spec),
+            num_topk,
+            _normalised(count_E),
+            zero_copy=can_read_from_host(module.spec, dtype),
+            num_ahead=_num_ahead(module.spec),
+        )
         for module, count_E in zip(modules, counts, strict=True)
     )
     # Of the input embedding a step reads a row per token, unless the output head is the same matrix.
     embedding = model.get_input_embeddings().weight
     tied = bool(getattr(text_config, "tie_word_embeddings", False))
+    heads = heads_of(text_config)
     outline = ModelOutline(
         layers=layers,
         num_blocks=max(int(getattr(text_config, "num_hidden_layers", 0)), len(layers)),
         dense_read_bytes=size.dense_bytes - (0 if tied else embedding.nbytes),
         dense_bytes_per_weight=embedding.element_size(),
         kv_bytes_per_token=size.kv_bytes_per_token,
+        kv_repeats=heads.num_repeats,
+        attention_dim=heads.num_heads * heads.head_dim,
+        decode_tokens=MAX_DECODE_TOKENS,
+        chunk_tokens=PrefillSize.of(
+            [module.spec for module in modules], dtype.itemsize, size.num_tokens, num_topk
+        ).chunk_tokens(num_topk),
     )
     return Outlined(size, outline, stored_sizes(model, modules, files) if files else None)
 
@@ -99,6 +115,12 @@ def _normalised(count_E: NDArray[np.floating]) -> NDArray[np.float64]:
 
 def _shape(spec: ExpertSpec) -> ExpertShape:
     return ExpertShape(spec.d_model, spec.d_ffn, spec.gated, weight_bits=8 * spec.dtype.itemsize_bytes)
+
+
+def _num_ahead(spec: ExpertSpec) -> int:
+    """Experts that fill all staging buffers; those that travel in pieces are not fetched ahead."""
+    pieces = LayerPieces.of(spec)
+    return NUM_BUFFERS * pieces.num_staged if pieces.piece_rows >= spec.d_ffn else 0
 
 
 def _num_topk(*configs: Any) -> int:

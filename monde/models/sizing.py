@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -173,17 +174,32 @@ def _kv_values_per_token(text_config: Any) -> int:
     )
 
 
-def _kv_values_of_layer(config: Any) -> int:
-    """Keys and values of one layer for one token."""
+@dataclass(frozen=True)
+class Heads:
+    """Attention of one layer: query heads, the query heads that share a key and value, and the dim of each."""
+
+    num_heads: int
+    num_repeats: int
+    head_dim: int
+
+
+def heads_of(config: Any) -> Heads:
     first = partial(_first, config)
     num_heads = first("num_attention_heads", "num_heads", "n_heads", default=1)
-    hidden = first("hidden_size", "d_model")
+    num_kv_heads = num_heads if first("qk_head_dim") else first("num_key_value_heads", default=num_heads)
+    head_dim = first("head_dim", default=first("hidden_size", "d_model") // num_heads)
+    return Heads(num_heads, max(1, num_heads // num_kv_heads), head_dim)
+
+
+def _kv_values_of_layer(config: Any) -> int:
+    """Keys and values of one layer for one token."""
+    heads = heads_of(config)
     # Multi-head latent attention caches expanded keys and values, for all heads.
-    key_dim, value_dim = first("qk_head_dim"), first("v_head_dim")
+    key_dim, value_dim = _first(config, "qk_head_dim"), _first(config, "v_head_dim")
     if key_dim and value_dim:
-        return num_heads * (key_dim + value_dim)
-    num_kv_heads = first("num_key_value_heads", default=num_heads)
-    return num_kv_heads * 2 * first("head_dim", default=hidden // num_heads)
+        return heads.num_heads * (key_dim + value_dim)
+    num_kv_heads = _first(config, "num_key_value_heads", default=heads.num_heads)
+    return num_kv_heads * 2 * heads.head_dim
 
 
 def _first(config: Any, *names: str, default: int = 0) -> int:

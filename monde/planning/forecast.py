@@ -1,12 +1,14 @@
 """How fast a model will run on a machine under a placement, and what would make it faster. Before loading anything.
 
-Decode: every layer reads its dense weights, then residents on the GPU run beside the cold experts, of which the host
-and zero-copy take the best shares. Prefill: every layer's expected load goes through the exact split. Loads are
-expectations for tokens that choose experts independently, by `popularity_E`.
+Decode is a captured step: every layer reads its dense weights, then residents on the GPU run beside the cold experts,
+of which the host and, where kernels can read them there, zero-copy take the best shares. Prefill, and steps of more
+sequences than decode's kernels take, is launched by Python: every layer's expected load goes through the exact split,
+chunk by chunk. Loads are expectations for tokens that choose experts independently, by `popularity_E`.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -18,33 +20,53 @@ from monde.planning.budget import LayerSize
 from monde.planning.cost import CostModel, ExpertShape
 from monde.planning.fit import AlphaBeta
 from monde.planning.placement import place, place_uniform, time_saved_s
+from monde.planning.prefetch import certain_fetches
 from monde.planning.profile import Curve, ExpertRate, GpuProfile, HardwareProfile, MemoryChannels
 from monde.planning.share import best_share
 from monde.planning.split import Load, best_split
 
 RESOURCES = ("host", "bus", "GPU", "launches")
+# Keys and values a GPU reads and writes for those it holds, per query head that shares them: transformers repeats them
+# for every head and torch's attention of one query goes over them again. On an H100 a step of 16 sequences of 576
+# tokens, 8 query heads a pair of key and value, takes 10.1 ms more than of one, 35 times what reading 0.85 GB takes.
+_KV_PASSES = 4.4
 _SMALL_CHANGE = 1.1
 _StepTime = Callable[[HardwareProfile], float]
 
 
 @dataclass(frozen=True)
 class MoeLayer:
-    """popularity_E: the probability that a routed pair is of expert e; sums to 1."""
+    """popularity_E: the probability that a routed pair is of expert e; sums to 1.
+
+    zero_copy: whether decode's kernels can read these experts in host memory. num_ahead: experts that a prompt fetches
+    at most before their layer's routing is known.
+    """
 
     shape: ExpertShape
     num_topk: int
     popularity_E: NDArray[np.float64]
+    zero_copy: bool = True
+    num_ahead: int = 0
 
 
 @dataclass(frozen=True)
 class ModelOutline:
-    """What a forecast needs to know of a model. dense_read_bytes: dense weights that every step reads."""
+    """What a forecast needs to know of a model and of what runs it.
+
+    dense_read_bytes: dense weights that every step reads. kv_repeats: query heads that share a key and value.
+    attention_dim: query heads times the dim of one. decode_tokens: the most that decode's kernels take in a step.
+    chunk_tokens: of a prompt at once, every chunk reads its experts anew.
+    """
 
     layers: tuple[MoeLayer, ...]
     num_blocks: int
     dense_read_bytes: int
     dense_bytes_per_weight: int
     kv_bytes_per_token: int
+    kv_repeats: int
+    attention_dim: int
+    decode_tokens: int
+    chunk_tokens: int
 
 
 @dataclass(frozen=True)
@@ -82,11 +104,12 @@ def forecast_decode(
     model: ModelOutline, placements: Sequence[Placement], profile: HardwareProfile, batch: int, context: int
 ) -> Speed:
     """One token for each of `batch` sequences of `context` tokens."""
-    kv_bytes = model.kv_bytes_per_token * batch * context
+    is_captured = profile.gpu is not None and batch <= model.decode_tokens
+    layer_s = decode_layer_s if is_captured or profile.gpu is None else prefill_layer_s
 
     def step_s(machine: HardwareProfile) -> float:
-        return _dense_s(model, machine, batch, kv_bytes) + sum(
-            _decode_layer_s(layer, placement, machine, batch)
+        return dense_decode_s(model, machine, batch, context, is_captured) + sum(
+            layer_s(layer, placement, machine, batch)
             for layer, placement in zip(model.layers, placements, strict=True)
         )
 
@@ -97,12 +120,16 @@ def forecast_prefill(
     model: ModelOutline, placements: Sequence[Placement], profile: HardwareProfile, num_tokens: int
 ) -> Speed:
     """A prompt of `num_tokens` in one pass."""
+    step = num_tokens if profile.gpu is None else model.chunk_tokens
+    chunks = Counter(min(step, num_tokens - first) for first in range(0, num_tokens, step))
 
     def step_s(machine: HardwareProfile) -> float:
-        return _dense_s(model, machine, num_tokens, 0) + sum(
-            _prefill_layer_s(layer, placement, machine, num_tokens)
-            for layer, placement in zip(model.layers, placements, strict=True)
-        )
+        whole_s = dense_s = dense_prefill_s(model, machine, num_tokens)
+        between_s = dense_s / model.num_blocks / chunks.total()
+        for chunk, count in chunks.items():
+            for layer, placement in zip(model.layers, placements, strict=True):
+                whole_s += count * prefill_layer_s(layer, placement, machine, chunk, between_s)
+        return whole_s
 
     return _speed(step_s, profile, num_tokens)
 
@@ -111,6 +138,8 @@ def faster(profile: HardwareProfile, resource: str, factor: float) -> HardwarePr
     """The machine with one resource `factor` times as fast; the memory and arithmetic of "host" and "GPU" both."""
     if resource == "host":
         return replace(profile, host_expert=_scaled(profile.host_expert, factor))
+    if resource == "launches":
+        profile = replace(profile, eager_block_s=profile.eager_block_s / factor)
     if profile.gpu is None:
         return profile
     gpu: GpuProfile = profile.gpu
@@ -121,7 +150,13 @@ def faster(profile: HardwareProfile, resource: str, factor: float) -> HardwarePr
         gpu = replace(gpu, expert=_scaled(gpu.expert, factor))
     elif resource == "launches":
         trip = AlphaBeta(gpu.round_trip.alpha_s / factor, gpu.round_trip.s_per_unit)
-        gpu = replace(gpu, block_overhead_s=gpu.block_overhead_s / factor, round_trip=trip)
+        gpu = replace(
+            gpu,
+            block_overhead_s=gpu.block_overhead_s / factor,
+            decode_layer_s=gpu.decode_layer_s / factor,
+            prefill_layer_s=gpu.prefill_layer_s / factor,
+            round_trip=trip,
+        )
     else:
         raise ValueError(f"faster: expected one of {', '.join(RESOURCES)}, got {resource!r}")
     return replace(profile, gpu=gpu)
@@ -148,15 +183,42 @@ def _scaled(rate: ExpertRate, factor: float) -> ExpertRate:
     return ExpertRate(rate.overhead_s, rate.bytes_per_s * factor, curve)
 
 
-def _dense_s(model: ModelOutline, machine: HardwareProfile, num_tokens: int, kv_bytes: int) -> float:
+def dense_decode_s(
+    model: ModelOutline, machine: HardwareProfile, batch: int, context: int, is_captured: bool
+) -> float:
+    """Everything but experts of a step: one token for each of `batch` sequences of `context` tokens."""
+    # Attention on the host reads keys and values where they lie, once.
+    passes = 1.0 if machine.gpu is None else _KV_PASSES * model.kv_repeats
+    kv_bytes = passes * model.kv_bytes_per_token * batch * context
+    return _dense_s(model, machine, batch, model.dense_read_bytes + kv_bytes, 0.0, is_captured)
+
+
+def dense_prefill_s(model: ModelOutline, machine: HardwareProfile, num_tokens: int) -> float:
+    """Everything but experts of a prompt; attention keeps its scores in caches and skips what is in the future."""
+    attention_flops = 2.0 * model.num_blocks * model.attention_dim * num_tokens**2
+    return _dense_s(model, machine, num_tokens, model.dense_read_bytes, attention_flops, False)
+
+
+def _dense_s(
+    model: ModelOutline,
+    machine: HardwareProfile,
+    num_tokens: int,
+    read_bytes: float,
+    attention_flops: float,
+    is_captured: bool,
+) -> float:
     rate = machine.host_expert if machine.gpu is None else machine.gpu.expert
-    overhead_s = 0.0 if machine.gpu is None else model.num_blocks * machine.gpu.block_overhead_s
-    num_weights = model.dense_read_bytes / model.dense_bytes_per_weight
-    compute_s = 2 * num_weights * num_tokens / float(rate.flops_per_s.at(num_tokens))
-    return overhead_s + max((model.dense_read_bytes + kv_bytes) / rate.bytes_per_s, compute_s)
+    flops = 2 * model.dense_read_bytes / model.dense_bytes_per_weight * num_tokens + attention_flops
+    kernels_s = max(read_bytes / rate.bytes_per_s, flops / float(rate.flops_per_s.at(num_tokens)))
+    if machine.gpu is None:
+        return model.num_blocks * machine.eager_block_s + kernels_s
+    if is_captured:
+        return model.num_blocks * machine.gpu.block_overhead_s + kernels_s
+    return max(model.num_blocks * machine.eager_block_s, kernels_s)  # Python runs ahead of the GPU
 
 
-def _decode_layer_s(layer: MoeLayer, placement: Placement, machine: HardwareProfile, batch: int) -> float:
+def decode_layer_s(layer: MoeLayer, placement: Placement, machine: HardwareProfile, batch: int) -> float:
+    """The experts of one layer in a step that decode's kernels take."""
     cost = CostModel(machine, layer.shape)
     # A sequence takes an expert with probability min(K p, 1): an expert is idle if no sequence takes it.
     taken_E = np.minimum(layer.num_topk * layer.popularity_E, 1.0)
@@ -166,19 +228,37 @@ def _decode_layer_s(layer: MoeLayer, placement: Placement, machine: HardwareProf
         return float(active_E @ cost.host_s(tokens_E))
     resident_E = np.asarray(placement.slot_of_expert_E) >= 0
     cold_E = np.where(resident_E, 0.0, active_E)
-    host_s = float(cold_E @ cost.host_s(tokens_E))
-    zero_copy_s = float(cold_E @ cost.zero_copy_s(tokens_E))
-    resident_s = float((active_E - cold_E) @ cost.resident_s(tokens_E))
-    trip_s = float(cost.round_trip_s(batch)) if host_s > 0 else 0.0
-    return best_share(zero_copy_s, host_s, machine.gpu.host_while_copying, resident_s, trip_s).step_s
+    gpu_s = machine.gpu.decode_layer_s + float((active_E - cold_E) @ cost.resident_s(tokens_E))
+    any_cold = 1 - float(np.prod(1 - cold_E))
+    if any_cold == 0:
+        return gpu_s
+    # The seconds of a layer that has cold experts, and how often it has some.
+    host_s = float(cold_E @ cost.host_s(tokens_E)) / any_cold
+    zero_copy_s = float(cold_E @ cost.zero_copy_s(tokens_E)) / any_cold
+    trip_s = float(machine.gpu.round_trip.seconds(batch * layer.shape.act_bytes_per_token))
+    if layer.zero_copy:
+        share = best_share(zero_copy_s, host_s, machine.gpu.host_while_copying, gpu_s, trip_s)
+        cold_s = share.step_s
+    else:
+        cold_s = max(gpu_s, trip_s + host_s)
+    return any_cold * cold_s + (1 - any_cold) * gpu_s
 
 
-def _prefill_layer_s(
-    layer: MoeLayer, placement: Placement, machine: HardwareProfile, num_tokens: int
+def prefill_layer_s(
+    layer: MoeLayer, placement: Placement, machine: HardwareProfile, num_tokens: int, between_s: float = 0.0
 ) -> float:
+    """The experts of one layer in a chunk of a prompt, which comes `between_s` after those of the layer before.
+
+    Until its routing is known the bus brings experts that it will fetch in any case.
+    """
     cost = CostModel(machine, layer.shape)
     tokens_E = np.rint(num_tokens * np.minimum(layer.num_topk * layer.popularity_E, 1.0)).astype(np.int64)
     if machine.gpu is None:
         return float(cost.host_s(tokens_E).sum())
     resident_E = np.asarray(placement.slot_of_expert_E) >= 0
-    return best_split(Load(tokens_E, resident_E, num_tokens, cut_granule=64), cost).makespan_s
+    own_s = machine.gpu.prefill_layer_s
+    ahead = certain_fetches(tokens_E.astype(np.float64), resident_E, num_tokens, cost, layer.num_ahead)
+    resident_E[ahead] = True
+    busy_s = max(0.0, len(ahead) * float(cost.copy_s()) - own_s - between_s)
+    load = Load(tokens_E, resident_E, num_tokens, cut_granule=64, bus_busy_s=busy_s)
+    return own_s + best_split(load, cost).makespan_s

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from monde.planning.fit import AlphaBeta
 
-PROFILE_VERSION = 2
+PROFILE_VERSION = 3
 _AT_THE_ROOF = 0.1  # measured rates this close to the memory's are taken for limited by it
 
 
@@ -111,6 +111,8 @@ class GpuProfile:
     zero_copy_bytes_per_s: kernels reading pinned host memory. round_trip: activations of one layer to the host and
     back, over the bytes of one way. host_while_copying slows (host, copy), gpu_while_copying (GPU, copy).
     block_overhead_s: a block's small dense kernels in a captured step, beside the bytes they read.
+    decode_layer_s: a MoE layer's own kernels in a captured step, beside its experts; the round trip holds it too.
+    prefill_layer_s: what planning and launching a MoE layer of a long prompt takes, beside its experts.
     """
 
     memory_bytes: int
@@ -122,6 +124,8 @@ class GpuProfile:
     host_while_copying: Overlap
     gpu_while_copying: Overlap
     block_overhead_s: float
+    decode_layer_s: float
+    prefill_layer_s: float
 
 
 @dataclass(frozen=True)
@@ -171,6 +175,7 @@ class HardwareProfile:
     """One machine. gpu is None where there is none; source says what was measured and what is assumed.
 
     host_read: bytes per second over threads. host_expert: all threads on one expert after the other.
+    eager_block_s: one block without experts as Python runs it, kernel by kernel, beside what the kernels take.
     memory_channels: None where nobody knows them. noisy: what not to trust, accepted by whoever measured.
     """
 
@@ -180,6 +185,7 @@ class HardwareProfile:
     host_read: Curve
     host_expert: ExpertRate
     gpu: GpuProfile | None
+    eager_block_s: float
     memory_channels: MemoryChannels | None = None
     noisy: tuple[Noise, ...] = ()
 
@@ -235,6 +241,8 @@ def _gpu(data: dict[str, Any]) -> GpuProfile:
         host_while_copying=Overlap(**data["host_while_copying"]),
         gpu_while_copying=Overlap(**data["gpu_while_copying"]),
         block_overhead_s=data["block_overhead_s"],
+        decode_layer_s=data["decode_layer_s"],
+        prefill_layer_s=data["prefill_layer_s"],
     )
 
 

@@ -115,7 +115,7 @@ class Heat:
         return Heat(self.model, counts, self.weight_steps + other.weight_steps)
 
     def save(self, path: str | Path) -> None:
-        """A heat file: safetensors with one tensor per layer."""
+        """A heat file: safetensors with one tensor per layer. Errors: OSError where it cannot be written."""
         tensors = {_LAYER.format(l): torch.from_numpy(count_E) for l, count_E in enumerate(self.count_L)}
         metadata = {
             "format": "monde-heat",
@@ -123,11 +123,17 @@ class Heat:
             "model": self.model,
             "weight_steps": repr(self.weight_steps),
         }
+        if not Path(path).parent.is_dir():
+            raise OSError(f"save_heat: there is no folder {Path(path).parent}; make it first")
         save_file(tensors, path, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Heat:
         """Errors: ValueError when the file is no heat file or of another version; OSError when it is absent."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(
+                f"heat_file: {path} is not there; record one with model.monde.save_heat(path)"
+            )
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata: Mapping[str, str] = file.metadata() or {}

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from monde.device.collectives import start_all_gather
 from monde.device.mesh import agree, guarded
 from monde.planning.exchange import REPLICATED, Strategy, exchanges
 from monde.planning.network_profile import NetworkProfile
@@ -103,7 +104,7 @@ class NodeExchange:
         mine_M = torch.tensor(counts, dtype=torch.int64, device=self._device_type)
         all_WM = mine_M.new_empty(dist.get_world_size() * groups.num_nodes)
         with guarded("routes: all-gather of counts"):
-            dist.all_gather_into_tensor(all_WM, mine_M)
+            start_all_gather(all_WM, mine_M)()
             of_rank = [tuple(row) for row in all_WM.view(-1, groups.num_nodes).tolist()]
         for rank, row in enumerate(of_rank):
             first = rank - rank % groups.num_local

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from monde.device.all_to_all import start_all_to_all
+from monde.device.collectives import start_all_gather, start_all_to_all
 from monde.device.mesh import agree, guarded
 from monde.training.dispatch_routes import Routes, cut, starts
 from monde.training.dispatch_rows import Groups, apply
@@ -42,7 +42,7 @@ class RankExchange:
         mine_W = torch.tensor(counts, dtype=torch.int64, device=self._device_type)
         all_WW = mine_W.new_empty(world * world)
         with guarded("routes: all-gather of counts"):
-            dist.all_gather_into_tensor(all_WW, mine_W)
+            start_all_gather(all_WW, mine_W)()
             return Routes(tuple(tuple(row) for row in all_WW.view(world, world).tolist()), dist.get_rank())
 
     def dispatch(self, x_RD: Tensor, routes: Routes) -> Tensor:
@@ -137,7 +137,7 @@ class _Share(torch.autograd.Function):
         padded[:rows] = x
         all_shares = x.new_empty(groups.num_local * max(shares), *x.shape[1:])
         with guarded("gather of shares"):
-            dist.all_gather_into_tensor(all_shares, padded, group=groups.local)
+            start_all_gather(all_shares, padded, groups.local)()
         return torch.cat(
             [one[:n] for one, n in zip(all_shares.split(max(shares) or 1), shares, strict=False)]
         )

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from monde.device.all_to_all import start_all_to_all
+from monde.device.collectives import start_all_gather, start_all_to_all
 from monde.device.mesh import LOCAL, NODE, check_mesh
 from monde.training.dispatch_routes import Range, Routes, num_rows, share
 
@@ -157,10 +157,10 @@ class _Gather:
         longest = max(num_rows(ranges) for ranges in shares)
         padded = x_sD if x_sD.shape[0] == longest else _padded(x_sD, longest)
         gathered = x_sD.new_empty(g.num_local * longest, *x_sD.shape[1:])
-        work = dist.all_gather_into_tensor(gathered, padded, group=g.local, async_op=True)
+        done = start_all_gather(gathered, padded, g.local)
 
         def wait() -> None:
-            work.wait()
+            done()
             sources, targets = [], []
             for l, ranges in enumerate(shares):
                 source = l * longest

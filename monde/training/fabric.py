@@ -6,6 +6,10 @@ cut along F inside a node. Every rank has tokens of its own.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,26 +19,41 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from monde.planning.pipeline import COMPUTE
 from monde.planning.schedule import Resource
-from monde.training.lanes import Lane, make_lane
+from monde.planning.training_profile import Observation
+from monde.training.lanes import Lane, Stamp, make_lane
+
+TIMEOUT = timedelta(minutes=5)
 
 
 class Fabric:
     """N nodes of L ranks; this rank is (node_idx, local_idx). mesh None: one process.
 
     Creating one is collective. inter: between nodes, ranks of equal local_idx. intra: inside a node. everyone: all
-    ranks of the mesh. A group is None where it would hold this rank only. timeout: of every collective.
+    ranks of the mesh; reducing: the same ranks, for gradients. A group is None where it would hold this rank only.
+    timeout: after which a collective raises on ranks that wait for one that does not come.
     """
 
-    def __init__(self, mesh: DeviceMesh | None, timeout: timedelta | None = None) -> None:
+    def __init__(
+        self,
+        mesh: DeviceMesh | None,
+        *,
+        timeout: timedelta = TIMEOUT,
+        device: torch.device | None = None,
+    ) -> None:
         self.mesh = mesh
         self.num_nodes, self.num_local, self.node_idx, self.local_idx = 1, 1, 0, 0
         self.everyone: Any = None
+        self.reducing: Any = None
         self.inter: Any = None
         self.intra: Any = None
         self.lanes: dict[Resource, Lane] = {}
+        self.observations: list[Observation] | None = None  # a list: every use of a layer is noted in it
+        self._stamps: list[Stamp] | None = None
+        self._ended_s = 0.0
         if mesh is None:
-            self.device = torch.device("cpu")
+            self.device = device or torch.device("cpu")
             return
         if mesh.ndim > 2:
             raise ValueError(
@@ -55,11 +74,12 @@ class Fabric:
         )
         # Groups of our own: one lane issues into each, so no two threads share a group.
         self.everyone = self._own([ranks_NL.flatten().tolist()], timeout)
+        self.reducing = self._own([ranks_NL.flatten().tolist()], timeout)
         self.inter = self._own(ranks_NL.t().tolist(), timeout)
         self.intra = self._own(ranks_NL.tolist(), timeout)
         self.lanes = {r: make_lane(r, self.device) for r in (Resource.LINK_INTER, Resource.LINK_INTRA)}
 
-    def _own(self, partition: list[list[int]], timeout: timedelta | None) -> Any:
+    def _own(self, partition: list[list[int]], timeout: timedelta) -> Any:
         if len(partition[0]) == 1:
             return None
         group, _ = dist.new_subgroups_by_enumeration(partition, timeout=timeout)
@@ -69,6 +89,35 @@ class Fabric:
     def num_ranks(self) -> int:
         return self.num_nodes * self.num_local
 
+    @contextmanager
+    def observed(self, direction: str, degree: int, busiest_rows: int) -> Iterator[None]:
+        """One way through a layer; noted, with the seconds of its tasks on this rank, if somebody wants to know."""
+        if self.observations is None or self.device.type == "cuda":
+            yield
+            return
+        begin_s = time.perf_counter()
+        if self.observations:
+            last = self.observations[-1]
+            self.observations[-1] = replace(last, idle_after_s=begin_s - self._ended_s)
+        self._stamps = []
+        for lane in self.lanes.values():
+            lane.stamps = self._stamps
+        yield
+        seconds_s = {stamp.name: stamp.end_s - stamp.start_s for stamp in self._stamps}
+        self._ended_s = time.perf_counter()
+        total_s = self._ended_s - begin_s
+        self.observations.append(Observation(direction, degree, busiest_rows, seconds_s, total_s))
+        self._stamps = None
+        for lane in self.lanes.values():
+            lane.stamps = None
+
+    def compute(self, name: str, action: Callable[[], None]) -> None:
+        """A task of the compute stream, here."""
+        start_s = time.perf_counter()
+        action()
+        if self._stamps is not None:
+            self._stamps.append(Stamp(name, COMPUTE, start_s, time.perf_counter()))
+
     def gather_counts(self, counts_V: Tensor) -> Tensor:
         """Every rank's row of int64 numbers, on the host: [N, L, V]. The one place where a layer waits."""
         rows_WV = counts_V.new_empty(self.num_ranks, counts_V.numel())
@@ -77,6 +126,29 @@ class Fabric:
         else:
             dist.all_gather(list(rows_WV), counts_V.contiguous(), group=self.everyone)
         return rows_WV.cpu().view(self.num_nodes, self.num_local, -1)
+
+    @property
+    def is_first(self) -> bool:
+        return self.node_idx == self.local_idx == 0
+
+    def sum_over_ranks(self, values_N: Tensor) -> Tensor:
+        """In place, and returned."""
+        if self.everyone is not None:
+            dist.all_reduce(values_N, group=self.everyone)
+        return values_N
+
+    def first_does(self, action: Callable[[], None]) -> None:
+        """On the first rank only; all wait for it. An OSError or ValueError there is raised on all."""
+        failure: list[object] = [None]
+        if self.is_first:
+            try:
+                action()
+            except (OSError, ValueError) as error:
+                failure = [error]
+        if self.everyone is not None:
+            dist.broadcast_object_list(failure, dist.get_global_rank(self.everyone, 0), group=self.everyone)
+        if isinstance(failure[0], BaseException):
+            raise failure[0]
 
     def must_agree(self, what: str, value: object) -> None:
         """Errors: ValueError on every rank when `value` differs between ranks."""

@@ -26,7 +26,8 @@ from monde.planning.pipeline import (
     Stages,
     layer_schedule,
 )
-from monde.planning.schedule import Schedule
+from monde.planning.schedule import Resource, Schedule
+from monde.planning.training_profile import BACKWARD, FORWARD
 from monde.training import exchange
 from monde.training.experts import ExpertWeights
 from monde.training.fabric import Fabric
@@ -37,10 +38,10 @@ from monde.training.traffic import Chunk, Traffic
 _UNTIMED = Stage(0.0, 0.0)
 
 
-def execute(schedule: Schedule, actions: dict[str, Action], fabric: Fabric) -> dict[str, Ticket]:
+def execute(schedule: Schedule, actions: dict[str, Action], fabric: Fabric) -> list[Ticket]:
     """Run the tasks; on return the compute stream is behind all of them but the gradients' slices.
 
-    Returns the tickets of those, by name. An error on a lane is raised here.
+    Returns the tickets of those. An error on a lane is raised here.
     """
     tickets: list[Ticket] = []
     for task in schedule.tasks:
@@ -48,17 +49,17 @@ def execute(schedule: Schedule, actions: dict[str, Action], fabric: Fabric) -> d
         if task.resource is COMPUTE:
             for ticket in after:
                 ticket.wait()
-            actions[task.name]()
+            fabric.compute(task.name, actions[task.name])
             tickets.append(Done())
         else:
             tickets.append(fabric.lanes[task.resource].submit(task.name, actions[task.name], after))
-    running = {}
+    slices = []
     for task, ticket in zip(schedule.tasks, tickets, strict=True):
         if task.name.startswith(GRADIENTS):
-            running[task.name] = ticket
+            slices.append(ticket)
         else:
             ticket.wait()
-    return running
+    return slices
 
 
 def runnable(fabric: Fabric, degree: int, num_slices: int = 0) -> Schedule:
@@ -70,9 +71,12 @@ def runnable(fabric: Fabric, degree: int, num_slices: int = 0) -> Schedule:
 
 @dataclass
 class Slices:
-    """Parts of the gradients' all-reduce to issue during one layer's backward; started: tell their tickets."""
+    """Parts of the gradients' all-reduce: to issue beside one layer's backward, and right after it (beside what is
+    computed next). started: told their tickets.
+    """
 
-    actions: list[Action] = field(default_factory=list)
+    beside: list[Action] = field(default_factory=list)
+    after: list[Action] = field(default_factory=list)
     started: Callable[[list[Ticket]], None] = lambda tickets: None
 
 
@@ -90,9 +94,10 @@ class Step:
 Compute = Callable[[int, Tensor, list[int]], Tensor]
 
 
-def _run(rows_RD: Tensor, step: Step, degree: int, compute: Compute, slices: Slices) -> Tensor:
+def _run(rows_RD: Tensor, step: Step, direction: str, compute: Compute, slices: Slices) -> Tensor:
     """Rows through the four exchanges, with `compute` of every chunk's rows (expert by expert) between them."""
     fabric = step.experts.fabric
+    degree = step.degrees.forward if direction == FORWARD else step.degrees.backward
     chunks = [step.traffic.chunk(i, degree) for i in range(degree)]
     at: list[Tensor] = [rows_RD] * degree  # what each chunk's rows are by now
     out_RD = torch.empty_like(rows_RD)
@@ -121,8 +126,11 @@ def _run(rows_RD: Tensor, step: Step, degree: int, compute: Compute, slices: Sli
             actions[f"{name} {i}"] = action
         if fabric.inter is None:  # no link between nodes: dispatch and combine only pick rows
             dispatch()
-    actions |= {f"{GRADIENTS} {k}": action for k, action in enumerate(slices.actions)}
-    slices.started(list(execute(runnable(fabric, degree, len(slices.actions)), actions, fabric).values()))
+    actions |= {f"{GRADIENTS} {k}": action for k, action in enumerate(slices.beside)}
+    schedule = runnable(fabric, degree, len(slices.beside))
+    with fabric.observed(direction, degree, step.traffic.busiest_rows):
+        slices.started(execute(schedule, actions, fabric))
+    slices.started([fabric.lanes[Resource.LINK_INTER].submit(GRADIENTS, action) for action in slices.after])
     if fabric.inter is None:
         for i, chunk in enumerate(chunks):
             exchange.combine(at[i], chunk, fabric, out_RD)
@@ -141,7 +149,7 @@ class _Overlapped(torch.autograd.Function):
             saved.append(kept)
             return hooks[1].forward(y_RD)
 
-        out_RD = _run(rows_RD, step, step.degrees.forward, compute, Slices())
+        out_RD = _run(rows_RD, step, FORWARD, compute, Slices())
         ctx.step, ctx.hooks, ctx.num_weights = step, hooks, len(weights)
         ctx.save_for_backward(*weights, *(tensor for kept in saved for tensor in kept))
         return out_RD
@@ -163,7 +171,7 @@ class _Overlapped(torch.autograd.Function):
             out_RD: Tensor = ctx.hooks[0].backward(i, grad_x_RD)
             return out_RD
 
-        grad_rows_RD = _run(grad_RD.contiguous(), step, step.degrees.backward, compute, step.slices())
+        grad_rows_RD = _run(grad_RD.contiguous(), step, BACKWARD, compute, step.slices())
         return grad_rows_RD, None, *(grads.get(name) for name in names)
 
 

@@ -29,8 +29,8 @@ def test_all_ranks_measure_the_same(shape: tuple[int, int], tmp_path: Path) -> N
     assert all(profile == profiles[0] for profile in profiles)
     profile = profiles[0]
     assert (profile.num_nodes, profile.ranks_per_node) == shape
-    assert (profile.node_a2a.s_per_unit > 0) == (shape[0] > 1)
-    assert (profile.local_gather.s_per_unit > 0) == (shape[1] > 1)
+    assert (profile.node_a2a.seconds(1e6) > 0) == (shape[0] > 1)
+    assert (profile.local_gather.seconds(1e6) > 0) == (shape[1] > 1)
     assert len(profile.ways) == (12 if min(shape) > 1 else 0)
     profile.save(tmp_path / "network.json")
     assert NetworkProfile.load(tmp_path / "network.json") == profile
@@ -49,6 +49,12 @@ def test_slow_downs_of_a_pair_are_found_again(first: float, second: float, a_s: 
     found = overlap_of((a_s, b_s), ends)
     assert found.first == pytest.approx(first, rel=1e-6)
     assert found.second == pytest.approx(second, rel=1e-6)
+
+
+@given(*[st.floats(0.001, 10)] * 4)
+def test_whatever_was_timed_is_an_overlap(a_s: float, b_s: float, a_end_s: float, b_end_s: float) -> None:
+    found = overlap_of((a_s, b_s), (a_end_s, b_end_s))
+    assert min(found.first, found.second) >= 1
 
 
 def test_a_pair_that_takes_turns_or_worse_gains_nothing() -> None:

@@ -14,6 +14,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# Ranks are forked from a server that has imported these and has run nothing: a fresh interpreter for each would spend
+# seconds on imports.
+PRELOAD = ["torch", "torch.distributed", "transformers", "monde", "monde.training"]
+
 
 class RankFailed(Exception):
     """A rank raised, died or did not answer before the deadline; the message names it."""
@@ -32,7 +36,8 @@ def run_ranks(
     `function` is importable by name and returns something that pickles. Ranks in `may_die` may end without an
     answer (theirs is None). Raises RankFailed with the first traceback; no process outlives the call.
     """
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
     rendezvous = folder / f"rendezvous-{time.monotonic_ns()}"
     pipes = [context.Pipe(duplex=False) for _ in range(num_ranks)]
     ranks = [

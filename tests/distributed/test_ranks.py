@@ -36,7 +36,7 @@ def test_values_by_rank(tmp_path: Path) -> None:
 )
 def test_a_failing_rank_is_named(tmp_path: Path, way: str, message: str) -> None:
     with pytest.raises(RankFailed, match=message):
-        run_ranks(fail_on_rank_1, 2, tmp_path, way, deadline_s=10.0)
+        run_ranks(fail_on_rank_1, 2, tmp_path, way, deadline_s=5.0)
 
 
 def test_a_death_can_be_part_of_the_test(tmp_path: Path) -> None:

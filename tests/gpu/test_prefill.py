@@ -16,11 +16,12 @@ from hostcompute import Activation, ActivationKind, DType, ExpertSpec, make_pool
 from monde.executors.prefill_size import PrefillSize
 from tests.hostcompute.cases import make_batch
 from tests.monde import tiny
-from tests.monde.prefill_layers import POLICIES, Layers, build, check, routed
+from tests.monde.prefill_layers import POLICIES, Layers, build, check, library_bound, routed
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.timeout(60, method="thread"),  # a GPU that hangs lets no signal handler run: the process ends
 ]
 pytest.importorskip("hostcompute._native")
 pytest.importorskip("cupy", exc_type=ImportError)
@@ -41,33 +42,42 @@ def pool() -> Any:
 
 
 @pytest.mark.usefixtures("small_buffers")
-@pytest.mark.parametrize("policy", list(POLICIES))
 @pytest.mark.parametrize("x_dtype", ["bf16", "f32", "f16"])
 @pytest.mark.parametrize("dtype", list(DType))
-def test_any_plan_gives_the_same_answer(policy: str, x_dtype: str, dtype: DType, pool: Any) -> None:
+def test_any_plan_gives_the_same_answer(x_dtype: str, dtype: DType, pool: Any) -> None:
     rng = np.random.default_rng(11)
-    for d_model, d_ffn, gated, bias in ((64, 96, True, False), (200, 72, True, True), (37, 53, False, True)):
+    shapes = (
+        (64, 96, True, False),
+        (200, 72, True, True),
+        (40, 72, False, True),
+        (37, 53, False, True),
+    )
+    for d_model, d_ffn, gated, bias in shapes:
         spec = ExpertSpec(9, d_model, d_ffn, dtype, gated, has_bias=bias)
         for resident in ([], [7, 0, 3, 4], list(range(9))):
-            layers = build([spec], [resident], GPU, POLICIES[policy], pool=pool)
+            layers = build([spec], [resident], GPU, pool=pool)
             for num_tokens, top_k in ((1, 1), (17, 5), (130, 3), (700, 4)):
                 batch = make_batch(rng, spec, num_tokens, top_k, x_dtype)
-                what = f"{spec}, {policy}, {len(resident)} resident, T={num_tokens}, K={top_k}"
-                check(layers, 0, batch, x_dtype, what)
+                expected = library_bound(spec, layers.experts[0], batch, x_dtype)
+                for policy, layers.hub.policy in POLICIES.items():
+                    what = f"{spec}, {policy}, {len(resident)} resident, T={num_tokens}, K={top_k}"
+                    check(layers, 0, batch, x_dtype, what, expected)
             layers.close()
 
 
-@pytest.mark.parametrize("policy", list(POLICIES))
-def test_real_sizes_of_buffers_and_grouped_products(policy: str, pool: Any) -> None:
-    """2.4 MB an expert: several to a buffer, several buffers, more rows than a block."""
+def test_real_sizes_of_buffers_and_products(pool: Any) -> None:
+    """2.4 MB an expert: several to a buffer, several buffers, experts of more rows than a tile."""
     rng = np.random.default_rng(12)
     spec = ExpertSpec(64, 1024, 384)
-    layers = build([spec, spec], [[3, 60, 5, 1], []], GPU, POLICIES[policy], pool=pool)
-    layers.hub.block_rows = 512
+    layers = build([spec, spec], [[3, 60, 5, 1], []], GPU, pool=pool)
     for num_tokens in (100, 900):
-        for layer_idx in (0, 1, 0, 1):
-            batch = make_batch(rng, spec, num_tokens, 8, "bf16")
-            check(layers, layer_idx, batch, "bf16", f"{policy}, layer {layer_idx}, T={num_tokens}")
+        batches = [make_batch(rng, spec, num_tokens, 8, "bf16") for _ in range(2)]
+        batches[0].ids_TK[: num_tokens // 2, 0] = 60
+        expected = [library_bound(spec, layers.experts[i], batches[i], "bf16") for i in range(2)]
+        for policy, layers.hub.policy in POLICIES.items():
+            for i in (0, 1, 0, 1):  # from the second round on with what was fetched ahead
+                what = f"{policy}, layer {i}, T={num_tokens}"
+                check(layers, i, batches[i], "bf16", what, expected[i])
     layers.close()
 
 
@@ -158,7 +168,6 @@ def test_two_models_and_two_streams(pool: Any) -> None:
                 results.append((layers, batch, layers.executors[0].forward(there)))
     torch.cuda.synchronize()
     from tests.hostcompute.bounds import assert_within
-    from tests.monde.prefill_layers import library_bound
 
     for i, (layers, batch, y_TD) in enumerate(results):
         bound = library_bound(spec, layers.experts[0], batch, "bf16")
@@ -252,8 +261,7 @@ def test_a_missing_expert_names_the_layer_and_the_next_call_works(pool: Any) -> 
     layers.close()
 
 
-@pytest.mark.parametrize("policy", list(POLICIES))
-def test_memory_stays_within_the_plan(policy: str, pool: Any) -> None:
+def test_memory_stays_within_the_plan(pool: Any) -> None:
     rng = np.random.default_rng(14)
     spec = ExpertSpec(64, 1024, 384)
     num_tokens = 2048
@@ -262,25 +270,25 @@ def test_memory_stays_within_the_plan(policy: str, pool: Any) -> None:
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     before_bytes = torch.cuda.memory_allocated()
-    layers = build([spec], [list(range(16))], GPU, POLICIES[policy], num_tokens=num_tokens, pool=pool)
+    layers = build([spec], [list(range(16))], GPU, num_tokens=num_tokens, pool=pool)
     slots = layers.executors[0].slots
     assert slots is not None
-    torch.cuda.reset_peak_memory_stats()
-    y_TD = layers.executors[0].forward(batch)
-    torch.cuda.synchronize()
-    used_bytes = torch.cuda.max_memory_allocated() - before_bytes - slots.num_bytes
-    # Products and sorting take workspace of their own from torch: the plan's library bytes.
-    assert used_bytes <= size.fixed_bytes + size.workspace_bytes + y_TD.nbytes + (64 << 20), (
-        used_bytes,
-        size,
-    )
+    for policy, layers.hub.policy in POLICIES.items():
+        torch.cuda.reset_peak_memory_stats()
+        y_TD = layers.executors[0].forward(batch)
+        torch.cuda.synchronize()
+        used_bytes = torch.cuda.max_memory_allocated() - before_bytes - slots.num_bytes
+        # Libraries take workspace of their own from torch, which the plan counts elsewhere.
+        allowed_bytes = size.fixed_bytes + size.workspace_bytes + y_TD.nbytes + (64 << 20)
+        assert used_bytes <= allowed_bytes, (policy, used_bytes, size)
     layers.close()
 
 
-@pytest.mark.parametrize("share", [0, 0.5, 1])
-@pytest.mark.parametrize("name", tiny.NAMES)
+@pytest.mark.parametrize(
+    ("name", "share"), [*((name, 0.5) for name in tiny.NAMES), (tiny.NAMES[0], 0), (tiny.NAMES[0], 1)]
+)
 def test_whole_models(name: str, share: float) -> None:
-    """A prompt of 150 tokens through every family's tiny model, at every share of residents."""
+    """A prompt of 150 tokens through every family's tiny model, half of them resident; and none, and all."""
     original = tiny.build(name)
     ids = torch.randint(3, tiny.VOCABULARY, (2, 75), generator=torch.Generator().manual_seed(2))
     plan = monde.offload(copy.deepcopy(original), max_context=150, max_batch=2).monde.plan

@@ -227,14 +227,23 @@ def test_missing_experts_are_named(backend: str) -> None:
         ({"up": np.ones((20, 23), np.float32)}, ValueError, r"up: expected shape \(20, 24\), got \(20, 23\)"),
         ({"gate": None}, ValueError, "gate: expected an array"),
         ({"up_bias": np.ones(20, np.float32)}, ValueError, "keeps no biases"),
-        ({"down": np.ones((24, 20), np.int64)}, ValueError, "down: expected one of"),
+        (
+            {"down": np.ones((24, 20), np.int64)},
+            ValueError,
+            "down: expected one of f32, bf16, f16, got i64; convert",
+        ),
         ({"down": np.ones((24, 20), np.complex64)}, TypeError, "unsupported element type complex64"),
-        ({"down": [[1.0]]}, TypeError, "expected a NumPy array"),
+        ({"down": [[1.0]]}, TypeError, "expected a NumPy array.* numpy.asarray makes one of lists"),
     ],
 )
 def test_load_refuses(backend: str, change: dict[str, Any], error: type[Exception], message: str) -> None:
     with ExpertBank(SPEC, backend) as bank, pytest.raises(error, match=message):
         bank.load(0, **{**make_expert(rng(), SPEC, "separate"), **change})
+
+
+def test_more_than_the_machine_holds_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"ExpertBank: 10{8}0 experts of .* make a bank of fewer experts"):
+        ExpertBank(ExpertSpec(1_000_000_000, 4096, 4096))
 
 
 @pytest.mark.parametrize("expert_id", [-1, 3])

@@ -21,6 +21,11 @@ def test_sizes_parse_as_accelerate_does(number: int, unit: str) -> None:
     assert parse_size_bytes(f"{number}{unit}", "x") == convert_file_size_to_int(f"{number}{unit}")
 
 
+def test_larger_units_than_accelerate_has() -> None:
+    assert parse_size_bytes("1PiB", "x") == 2**50
+    assert parse_size_bytes("2pb", "x") == 2 * 10**15
+
+
 @pytest.mark.parametrize("size", ["12 bananas", "", "GiB", "-3GiB", "1.5", "16 G B", "nan", 1.5, True, [1]])
 def test_unreadable_sizes(size: Any) -> None:
     with pytest.raises(ValueError, match=r'gpu_memory: cannot read .* as a size; write it as "16GiB"'):

@@ -94,7 +94,8 @@ def test_deepcopy_shares_the_experts(pair: tuple[Any, Any]) -> None:
     _, model = pair
     twin, ids = copy.deepcopy(model), tiny.prompt()
     assert twin.monde is model.monde
-    assert torch.equal(twin(ids).logits, model(ids).logits)
+    # Not bit for bit: between two calls experts may move, and with them where sums are rounded.
+    torch.testing.assert_close(twin(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
     assert twin.state_dict().keys() == model.state_dict().keys()
 
 

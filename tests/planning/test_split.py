@@ -43,6 +43,8 @@ def costs(draw: st.DrawFn, gpu_expert: ExpertRate | None = None) -> CostModel:
         host_while_copying=draw(overlap),
         gpu_while_copying=draw(overlap),
         block_overhead_s=0.0,
+        decode_layer_s=0.0,
+        prefill_layer_s=0.0,
     )
     profile = dataclasses.replace(DESCRIBED["h200"], host_expert=draw(experts), gpu=gpu)
     return CostModel(profile, SHAPE)
@@ -54,7 +56,8 @@ def loads(draw: st.DrawFn, max_experts: int = 10) -> Load:
     tokens = draw(st.lists(st.integers(0, 40), min_size=n, max_size=n))
     resident = draw(st.lists(st.booleans(), min_size=n, max_size=n))
     granule = draw(st.sampled_from([None, 8, 12, 32]))
-    return Load(np.array(tokens), np.array(resident), max(sum(tokens), 1), granule)
+    busy_s = draw(st.sampled_from([0.0, 0.0, 0.01, 1.0]))
+    return Load(np.array(tokens), np.array(resident), max(sum(tokens), 1), granule, busy_s)
 
 
 def brute_force_s(load: Load, cost: CostModel, prefixes_only: bool = False) -> float:
@@ -78,7 +81,7 @@ def brute_force_s(load: Load, cost: CostModel, prefixes_only: bool = False) -> f
         if cut is not None and prefixes_only:
             fetched_Mn = masks_Mn[slowest_first.index(cut)][None]
         share = cut_rows / SHAPE.d_ffn
-        copy_M = fetched_Mn.sum(1) * cost.copy_s()
+        copy_M = load.bus_busy_s + fetched_Mn.sum(1) * cost.copy_s()
         gemm_M = resident_s + fetched_Mn @ gemm_n
         host_M = (~fetched_Mn) @ host_n + np.where(fetched_Mn.all(1), 0.0, trip_s)
         if cut is not None:

@@ -143,8 +143,10 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     save_file({"heat.0": torch.zeros(1)}, path, metadata)
     with pytest.raises(ValueError, match="heat version 9, expected 1"):
         Heat.load(path)
-    with pytest.raises(OSError, match="absent"):
+    with pytest.raises(FileNotFoundError, match=r"heat_file: .*absent is not there; record one with"):
         Heat.load(tmp_path / "absent")
+    with pytest.raises(OSError, match=r"save_heat: there is no folder .*nowhere; make it first"):
+        HeatTracker((1,), 1).read().save(tmp_path / "nowhere" / "heat")
 
 
 def test_bad_half_life_is_refused() -> None:

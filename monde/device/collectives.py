@@ -1,4 +1,4 @@
-"""One uneven all-to-all of rows, started and waited for; the backend decides how its messages are posted."""
+"""Collectives of rows, started and waited for: an uneven all-to-all, posted as the backend needs it, and a gather."""
 
 from __future__ import annotations
 
@@ -6,6 +6,22 @@ from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 from torch import Tensor
+
+# torch 2.13 renames it and warns of the old name, which is the only one before.
+_all_gather: Callable[..., dist.Work | None] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
+
+def start_all_gather(
+    y_SD: Tensor, x_RD: Tensor, group: dist.ProcessGroup | None = None
+) -> Callable[[], None]:
+    """The rows of all ranks of `group`, as many from each, in the order of ranks."""
+    work = _all_gather(y_SD, x_RD, group=group, async_op=True)
+    assert work is not None, "this rank is no member of the group"
+
+    def wait() -> None:
+        work.wait()
+
+    return wait
 
 
 def start_all_to_all(

@@ -1,0 +1,158 @@
+"""`monde train`: train a mixture-of-experts model from a TOML file, on one rank or many."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from monde.training.config import TrainConfig
+    from monde.training.fabric import Fabric
+    from monde.training.job import TrainingJob
+
+
+def train(
+    config_file: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="A TOML file; docs/training.md has one.")
+    ],
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Start over: delete the output folder's checkpoints and losses.")
+    ] = False,
+) -> None:
+    """Train a mixture-of-experts model, its experts spread over the ranks that run this command.
+
+    Goes on from the newest checkpoint of the output folder, on however many ranks. Leaves checkpoints, losses.jsonl,
+    loss.png and, at the end, the model.
+
+    [bold]Examples[/bold]
+
+      monde train examples/train.toml
+
+      torchrun --nproc-per-node 2 -m monde.cli train examples/train.toml
+    """
+    from monde.training.config import read_config
+
+    config = read_config(config_file)
+    fabric = _join(config)
+    job = _job(config, config_file.resolve().parent, fabric, restart)
+    done = job.resume()
+    if fabric.is_first and done:
+        typer.echo(f"monde: resuming after step {done}", err=True)
+    _run(job)
+    _leave(job, config, config_file.resolve().parent)
+
+
+def _join(config: TrainConfig) -> Fabric:
+    """The process group that torchrun prepared, or one process."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from monde.training.fabric import Fabric
+
+    if not dist.is_torchelastic_launched():
+        if config.parallel.nodes > 1:
+            raise ValueError(
+                f"parallel.nodes is {config.parallel.nodes}, but one rank runs; start it with torchrun"
+            )
+        return Fabric(None)
+    timeout = timedelta(seconds=config.parallel.timeout_s)
+    dist.init_process_group("gloo", timeout=timeout)
+    num_ranks, num_nodes = dist.get_world_size(), config.parallel.nodes or dist.get_world_size()
+    if num_ranks % num_nodes:
+        raise ValueError(
+            f"parallel.nodes = {num_nodes} does not divide {num_ranks} ranks; start another number"
+        )
+    mesh = init_device_mesh("cpu", (num_nodes, num_ranks // num_nodes), mesh_dim_names=("node", "local"))
+    return Fabric(mesh, timeout=timeout)
+
+
+def _job(config: TrainConfig, base: Path, fabric: Fabric, restart: bool) -> TrainingJob:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    from monde.cli.texts import token_source
+    from monde.training.convert import convert
+    from monde.training.job import TrainingJob
+
+    logging.disable_progress_bar()
+    folder = base / config.output.folder
+    if restart:
+        fabric.first_does(lambda: shutil.rmtree(folder, ignore_errors=True))
+    path = _model_path(config, base)
+    torch.manual_seed(config.optimizer.seed)
+    if config.model.init == "random":
+        model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    text = base / config.data.text if config.data.text else None
+    source = token_source(AutoTokenizer.from_pretrained(path), model.config.vocab_size, text, False)
+    batch, length = config.optimizer.batch, config.data.sequence_length
+    schedule = _schedule(config)
+    model = convert(model, fabric, schedule=schedule)
+
+    def report(line: str) -> None:
+        if fabric.is_first:
+            typer.echo(f"monde: {line}", err=True)
+
+    return TrainingJob(
+        model, fabric, config, lambda step: source.window(step, batch, length + 1), folder, report
+    )
+
+
+def _schedule(config: TrainConfig) -> Any:
+    from monde.planning.pipeline import Degrees
+
+    chunks = config.parallel.chunks
+    return Degrees() if chunks == "auto" else Degrees(*chunks)
+
+
+def _model_path(config: TrainConfig, base: Path) -> str:
+    return str(base / config.model.path) if (base / config.model.path).is_dir() else config.model.path
+
+
+def _run(job: TrainingJob) -> None:
+    """With a bar on the first rank's standard error."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    progress = Progress(*columns, console=Console(stderr=True)) if job.fabric.is_first else nullcontext()
+    with progress:
+        bar = None
+        if isinstance(progress, Progress):
+            bar = progress.add_task("starting", total=job.config.optimizer.steps, completed=job.next_step)
+        for record in job.run():
+            if isinstance(progress, Progress) and bar is not None:
+                rate = record.num_tokens / record.seconds_s
+                progress.update(bar, advance=1, description=f"loss {record.loss:.4f}, {rate:,.0f} tokens/s")
+
+
+def _leave(job: TrainingJob, config: TrainConfig, base: Path) -> None:
+    """Curve and model; the model is whole again and an ordinary transformers folder."""
+    from transformers import AutoTokenizer
+
+    from monde.training.convert import restore
+    from monde.training.curve import draw_losses
+    from monde.training.job import LOSSES, read_losses
+
+    model: Any = restore(job.model)
+
+    def write() -> None:
+        records = read_losses(job.folder / LOSSES)
+        title = f"{Path(config.model.path).name}, {len(records)} steps on {job.fabric.num_ranks} ranks"
+        draw_losses(records, title, job.folder / "loss.png")
+        model.save_pretrained(job.folder / "model")
+        AutoTokenizer.from_pretrained(_model_path(config, base)).save_pretrained(job.folder / "model")
+        typer.echo(
+            f"loss {records[0].loss:.4f} -> {records[-1].loss:.4f} in {len(records)} steps; "
+            f"{job.folder}/loss.png, {job.folder}/model"
+        )
+
+    job.fabric.first_does(write)
+    job.fabric.close()

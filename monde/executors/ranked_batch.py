@@ -1,0 +1,109 @@
+"""One batch over ranks: what every rank must know of it, in one exchange.
+
+W ranks, T tokens, E experts, K experts per token, D model dim, H words of a header.
+A header is FIELDS, then rows for each rank W, then pairs of each expert E, then room for the routing of a small batch,
+so that a decode step needs no exchange of its own for that. Everybody sees everybody's, so all decide alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from monde.core import RoutedBatch
+from monde.executors.ranks import RankError, RankGroup
+from monde.executors.rows import gather_rows
+from monde.planning.sharding import RankedCounts
+
+FIELDS = ("layer", "tokens", "top-k", "model dim", "element type")
+_SAME = {
+    "layer": 0,
+    "top-k": 2,
+    "model dim": 3,
+    "element type": 4,
+}  # what ranks must agree on, and where it is
+ROUTING_WORDS = 1024  # 4 KiB a rank: a Gloo exchange takes as long with as without
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class RankedBatch:
+    """This rank's part of a batch; routing is packed as words_TM, M = 2 K: ids, then weights as fp32 bits.
+
+    words_of_all: everybody's, where it travelled with the header.
+    """
+
+    mine: RoutedBatch
+    counts: RankedCounts
+    words_TM: Tensor
+    home_TK: Tensor  # the rank of every pair's expert, W for pairs that compute nothing
+    words_of_all: Tensor | None
+
+    def all_words(self, ranks: RankGroup) -> Tensor:
+        """Everybody's routing, rank by rank, on the device of the batch."""
+        if self.words_of_all is not None:
+            return self.words_of_all
+        return gather_rows(ranks, self.words_TM, self.counts.num_tokens_W).wait()
+
+
+def unpack_routing(words_TM: Tensor) -> tuple[Tensor, Tensor]:
+    """topk_ids_TK int64 and topk_weights_TK fp32."""
+    num_topk = words_TM.shape[1] // 2
+    return words_TM[:, :num_topk].long(), words_TM[:, num_topk:].contiguous().view(torch.float32)
+
+
+def exchange_batch(
+    ranks: RankGroup, layer_idx: int, batch: RoutedBatch, home_E1: Tensor, num_experts: int
+) -> RankedBatch:
+    """home_E1: the rank of every expert; one more entry, W, for ids that name none.
+
+    Errors: RankError on all ranks where they call different layers or with different kinds of batches.
+    """
+    x_TD, ids_TK = batch.x_TD.contiguous(), batch.topk_ids_TK
+    weights_TK = batch.topk_weights_TK.float()
+    valid_TK = (weights_TK != 0) & (ids_TK >= 0) & (ids_TK < num_experts)
+    ids_TK = ids_TK.where(valid_TK, num_experts)
+    words_TM = torch.cat((ids_TK.to(torch.int32), weights_TK.view(torch.int32)), dim=1)
+    home_TK = home_E1[ids_TK]
+    goes_TW = torch.zeros((len(x_TD), ranks.size + 1), dtype=torch.bool, device=x_TD.device)
+    goes_TW.scatter_(1, home_TK, True)
+    pairs_E = torch.bincount(ids_TK.flatten(), minlength=num_experts + 1)[:num_experts]
+    counted = torch.cat((goes_TW.sum(dim=0)[: ranks.size], pairs_E)).int().cpu()
+
+    num_counts = len(FIELDS) + ranks.size + num_experts
+    header_H = torch.zeros(num_counts + ROUTING_WORDS, dtype=torch.int32)
+    fields = (layer_idx, len(x_TD), ids_TK.shape[1], x_TD.shape[1], _DTYPES.index(x_TD.dtype))
+    header_H[: len(FIELDS)] = torch.tensor(fields)
+    header_H[len(FIELDS) : num_counts] = counted
+    if words_TM.numel() <= ROUTING_WORDS:
+        header_H[num_counts : num_counts + words_TM.numel()] = words_TM.flatten()
+    header_WH = ranks.exchange(header_H)
+    _check(header_WH[:, : len(FIELDS)])
+
+    counts = RankedCounts(
+        num_tokens_W=tuple(header_WH[:, 1].tolist()),
+        rows_WW=tuple(map(tuple, header_WH[:, len(FIELDS) : len(FIELDS) + ranks.size].tolist())),
+        pairs_E=tuple(header_WH[:, len(FIELDS) + ranks.size : num_counts].sum(dim=0).tolist()),
+        num_topk=ids_TK.shape[1],
+    )
+    words_of_all = None
+    if max(counts.num_tokens_W) * words_TM.shape[1] <= ROUTING_WORDS:
+        parts = [
+            words[num_counts : num_counts + num_tokens * words_TM.shape[1]]
+            for words, num_tokens in zip(header_WH, counts.num_tokens_W, strict=True)
+        ]
+        words_of_all = torch.cat(parts).view(-1, words_TM.shape[1]).to(x_TD.device)
+    return RankedBatch(RoutedBatch(x_TD, ids_TK, weights_TK), counts, words_TM, home_TK, words_of_all)
+
+
+def _check(fields_WF: Tensor) -> None:
+    for name, column in _SAME.items():
+        values = fields_WF[:, column].tolist()
+        if len(set(values)) > 1:
+            raise RankError(
+                f"mesh: the ranks are in different calls, {name} by rank: {values}; every rank must call the same "
+                "model equally often (generate does, and dummy batches of no tokens are fine)"
+            )

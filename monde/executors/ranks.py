@@ -1,0 +1,117 @@
+"""The ranks that hold one model's experts together, and everything they say to each other.
+
+Three process groups of the mesh's ranks: `control`, always Gloo, for sizes and agreements, so that no size ever waits
+for a GPU; `inward` and `outward` for rows of activations, two, so that a chunk's results leave while the next arrives.
+Every wait has one deadline, and what ends it is a RankError that says what to do. W ranks, H words of a header.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+T = TypeVar("T")
+
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+
+
+class RankError(RuntimeError):
+    """The ranks of a mesh cannot go on together; the message says why. Every rank gets one."""
+
+
+class RankGroup:
+    """This process among the ranks of a 1-D mesh. Making one, and every method but `check`, is for all of them.
+
+    timeout_s: how long a rank waits for the others, anywhere. After a RankError the group is of no more use.
+    """
+
+    def __init__(self, mesh: DeviceMesh, timeout_s: float) -> None:
+        self.rank, self.size = mesh.get_local_rank(), mesh.size()
+        self.device_type, self.timeout_s = mesh.device_type, timeout_s
+        self._lost = ""
+        ranks = dist.get_process_group_ranks(mesh.get_group())
+
+        def group(backend: str) -> dist.ProcessGroup:
+            made = dist.new_group(
+                ranks, timedelta(seconds=timeout_s), backend=backend, use_local_synchronization=True
+            )
+            assert isinstance(made, dist.ProcessGroup)
+            return made
+
+        def groups() -> tuple[dist.ProcessGroup, ...]:
+            return tuple(map(group, ("gloo", BACKENDS[mesh.device_type], BACKENDS[mesh.device_type])))
+
+        self.control, self.inward, self.outward = self.guarded(groups)
+
+    # ---- agreements, at loading ----
+    def agree(self, value: Any = None) -> list[Any]:
+        """Every rank's value, by rank. Errors: RankError on all where one came with `fail` instead."""
+        return self._exchange_objects(None, value)
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the others, who are or will be in `agree`, that this rank gives up."""
+        with contextlib.suppress(RankError):
+            self._exchange_objects(" ".join(str(error).split()) or type(error).__name__, None)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Whatever fails in here on one rank fails on all of them, at their next `agree`, or at the end."""
+        try:
+            yield
+        except RankError:
+            raise
+        except Exception as error:
+            self.fail(error)
+            raise
+        self.agree()
+
+    def _exchange_objects(self, error: str | None, value: Any) -> list[Any]:
+        answers: list[Any] = [None] * self.size
+        self.guarded(lambda: dist.all_gather_object(answers, (error, value), group=self.control))
+        failed = [f"rank {rank}: {answer[0]}" for rank, answer in enumerate(answers) if answer[0] is not None]
+        if failed:
+            raise RankError("mesh: " + "; ".join(failed))
+        return [answer[1] for answer in answers]
+
+    # ---- at every layer ----
+    def exchange(self, header_H: Tensor) -> Tensor:
+        """header_WH: everybody's words, int32 on the CPU, of one length everywhere."""
+        header_WH = torch.empty((self.size, len(header_H)), dtype=header_H.dtype)
+        self.guarded(lambda: dist.all_gather(list(header_WH), header_H, group=self.control))
+        return header_WH
+
+    def check(self) -> None:
+        """Errors: RankError if the ranks have lost each other before."""
+        if self._lost:
+            raise RankError(self._lost)
+
+    def guarded(self, action: Callable[[], T]) -> T:
+        """The result of a collective. Errors: RankError, where torch has as many kinds as backends."""
+        self.check()
+        try:
+            return action()
+        except (RuntimeError, ValueError) as error:
+            if isinstance(error, RankError):
+                raise
+            first_line = str(error).strip().partition("\n")[0]
+            self._lost = (
+                f"mesh: rank {self.rank} lost the others ({first_line}); one died, was over {self.timeout_s:g} s late "
+                "or called the model less often: restart all ranks, or give more time with mesh_timeout_s"
+            )
+            raise RankError(self._lost) from error
+
+    def close(self) -> None:
+        """Leave the groups. Closing twice is fine."""
+        for name in ("control", "inward", "outward"):
+            group = self.__dict__.pop(name, None)
+            if group is not None and dist.is_initialized():
+                with contextlib.suppress(RuntimeError, ValueError):
+                    dist.destroy_process_group(group)
+        self._lost = self._lost or "mesh: this model was closed; load it again"

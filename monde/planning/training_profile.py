@@ -1,0 +1,174 @@
+"""What a layer in training costs on this mesh, as measured: from rows to stages, degrees, and whether it still holds.
+
+N nodes of L ranks. Rows are those that the busiest node computes.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from monde.planning.fit import AlphaBeta
+from monde.planning.pipeline import (
+    COMBINE,
+    COMPUTE,
+    DISPATCH,
+    EXPERTS,
+    GATHER,
+    SCATTER,
+    Degrees,
+    Stage,
+    Stages,
+    best_degree,
+    layer_timeline,
+)
+from monde.planning.profile import Overlap
+from monde.planning.schedule import Resource
+from monde.planning.simulate import Contention
+
+FORWARD, BACKWARD = "forward", "backward"
+
+
+@dataclass(frozen=True)
+class TrainingProfile:
+    """inter, intra: seconds of one all-to-all over the bytes that a rank sends to others; None where there is no such
+    link. forward, backward: seconds of the experts over rows. all_reduce: over elements.
+    compute_inter slows (experts, all-to-all between nodes), and so on.
+    """
+
+    num_nodes: int
+    num_local: int
+    row_bytes: int
+    forward: AlphaBeta
+    backward: AlphaBeta
+    inter: AlphaBeta | None
+    intra: AlphaBeta | None
+    all_reduce: AlphaBeta | None
+    compute_inter: Overlap = field(default_factory=Overlap)
+    compute_intra: Overlap = field(default_factory=Overlap)
+    inter_intra: Overlap = field(default_factory=Overlap)
+
+    @property
+    def contention(self) -> Contention:
+        return {
+            (COMPUTE, Resource.LINK_INTER): self.compute_inter,
+            (COMPUTE, Resource.LINK_INTRA): self.compute_intra,
+            (Resource.LINK_INTER, Resource.LINK_INTRA): self.inter_intra,
+        }
+
+    def stages(self, direction: str, busiest_rows: int) -> Stages:
+        """Rows spread evenly over their sources; a rank of the busiest node sends and receives this."""
+        compute = self.forward if direction == FORWARD else self.backward
+        node_bytes = busiest_rows * self.row_bytes
+        between = node_bytes / self.num_local * (self.num_nodes - 1) / self.num_nodes
+        inside = node_bytes * (self.num_local - 1) / self.num_local
+        inter, intra = _stage(self.inter, between), _stage(self.intra, inside)
+        return Stages(_must(_stage(compute, busiest_rows)), inter, inter, intra, intra)
+
+
+def _stage(cost: AlphaBeta | None, size: float) -> Stage | None:
+    return None if cost is None else Stage(cost.alpha_s, size * cost.s_per_unit)
+
+
+def _must(stage: Stage | None) -> Stage:
+    assert stage is not None
+    return stage
+
+
+@dataclass(frozen=True)
+class Observation:
+    """How one way through a layer went: seconds of every task by name (`dispatch 0`), from start to end, and until
+    the next one began (0 for the last).
+    """
+
+    direction: str
+    degree: int
+    busiest_rows: int
+    seconds_s: dict[str, float]
+    total_s: float = 0.0
+    idle_after_s: float = 0.0
+
+
+_STAGE_OF = {DISPATCH: "inter", COMBINE: "inter", GATHER: "intra", SCATTER: "intra"}
+
+
+def drift(profile: TrainingProfile, observations: Sequence[Observation]) -> dict[str, float]:
+    """By cost of the profile (inter, intra, forward, backward): how many times longer tasks took than simulated.
+
+    The simulation has the same tasks side by side, so interference is not taken for drift. Medians: one late task
+    in two is not believed.
+    """
+    ratios: dict[str, list[float]] = {}
+    for seen in observations:
+        timeline = layer_timeline(
+            profile.stages(seen.direction, seen.busiest_rows), seen.degree, profile.contention
+        )
+        for span in timeline.spans:
+            kind = span.name.split()[0]
+            cost = seen.direction if kind == EXPERTS else _STAGE_OF[kind]
+            if span.end_s > span.start_s and span.name in seen.seconds_s:
+                ratios.setdefault(cost, []).append(seen.seconds_s[span.name] / (span.end_s - span.start_s))
+    return {cost: statistics.median(values) for cost, values in ratios.items()}
+
+
+def refitted(profile: TrainingProfile, drifted: dict[str, float]) -> TrainingProfile:
+    """The profile with those costs scaled."""
+
+    for name, ratio in drifted.items():
+        cost: AlphaBeta = getattr(profile, name)
+        scaled = replace(cost, alpha_s=cost.alpha_s * ratio, s_per_unit=cost.s_per_unit * ratio)
+        changes: dict[str, Any] = {name: scaled}
+        profile = replace(profile, **changes)
+    return profile
+
+
+@dataclass
+class DegreePlanner:
+    """Degrees for any load, from a profile that follows what is observed.
+
+    Equal on all ranks as long as they hand in the same observations. tolerance: drift that is put up with;
+    num_observed: how many observations make one look.
+    """
+
+    profile: TrainingProfile
+    tolerance: float = 0.25
+    num_observed: int = 8
+    num_refits: int = 0
+    _known: dict[int, Degrees] = field(default_factory=dict)
+    _seen: list[Observation] = field(default_factory=list)
+
+    def __call__(self, busiest_rows: int) -> Degrees:
+        """Loads within a quarter of each other share their degrees: a search takes milliseconds, a step may not."""
+        load = _rounded(busiest_rows)
+        if load not in self._known:
+            forward, backward = (
+                best_degree(self.profile.stages(way, load), self.profile.contention)
+                for way in (FORWARD, BACKWARD)
+            )
+            self._known[load] = Degrees(forward, backward)
+        return self._known[load]
+
+    def observe(self, observations: Sequence[Observation]) -> bool:
+        """Whether the profile was fitted again, and all degrees with it."""
+        self._seen.extend(observations)
+        if len(self._seen) < self.num_observed:
+            return False
+        drifted = drift(self.profile, self._seen)
+        self._seen.clear()
+        off = {name: ratio for name, ratio in drifted.items() if max(ratio, 1 / ratio) > 1 + self.tolerance}
+        if not off:
+            return False
+        self.profile = refitted(self.profile, off)
+        self._known.clear()
+        self.num_refits += 1
+        return True
+
+
+def _rounded(rows: int) -> int:
+    """To the nearest of 1, 1.25, 1.56, ... : steps of a quarter."""
+    size = 1.0
+    while size * 1.25**0.5 < rows:
+        size *= 1.25
+    return round(size)

@@ -1,0 +1,109 @@
+"""From a measured profile to degrees, and noticing that it no longer holds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from monde.planning.fit import AlphaBeta
+from monde.planning.pipeline import layer_timeline
+from monde.planning.profile import Overlap
+from monde.planning.training_profile import (
+    BACKWARD,
+    FORWARD,
+    DegreePlanner,
+    Observation,
+    TrainingProfile,
+    drift,
+    refitted,
+)
+
+PROFILE = TrainingProfile(
+    num_nodes=2, num_local=2, row_bytes=1024,
+    forward=AlphaBeta(1e-4, 2e-6), backward=AlphaBeta(2e-4, 4e-6),
+    inter=AlphaBeta(3e-4, 2e-9), intra=AlphaBeta(1e-4, 5e-10), all_reduce=AlphaBeta(4e-4, 1e-8),
+    compute_inter=Overlap(1.2, 1.3), compute_intra=Overlap(1.1, 1.1), inter_intra=Overlap(1.2, 1.0),
+)  # fmt: skip
+
+
+def observed(profile: TrainingProfile, direction: str, degree: int, rows: int) -> Observation:
+    """What a mesh that behaves as `profile` shows."""
+    timeline = layer_timeline(profile.stages(direction, rows), degree, profile.contention)
+    return Observation(
+        direction, degree, rows, {span.name: span.end_s - span.start_s for span in timeline.spans}
+    )
+
+
+def look(profile: TrainingProfile, rows: int = 4096) -> list[Observation]:
+    return [observed(profile, way, 3, rows) for way in (FORWARD, BACKWARD) for _ in range(4)]
+
+
+def test_work_of_a_balanced_load() -> None:
+    stages = PROFILE.stages(FORWARD, 4000)
+    assert stages.experts.work_s == pytest.approx(4000 * 2e-6)
+    assert stages.dispatch is not None
+    assert stages.dispatch.work_s == pytest.approx(
+        2000 / 2 * 1024 * 2e-9
+    )  # half of a rank's rows change nodes
+    assert stages.gather is not None
+    assert stages.gather.work_s == pytest.approx(
+        2000 * 1024 * 5e-10
+    )  # half of a node's rows are another rank's
+
+
+def test_interference_is_not_drift() -> None:
+    ratios = drift(PROFILE, look(PROFILE))
+    assert set(ratios) == {FORWARD, BACKWARD, "inter", "intra"}
+    assert all(ratio == pytest.approx(1.0) for ratio in ratios.values())
+
+
+def test_a_slower_link_is_found_and_degrees_follow() -> None:
+    # Rows bring the layer from compute bound to link bound when the link is ten times slower.
+    slow = replace(PROFILE, inter=AlphaBeta(3e-3, 2e-8))
+    planner = DegreePlanner(PROFILE, num_observed=8)
+    before = planner(4096)
+    assert not planner.observe(look(PROFILE))
+    assert planner.observe(look(slow))
+    assert planner.num_refits == 1
+    assert planner.profile.inter is not None
+    assert planner.profile.inter.s_per_unit == pytest.approx(
+        2e-8, rel=0.3
+    )  # its tasks overlap less with others now
+    assert planner.profile.forward == PROFILE.forward
+    assert planner(4096) == DegreePlanner(planner.profile)(4096)
+    assert planner(4096) != before
+
+
+def test_a_second_look_settles() -> None:
+    slow = replace(PROFILE, inter=AlphaBeta(3e-3, 2e-8), forward=AlphaBeta(3e-4, 6e-6))
+    planner = DegreePlanner(PROFILE)
+    for _ in range(4):
+        planner.observe(look(slow))
+    assert planner.num_refits in (1, 2)
+    assert all(r == pytest.approx(1.0, abs=0.25) for r in drift(planner.profile, look(slow)).values())
+
+
+def test_one_late_task_is_no_drift() -> None:
+    seen = look(PROFILE)
+    late = dict(seen[0].seconds_s)
+    late["dispatch 1"] *= 50
+    seen[0] = replace(seen[0], seconds_s=late)
+    assert not DegreePlanner(PROFILE).observe(seen)
+
+
+def test_few_observations_wait_for_more() -> None:
+    planner = DegreePlanner(PROFILE, num_observed=8)
+    assert not planner.observe(look(replace(PROFILE, forward=AlphaBeta(1e-2, 1e-4)))[:7])
+    assert planner.num_refits == 0
+
+
+def test_another_load_has_degrees_of_its_own() -> None:
+    planner = DegreePlanner(PROFILE)
+    assert planner(16) != planner(65536)
+    assert planner(65536) == planner(66000)
+
+
+def test_refit_touches_what_drifted() -> None:
+    after = refitted(PROFILE, {"intra": 2.0})
+    assert after == replace(PROFILE, intra=AlphaBeta(2e-4, 1e-9))
