@@ -2,6 +2,7 @@
 # make test        the test suite                     make test-transformers  the model tests on the second version
 # make lint        style, types, C++ format           make test-native        the C++ tests
 #                                                     make sanitize           the same under ASan+UBSan and TSan
+# make gpu-soak    10,000 steps with swaps            make gpu-sanitize       kernels under compute-sanitizer
 # make bench       kernels and whole model -> bench/results
 #
 # VENV=     use the current environment: installs this project only, offline
@@ -34,7 +35,8 @@ BIN := $(dir $(PY))
 NATIVE := $(wildcard native/*.cpp native/*.h native/*/*.cpp native/*/*.h)
 SOURCES := pyproject.toml CMakeLists.txt $(filter-out native/tests/%,$(NATIVE))
 
-.PHONY: install demo test test-transformers test-native lint format bench sanitize sanitize-address sanitize-thread clean
+.PHONY: install demo test test-transformers test-native lint format bench sanitize sanitize-address sanitize-thread \
+  gpu-soak gpu-sanitize clean
 
 install: $(STAMP)
 
@@ -93,6 +95,13 @@ sanitize-address sanitize-thread: $(STAMP)
 	  -DMONDE_BUILD_TESTS=ON -DMONDE_SANITIZE=$(SANITIZERS)
 	$(BIN)cmake --build build/$@ --target native_tests -j $(JOBS)
 	build/$@/native_tests
+
+# ---- on a machine with a GPU ----
+gpu-soak: $(STAMP)
+	SOAK_STEPS=10000 $(PY) -m pytest -q --timeout 3000 tests/gpu/test_soak.py
+
+gpu-sanitize: $(STAMP)
+	.ci/gpu-sanitize $(PY)
 
 clean:
 	rm -rf build .cache demo-out .venv

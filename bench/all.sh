@@ -12,4 +12,5 @@ if "$bin/python" -c 'import sys, torch, cupy; sys.exit(not torch.cuda.is_availab
   "$bin/python" -m bench.decode.layers
   "$bin/python" -m bench.prefill
   "$bin/python" -m bench.decode
+  "$bin/python" -m bench.monde_hardware
 fi

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from bench.decode import models
 from bench.decode.bound import Traffic
 from bench.decode.shapes import Shape
 from bench.decode.steps import Case, Decoding, Steps
@@ -32,6 +34,11 @@ class Setting:
     shape: Shape
     dense: dict[str, Tensor]
     device: torch.device
+
+    @cached_property
+    def outline(self) -> Any:
+        """The model with experts that have shapes and no memory."""
+        return models.build(self.config, self.dense, self.device, lambda experts, layer_idx: experts)
 
 
 @dataclass(frozen=True)

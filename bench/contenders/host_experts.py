@@ -19,7 +19,7 @@ from bench.decode.shapes import DTYPE
 
 @dataclass(frozen=True)
 class HostLayer:
-    """gate and up together, as transformers keeps them."""
+    """N is 2 F where gate and up lie together, as transformers keeps them, and F where there is no gate."""
 
     gate_up_ENK: Tensor
     down_EDF: Tensor
@@ -44,9 +44,12 @@ class HostExperts:
             self.layers.append(HostLayer(*tensors))
 
 
-def expert(x_TD: Tensor, gate_up_ND: Tensor, down_DF: Tensor) -> Tensor:
-    """One expert, on all tokens: at decode the weights are what costs."""
-    gate_TF, up_TF = F.linear(x_TD, gate_up_ND).chunk(2, dim=-1)
+def expert(x_TD: Tensor, in_ND: Tensor, down_DF: Tensor) -> Tensor:
+    """One expert: gate and up together with SiLU, or, where there is one input matrix, ReLU."""
+    h_TN = F.linear(x_TD, in_ND)
+    if h_TN.shape[1] == down_DF.shape[1]:
+        return F.linear(F.relu(h_TN), down_DF)
+    gate_TF, up_TF = h_TN.chunk(2, dim=-1)
     return F.linear(F.silu(gate_TF) * up_TF, down_DF)
 
 

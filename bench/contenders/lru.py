@@ -8,6 +8,8 @@ arrives. Dense layers run eagerly, as theirs do. No prefetching by guesses about
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,7 +22,31 @@ from bench.decode.bound import Traffic
 from bench.decode.steps import Decoding, GrowingSteps
 
 NUM_WARM_UPS = 12  # after which a cache of any size that is of interest here has been filled
+FEW_TOKENS = (
+    32  # up to here an expert computes all tokens: its weights are what costs, and nothing is gathered
+)
 MIN_SLOTS = 2  # one computes while the other one is filled
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Which experts a batch wants, known to the host, which waits for that; of many tokens also whose pairs are whose."""
+
+    experts: list[int]
+    order_R: Tensor | None = None
+    begin_E: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, ids_TK: Tensor, num_experts: int, few: bool) -> Pairs:
+        if few:
+            return cls(sorted({expert_id for row in ids_TK.tolist() for expert_id in row}))
+        counts = torch.bincount(ids_TK.flatten(), minlength=num_experts).tolist()
+        wanted = [e for e, count in enumerate(counts) if count]
+        return cls(wanted, ids_TK.flatten().argsort(stable=True), [0, *accumulate(counts)])
+
+    def of_expert(self, e: int) -> Tensor:
+        assert self.order_R is not None
+        return self.order_R[self.begin_E[e] : self.begin_E[e + 1]]
 
 
 class LruExperts(nn.Module):
@@ -28,13 +54,16 @@ class LruExperts(nn.Module):
 
     def __init__(self, layer: HostLayer, num_slots: int, device: torch.device, stream: Any) -> None:
         super().__init__()
+        self._num_experts = len(layer.gate_up_ENK)
         self._slots = Slots(layer, num_slots, device, stream)
         self._free = list(range(num_slots))
         self._slot_of: OrderedDict[int, int] = OrderedDict()  # the least recently used first
         self.num_hits = self.num_misses = self.num_calls_with_misses = 0
 
     def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        wanted = sorted({expert_id for row in ids_TK.tolist() for expert_id in row})
+        few = len(ids_TK) <= FEW_TOKENS
+        pairs = Pairs.of(ids_TK, self._num_experts, few)
+        wanted = pairs.experts
         hits = [e for e in wanted if e in self._slot_of]
         misses = [e for e in wanted if e not in self._slot_of]
         self.num_hits, self.num_misses = self.num_hits + len(hits), self.num_misses + len(misses)
@@ -49,7 +78,13 @@ class LruExperts(nn.Module):
         for i, e in enumerate((*hits, *misses)):
             if i >= len(hits) + num_early:
                 self._fetch(e)
-            y_TD += weight_of(ids_TK, weights_TK, e) * self._slots.compute(self._slot_of[e], x_TD)
+            if few:
+                y_TD += weight_of(ids_TK, weights_TK, e) * self._slots.compute(self._slot_of[e], x_TD)
+            else:
+                pairs_R = pairs.of_expert(e)
+                tokens_R, weights_R = pairs_R // ids_TK.shape[1], weights_TK.flatten()[pairs_R]
+                v_RD = self._slots.compute(self._slot_of[e], x_TD[tokens_R])
+                y_TD.index_add_(0, tokens_R, weights_R[:, None] * v_RD)
         return y_TD
 
     def _fetch(self, expert_id: int) -> None:

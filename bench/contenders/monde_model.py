@@ -51,9 +51,8 @@ def settings_of(setting: Setting, budget: str, cases: list[Case], residency: str
 def plan_of(setting: Setting, settings: dict[str, Any]) -> MemoryPlan:
     """What goes where, without loading anything. Errors: DoesNotFitError."""
     config = monde.MondeConfig(**settings)
-    model = models.build(setting.config, setting.dense, setting.device, lambda experts, layer_idx: experts)
     try:
-        return plan_for(model, find_experts(model), config, resolve_device(config))
+        return plan_for(setting.outline, find_experts(setting.outline), config, resolve_device(config))
     except BudgetError as error:
         raise DoesNotFitError(str(error)) from error
 

@@ -13,13 +13,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 import signal
+import traceback
 import warnings
 
 import torch
 
 from bench import artefact
 from bench.decode import report
-from bench.decode.bound import targets
+from bench.decode.bound import Row, targets
 from bench.decode.options import parse
 from bench.decode.run import Run
 from bench.decode.skew import busiest_quarter
@@ -29,18 +30,20 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit ends like Ctrl-C
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    rows: list[Row] = []
+    failure = ""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
         run = Run(options)
-        rows = []
         print(report.head())
         try:
             for row in run.rows():
                 rows.append(row)
                 print(report.line(row), flush=True)
-        except KeyboardInterrupt:
-            print("cut short: the artefact holds the rows so far")
-    found = targets(rows, run.ceilings.round_trip_s)
+        except (KeyboardInterrupt, Exception) as error:  # what was measured is kept, and the run still fails
+            traceback.print_exc()
+            failure = repr(error)
+    found = targets(rows, run.ceilings.own_round_trip_s)
     for target in found:
         print(report.target_line(target))
     configuration = dataclasses.asdict(options) | {
@@ -53,11 +56,14 @@ def main(arguments: list[str] | None = None) -> None:
     results = {
         "ceilings": dataclasses.asdict(run.ceilings),
         "busiest_quarter": {name: busiest_quarter(p_LE) for name, p_LE in run.p_LE.items()},
+        "failure": failure,
         "rows": [dataclasses.asdict(row) for row in rows],
         "targets": [dataclasses.asdict(target) | {"met": target.met} for target in found],
         "warnings": sorted({str(one.message) for one in caught if issubclass(one.category, RuntimeWarning)}),
     }
     print(f"artefact: {artefact.write('decode', configuration, results, options.out)}")
+    if failure:
+        raise SystemExit(f"the run ended early: {failure}")
 
 
 if __name__ == "__main__":

@@ -62,7 +62,8 @@ def build(
     for layer_idx, (block, experts) in enumerate(moe_blocks(model)):
         block.experts = make_experts(experts, layer_idx)
     rotary = model.model.rotary_emb
-    model.model.rotary_emb = type(rotary)(config=config, device=device)
+    with device:
+        model.model.rotary_emb = type(rotary)(config=config)
     return model.eval()
 
 

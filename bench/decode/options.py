@@ -32,6 +32,7 @@ class Options:
     cases: tuple[Case, ...]
     residency: str
     num_steps: int
+    time_limit_s: float
     host_layers: int
     accelerate_layers: int
     generate: bool
@@ -60,6 +61,9 @@ def parse(arguments: list[str] | None = None) -> Options:
     parser.add_argument("--residency", choices=("dynamic", "static"), default="dynamic")
     parser.add_argument("--steps", type=int, default=40, help="timed steps of a case (default 40)")
     parser.add_argument(
+        "--time-limit", type=float, default=500, help="seconds; no case starts later (default 500)"
+    )
+    parser.add_argument(
         "--host-layers", type=int, default=HOST_LAYERS, help="layers of the LRU and popular contenders"
     )
     parser.add_argument("--accelerate-layers", type=int, default=ACCELERATE_LAYERS)
@@ -85,6 +89,7 @@ def parse(arguments: list[str] | None = None) -> Options:
             cases=tuple(Case(batch, context) for context in contexts for batch in batches),
             residency=args.residency,
             num_steps=args.steps,
+            time_limit_s=args.time_limit,
             host_layers=args.host_layers,
             accelerate_layers=args.accelerate_layers,
             generate=not args.no_generate,

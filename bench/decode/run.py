@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from bench.contenders.accelerated import Accelerated
@@ -37,7 +38,7 @@ class Run:
     """setting, popularity by skew, ceilings and floors of one invocation; `rows` yields the results."""
 
     def __init__(self, options: Options) -> None:
-        self.options = options
+        self.options, self._start_s = options, time.perf_counter()
         self.shape = shape_of(options.model, options.num_layers, options.toy)
         config = config_of(options.model, options.num_layers, options.toy)
         self._say("ceilings")
@@ -98,9 +99,14 @@ class Run:
                     )
 
     def _fitting(self, budget: str) -> Iterator[tuple[list[Case], str]]:
-        """Cases that one plan holds, by context; and those that the budget does not hold, with the reason."""
-        for context in sorted({case.context for case in self.options.cases}):
-            cases = sorted((c for c in self.options.cases if c.context == context), key=lambda c: c.batch)
+        """Cases that one plan serves, and those that the budget does not hold, with the reason.
+
+        A single sequence gets a plan of its own, as its users would ask for; larger batches share one per context.
+        """
+        groups: dict[tuple[int, bool], list[Case]] = {}
+        for case in sorted(self.options.cases, key=lambda c: (c.context, c.batch)):
+            groups.setdefault((case.context, case.batch == 1), []).append(case)
+        for cases in groups.values():
             while cases:
                 try:
                     self._num_slots(budget, cases)
@@ -131,8 +137,8 @@ class Run:
     def _torch_offloaders(self) -> Iterator[Row]:
         options = self.options
         self._say(f"{options.host_layers} layers of experts into pinned memory")
-        config = models.build(self.setting.config, self.setting.dense, options.device, lambda e, l: e)
-        host = HostExperts(config, options.host_layers, options.device)
+        model = models.build(self.setting.config, self.setting.dense, options.device, lambda e, l: e)
+        host = HostExperts(model, options.host_layers, options.device)
         costs = Costs(host)
         for budget in options.budgets:
             for cases, why_not in self._fitting(budget):
@@ -172,6 +178,9 @@ class Run:
         budget: str = "",
     ) -> Iterator[Row]:
         start_s = time.perf_counter()
+        if self._is_late():
+            self._say(f"the time limit has passed: a contender is left out {budget}")
+            return
         try:
             contender = make()
         except DoesNotFitError as error:
@@ -187,6 +196,7 @@ class Run:
             if (
                 generate is not None
                 and self.options.generate
+                and not self._is_late()
                 and getattr(contender, "_way", "eager") == "eager"
             ):
                 demand = Demand((cases or self.options.cases)[0], names[-1], self.p_LE[names[-1]])
@@ -195,14 +205,14 @@ class Run:
             contender.close()
 
     def _row(self, contender: Contender, demand: Demand, num_steps: int) -> Row:
-        case = demand.case
         try:
+            if self._is_late():
+                raise DoesNotFitError(f"the time limit of {self.options.time_limit_s:g} s has passed")
             decoding = contender.decoding(demand)
-        except DoesNotFitError as error:
-            return self._skipped(
-                contender.name, contender.group, contender.budget, demand.skew, case, str(error)
-            )
-        samples = decoding.run(num_steps)
+            samples = decoding.run(num_steps)
+        except (DoesNotFitError, torch.OutOfMemoryError) as error:
+            who, why = (contender.name, contender.group, contender.budget), str(error).splitlines()[0]
+            return self._skipped(*who, demand.skew, demand.case, why)
         return self._finish(contender, contender.name, demand, samples, num_steps)
 
     def _generate_row(
@@ -269,6 +279,9 @@ class Run:
 
     def _bound_s(self, traffic: Traffic, case: Case) -> float:
         return bound_s(traffic, self.shape.expert_bytes, self.ceilings, self.floor.median_s(case))
+
+    def _is_late(self) -> bool:
+        return time.perf_counter() - self._start_s > self.options.time_limit_s
 
     @staticmethod
     def _say(what: str) -> None:

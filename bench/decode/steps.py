@@ -68,11 +68,12 @@ class GrowingSteps(StaticSteps):
         self.rewind()
 
     def rewind(self) -> None:
-        static = static_cache_at(self._model, self._case)
-        self.cache = DynamicCache(config=self._model.config)
-        for l, layer in enumerate(static.layers):
-            context = slice(0, self._case.context)
-            self.cache.update(layer.keys[:, :, context].clone(), layer.values[:, :, context].clone(), l)
+        self.cache = DynamicCache(config=self._model.config)  # the old one goes before the new one is filled
+        for layer_idx in range(self._model.config.num_hidden_layers):
+            keys, values = (
+                random_states(self._model, self._case.batch, self._case.context) for _ in range(2)
+            )
+            self.cache.update(keys, values, layer_idx)
 
 
 class GraphedSteps(StaticSteps):
@@ -100,17 +101,22 @@ class GraphedSteps(StaticSteps):
 
 def static_cache_at(model: Any, case: Case) -> StaticCache:
     """A cache that holds `context` random keys and values: what they are changes no time."""
-    config: Any = model.config
-    num_heads = config.num_key_value_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = StaticCache(config=config, max_cache_len=case.num_positions)
-    one = torch.empty(case.batch, num_heads, 1, head_dim, dtype=model.dtype, device=model.device)
+    cache = StaticCache(config=model.config, max_cache_len=case.num_positions)
+    one = random_states(model, case.batch, 1)
     for layer in cache.layers:
         layer.lazy_initialization(one, one)
         layer.keys.normal_()
         layer.values.normal_()
         layer.cumulative_length.fill_(case.context)
     return cache
+
+
+def random_states(model: Any, batch: int, num_positions: int) -> Tensor:
+    """Keys or values of one layer, [B, heads, positions, head dim]."""
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = (batch, config.num_key_value_heads, num_positions, head_dim)
+    return torch.randn(shape, dtype=model.dtype, device=model.device)
 
 
 class Decoding:

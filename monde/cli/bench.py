@@ -58,6 +58,13 @@ def bench(
         ),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the result: a .png, .svg or .pdf file.")] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a timeline as well: GPU streams, copies and host threads by layer, as a Chrome trace (.json) "
+            "for ui.perfetto.dev."
+        ),
+    ] = None,
     text: Annotated[
         Path | None, typer.Option(help="Text to feed.", show_default="shipped literature")
     ] = None,
@@ -85,6 +92,8 @@ def bench(
       monde bench MODEL -p 128,512 -n 64 -d 0,1024 -b 1,4 -r 3 -o json > result.json
 
       monde bench MODEL --baseline transformers:best --plot speed.png
+
+      monde bench MODEL -p 512 -n 32 -r 1 --trace timeline.json
     """
     tests = parse_tests(n_prompt, n_gen, n_depth, batch)
     from monde.cli.baselines import parse_baselines
@@ -95,6 +104,10 @@ def bench(
         from monde.cli.plot import check_plot
 
         check_plot(plot)
+    if trace is not None:
+        from monde.cli.timeline import check_trace
+
+        check_trace(trace)
     options = LoadOptions(
         model,
         gpu_memory,
@@ -108,7 +121,7 @@ def bench(
         residency=residency,
         heat_file=heat,
     )
-    report = run(context.obj, options, tests, baselines, repetitions, text, random_tokens)
+    report = run(context.obj, options, tests, baselines, repetitions, text, random_tokens, trace)
     from monde.cli.report import render
 
     typer.echo(render(report, output))
@@ -117,6 +130,8 @@ def bench(
 
         draw(report, plot)
         typer.echo(f"monde: plot saved to {plot}", err=True)
+    if trace is not None:
+        typer.echo(f"monde: timeline saved to {trace}; open it at ui.perfetto.dev", err=True)
 
 
 def run(
@@ -127,8 +142,9 @@ def run(
     repetitions: int,
     text: Path | None,
     random_tokens: bool,
+    trace: Path | None = None,
 ) -> BenchReport:
-    """Load, check and measure; progress on standard error. `command`: what was typed, for the record."""
+    """Load, check and measure, and write a timeline where one was asked for; progress on standard error. `command`: what was typed, for the record."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -158,6 +174,10 @@ def run(
             exact=facts.dtype == "float32",
             progress=lambda what: bar.update(task, advance=1, description=what),
         )
+    if trace is not None:
+        from monde.cli import timeline
+
+        timeline.trace(runners[0], tests, source, trace)
     return BenchReport(
         command=command,
         started=started,

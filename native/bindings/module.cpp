@@ -12,6 +12,7 @@
 #include "../runtime/doorbell.h"
 #include "../runtime/probe.h"
 #include "../runtime/submit.h"
+#include "../runtime/timeline.h"
 
 namespace nb = nanobind;
 using namespace monde;
@@ -208,6 +209,7 @@ NB_MODULE(_native, m) {
            })
       .def_prop_ro("resident_bytes", &Bank::resident_bytes)
       .def_prop_ro("expert_stride_bytes", &Bank::expert_stride_bytes)
+      .def_prop_ro("timeline_id", [](const Bank& bank) { return reinterpret_cast<uintptr_t>(&bank); })
       .def_prop_ro("memory_range", [](const Bank& bank) {
         return nb::make_tuple(reinterpret_cast<uintptr_t>(bank.arena().data()), bank.arena().num_bytes());
       });
@@ -264,6 +266,17 @@ NB_MODULE(_native, m) {
           dense(pool, chosen, args);
         });
   m.attr("MAX_DENSE_TOKENS") = kMaxDenseTokens;
+
+  m.def("timeline_start", &timeline::start);
+  // ([(name, start_ns, end_ns, bank, thread, num_tokens, num_pairs, weight_bytes, num_units)], num_dropped)
+  m.def("timeline_stop", [] {
+    const timeline::Recorded recorded = timeline::stop();
+    nb::list spans;
+    for (const timeline::Span& span : recorded.spans)
+      spans.append(nb::make_tuple(span.name, span.start_ns, span.end_ns, span.bank, span.thread, span.num_tokens,
+                                  span.num_pairs, span.weight_bytes, span.num_units));
+    return nb::make_tuple(spans, recorded.num_dropped);
+  });
 
   m.def(
       "read_bytes_per_s",

@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "schedule.h"
+#include "timeline.h"
 
 namespace monde {
 namespace {
@@ -114,7 +115,7 @@ void Bank::load(int expert, const ExpertSource& source) {
   const auto run = [&](PackJob& job, void (*unit)(void*, int, int)) {
     const int num_panels = int((job.from->num_rows + kLanes - 1) / kLanes);
     split_evenly(num_panels, pool_->num_threads(), ranges.data());
-    const Phase phase{unit, num_panels, ranges.data()};
+    const Phase phase{unit, num_panels, ranges.data(), "pack"};
     lease.run(&phase, 1, &job);
   };
   // All checks come before the first write: a refused expert leaves the one before it intact.
@@ -229,6 +230,7 @@ ForwardCounts Bank::forward(const ForwardArgs& args) {
   if (args.num_tokens == 0) return total;
   const int64_t tokens_per_chunk = std::max<int64_t>(1, kMaxRowsPerChunk / std::max<int64_t>(1, args.num_topk));
   Pool::Lease lease(*pool_);
+  const int64_t start_ns = timeline::on() ? timeline::now_ns() : 0;
   for (int64_t begin = 0; begin < args.num_tokens; begin += tokens_per_chunk) {
     const int count = int(std::min(tokens_per_chunk, args.num_tokens - begin));
     const ForwardCounts counts = forward_chunk(args, begin, count, lease);
@@ -236,6 +238,9 @@ ForwardCounts Bank::forward(const ForwardArgs& args) {
     total.num_experts += counts.num_experts;
     total.weight_bytes += counts.weight_bytes;
   }
+  if (start_ns)
+    timeline::add({"forward", start_ns, timeline::now_ns(), reinterpret_cast<uintptr_t>(this), -1, args.num_tokens,
+                   total.num_pairs, total.weight_bytes, 0});
   return total;
 }
 
@@ -341,9 +346,9 @@ ForwardCounts Bank::forward_chunk(const ForwardArgs& args, int64_t token_begin, 
   const int num_down_units = (layout_.num_d_panels + plan.down_panels_per_unit - 1) / plan.down_panels_per_unit;
   split_evenly(num_blocks, num_threads, gather_ranges);
   split_evenly(num_down_units, num_threads, down_ranges);
-  const Phase phases[] = {{&Plan::gather_unit, num_blocks, gather_ranges},
-                          {&Plan::gate_up_unit, ranges[num_threads], ranges},
-                          {&Plan::down_unit, num_down_units, down_ranges}};
+  const Phase phases[] = {{&Plan::gather_unit, num_blocks, gather_ranges, "gather"},
+                          {&Plan::gate_up_unit, ranges[num_threads], ranges, "gate_up"},
+                          {&Plan::down_unit, num_down_units, down_ranges, "down"}};
   if (int64_t(num_rows) * layout_.d_model <= kGatherAloneElements) {
     for (int unit = 0; unit < num_blocks; ++unit) Plan::gather_unit(&plan, unit, 0);
     lease.run(phases + 1, 2, &plan);

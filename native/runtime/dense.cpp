@@ -35,7 +35,7 @@ void dense(Pool& pool, const Isa& isa, const DenseArgs& args) {
   Pool::Lease lease(pool);
   int* ranges = reinterpret_cast<int*>(lease.scratch(0, (pool.num_threads() + 1) * sizeof(int)));
   split_evenly(num_units, pool.num_threads(), ranges);
-  const Phase phase{&Job::run_unit, num_units, ranges};
+  const Phase phase{&Job::run_unit, num_units, ranges, "dense"};
   lease.run(&phase, 1, const_cast<Job*>(&job));
 }
 

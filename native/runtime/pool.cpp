@@ -12,6 +12,8 @@
 #include <new>
 #include <thread>
 
+#include "timeline.h"
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -137,6 +139,7 @@ struct Pool::State {
   void participate(int thread) {
     for (int p = 0; p < num_phases; ++p) {
       const Phase& phase = phases[p];
+      const int64_t start_ns = timeline::on() ? timeline::now_ns() : 0;
       int done = take_all(p, thread, thread);
       for (int step = 1; step < num_threads(); ++step) {
         const int victim = (thread + step) % num_threads();
@@ -146,6 +149,7 @@ struct Pool::State {
         const int victim = (thread + step) % num_threads();
         if (nodes[victim] != nodes[thread]) done += take_all(p, victim, thread);
       }
+      if (done && start_ns) timeline::add({phase.name, start_ns, timeline::now_ns(), 0, thread, 0, 0, 0, done});
       if (done) completed[p].fetch_add(done, std::memory_order_acq_rel);
       spin_until([&] { return completed[p].load(std::memory_order_acquire) >= phase.num_units; });
     }

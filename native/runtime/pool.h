@@ -18,7 +18,8 @@ namespace monde {
 struct Phase {
   void (*run_unit)(void* context, int unit, int thread);
   int num_units;
-  const int* range_begin;  // [num_threads + 1] units owned by thread i: [range_begin[i], range_begin[i + 1])
+  const int* range_begin;     // [num_threads + 1] units owned by thread i: [range_begin[i], range_begin[i + 1])
+  const char* name = "work";  // on timelines
 };
 
 inline constexpr int kMaxPhases = 4;

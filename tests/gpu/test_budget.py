@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -63,32 +64,40 @@ def measured_peak_bytes(run: Callable[[], None]) -> int:
     return torch.cuda.max_memory_allocated() - before_bytes
 
 
-def use(model: Any, length: int, cache: str) -> None:
-    """The longest use that the budget was computed for."""
-    ids = torch.randint(3, 8192, (BATCH, length - 8), device=model.device)
-    settings: dict[str, Any] = {"cache_implementation": cache}
+def use(model: Any, length: int, cache: str | None, batch: int = BATCH, num_new: int = 8) -> None:
+    """The longest use that the budget was computed for; without a `cache` it is monde's, whose steps are captured."""
+    ids = torch.randint(3, 8192, (batch, length - num_new), device=model.device)
+    settings: dict[str, Any] = {} if cache is None else {"cache_implementation": cache}
     if cache == "static":
         settings["disable_compile"] = True
     mask = torch.ones_like(ids)
     model.generate(
         ids,
         attention_mask=mask,
-        max_new_tokens=8,
-        min_new_tokens=8,
+        max_new_tokens=num_new,
+        min_new_tokens=num_new,
         do_sample=False,
         pad_token_id=0,
         **settings,
     )
 
 
-def smallest_bytes(folder: Path) -> int:
+def smallest_bytes(folder: Path, **settings: Any) -> int:
     with pytest.raises(monde.BudgetError) as error:
-        load(folder, 1)
+        load(folder, 1, **settings)
     return error.value.smallest_bytes
 
 
-def load(folder: Path, gpu_memory: int) -> Any:
-    return monde.from_pretrained(str(folder), gpu_memory=gpu_memory, max_context=CONTEXT, max_batch=BATCH)
+def load(folder: Path, gpu_memory: int, **settings: Any) -> Any:
+    sizes: dict[str, Any] = {"max_context": CONTEXT, "max_batch": BATCH}
+    return monde.from_pretrained(str(folder), gpu_memory=gpu_memory, **sizes | settings)
+
+
+def cupy_pool_bytes() -> int:
+    """What CuPy's own pool holds on the device; kernels and pinned memory are not of it."""
+    import cupy
+
+    return int(cupy.get_default_memory_pool().total_bytes())
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
@@ -106,6 +115,37 @@ def test_peak_stays_within_the_budget(folder: Path, extra_mib: int, cache: str) 
     held_bytes = report.dense_bytes + model.monde.plan.slots_bytes
     used_bytes = measured_peak_bytes(lambda: use(model, CONTEXT, cache))
     assert held_bytes + used_bytes <= budget_bytes, model.monde.plan.explain()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_any_budget_is_kept(folder: Path, seed: int) -> None:
+    """Any budget, context and batch: loading, the longest prompt and decode together stay within it.
+
+    From before the model is there to after its longest use.
+    """
+    pytest.importorskip("cupy", exc_type=ImportError)
+    rng = random.Random(seed)
+    context, batch = rng.randint(64, 2048), rng.randint(1, 6)
+    settings: dict[str, Any] = {
+        "max_context": context,
+        "max_batch": batch,
+        "residency": rng.choice(["dynamic", "static"]),
+    }
+    # From no expert at all to a third more than all of them take.
+    budget_bytes = smallest_bytes(folder, **settings) + int(rng.random() ** 2 * 350 * MIB)
+    models: list[Any] = []
+
+    def load_and_use() -> None:
+        models.append(load(folder, budget_bytes, **settings))
+        use(models[0], context, None, batch, num_new=16)
+        use(models[0], min(context, 64), "dynamic", batch)
+
+    before_bytes = cupy_pool_bytes()
+    peak_bytes = measured_peak_bytes(load_and_use) + cupy_pool_bytes() - before_bytes
+    plan = models[0].monde.plan
+    assert peak_bytes <= budget_bytes, f"{settings}: {peak_bytes - budget_bytes} too much\n{plan.explain()}"
+    models[0].monde.close()
 
 
 def test_offload_moves_no_more_than_the_budget(folder: Path) -> None:
