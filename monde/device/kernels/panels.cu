@@ -4,8 +4,9 @@
 //   panels_down   v = down h                  one warp: 32 rows of D
 //
 // A block takes up to kTileRows activation rows of one expert; its warps share those and read weights of their own.
-// Inputs go in tiles of 32 through kStages stages in shared memory. How a lane's 16 bytes of rows and of lines make
-// products is explained at `multiply` (product.cuh); a lane reads only those lines that it has copied itself.
+// Inputs go in tiles of 32 through kStages stages in shared memory. As at `multiply` (product.cuh) the order of inputs is
+// free and a piece of a line feeds four products; here lane (g, q) has inputs 8q..8q+7 of row g, 16 bytes, and lines
+// 4q..4q+3, which hold those inputs: shared memory is read without conflicts, lines by the lane that copied them.
 //
 // Letters: N routed pairs in the order of their experts, T tokens, D model dim, F rows of a piece of an expert.
 
