@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from monde.cli.plot import MONDE_COLOUR
 
 if TYPE_CHECKING:
-    from monde.cli.plan import Forecast
+    from monde.cli.plan_forecast import Forecast
 
 _NUM_BUDGETS = 25
 
@@ -50,7 +50,7 @@ def draw_budgets(sweep: list[Forecast], now: Forecast, title: str, path: Path) -
         )
         axis.set_title(f"{name}, limited by the {getattr(now, name).limit}", fontsize=10)
         axis.set_xlabel("gpu_memory in GiB")
-        axis.set_ylabel("tokens/s at best")
+        axis.set_ylabel("tokens/s")
         axis.set_ylim(0, 1.15 * max(getattr(f, name).tokens_per_s for f in sweep))
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=11)

@@ -42,17 +42,24 @@ class Outlined:
     size: ModelSize
     outline: ModelOutline
     stored: StoredSizes | None
+    stored_dtype: torch.dtype  # config.json's, else the checkpoint's, else bf16
 
 
 def outline_of(
-    path_or_id: str, max_context: int, max_batch: int, heat: Heat | None = None, on_gpu: bool = True
+    path_or_id: str,
+    max_context: int,
+    max_batch: int,
+    heat: Heat | None = None,
+    on_gpu: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> Outlined:
     """Build the model that config.json describes on the meta device and read off its shapes.
 
-    Sizes are those in memory, in the type that loading gives: config.json's, else the checkpoint's. Experts are as
-    popular as `heat` says, else equally. on_gpu: whether dense weights will run there. Errors: OSError where path or id does not exist; CheckpointError for files
-    that are damaged or of another model; UnsupportedModelError; ValueError for encoder-decoders, heat of another
-    model, and when the configuration does not say how many experts a token takes.
+    Sizes are those in memory, in `dtype`, by default the type that loading gives: config.json's, else the
+    checkpoint's. Experts are as popular as `heat` says, else equally. on_gpu: whether dense weights will run there.
+    Errors: OSError where path or id does not exist; CheckpointError for files that are damaged or of another model;
+    UnsupportedModelError; ValueError for encoder-decoders, heat of another model, and when the configuration does not
+    say how many experts a token takes.
     """
     config = AutoConfig.from_pretrained(path_or_id)
     if config.is_encoder_decoder:
@@ -64,7 +71,8 @@ def outline_of(
     # An auto class, of configurations without architectures, has the public method only.
     from_config = getattr(cls, "_from_config", None) or cls.from_config
     files = checkpoint_files(path_or_id)
-    dtype = getattr(config, "dtype", None) or stored_dtype(files) or torch.bfloat16
+    stored = getattr(config, "dtype", None) or stored_dtype(files) or torch.bfloat16
+    dtype = dtype or stored
     with torch.device("meta"):
         model = from_config(config, dtype=dtype)
     modules = find_experts(model)
@@ -104,7 +112,7 @@ def outline_of(
             [module.spec for module in modules], dtype.itemsize, size.num_tokens, num_topk
         ).chunk_tokens(num_topk),
     )
-    return Outlined(size, outline, stored_sizes(model, modules, files) if files else None)
+    return Outlined(size, outline, stored_sizes(model, modules, files) if files else None, stored)
 
 
 def _normalised(count_E: NDArray[np.floating]) -> NDArray[np.float64]:

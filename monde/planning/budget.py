@@ -15,11 +15,11 @@ from monde.sizes import format_bytes as text
 
 
 class BudgetError(ValueError):
-    """The budget cannot be met. `smallest_bytes` is the least that would work."""
+    """The budget cannot be met: why, by how much it is short, and the least of the same memory that would work."""
 
-    def __init__(self, message: str, smallest_bytes: int) -> None:
-        super().__init__(message)
-        self.smallest_bytes = smallest_bytes
+    def __init__(self, why: str, remedy: str, short_bytes: int, smallest_bytes: int) -> None:
+        super().__init__(f"{why} {remedy}")
+        self.why, self.short_bytes, self.smallest_bytes = why, short_bytes, smallest_bytes
 
 
 @dataclass(frozen=True)
@@ -171,8 +171,9 @@ def plan_memory(
     if fixed_bytes > gpu_bytes:
         raise BudgetError(
             f"gpu_memory of {text(gpu_bytes)} is short by {text(fixed_bytes - gpu_bytes)}: "
-            f"{_fixed_text(size)} = {text(fixed_bytes)}. Give at least gpu_memory={fixed_bytes}, "
-            'lower max_context or max_batch, or use device="cpu".',
+            f"{_fixed_text(size)} = {text(fixed_bytes)}.",
+            f'Give at least gpu_memory={fixed_bytes}, lower max_context or max_batch, or use device="cpu".',
+            fixed_bytes - gpu_bytes,
             fixed_bytes,
         )
     num_resident_L = (spread or spread_slots)(size.layers, gpu_bytes - fixed_bytes)
@@ -181,12 +182,38 @@ def plan_memory(
         short_bytes = plan.host_used_bytes - host_bytes
         raise BudgetError(
             f"host_memory of {text(host_bytes)} is short by {text(short_bytes)}: "
-            f"{text(plan.host_expert_bytes)} of experts + {text(_host_fixed_bytes(size, on_gpu))} besides. "
+            f"{text(plan.host_expert_bytes)} of experts + {text(_host_fixed_bytes(size, on_gpu))} besides.",
             f"Give at least host_memory={plan.host_used_bytes}"
             + (", or a larger gpu_memory." if on_gpu else ", or use a smaller model."),
+            short_bytes,
             plan.host_used_bytes,
         )
     return plan
+
+
+def smallest_gpu_bytes(size: ModelSize, host_bytes: int) -> int | None:
+    """The least gpu_memory with which dense weights run on the GPU and the rest fits host_bytes.
+
+    None where not even all experts on the GPU would do. Slots are spread evenly.
+    """
+    low_bytes, high_bytes = _fixed_bytes(size), _fixed_bytes(size) + size.all_slots_bytes
+
+    def fits(gpu_bytes: int) -> bool:
+        try:
+            plan_memory(size, True, gpu_bytes, host_bytes)
+        except BudgetError:
+            return False
+        return True
+
+    if not fits(high_bytes):
+        return None
+    while low_bytes < high_bytes:
+        middle_bytes = (low_bytes + high_bytes) // 2
+        if fits(middle_bytes):
+            high_bytes = middle_bytes
+        else:
+            low_bytes = middle_bytes + 1
+    return high_bytes
 
 
 def spread_slots(layers: tuple[LayerSize, ...], free_bytes: int) -> tuple[int, ...]:

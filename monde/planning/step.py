@@ -31,11 +31,11 @@ def step_schedule(layers: Sequence[LayerStep], cost: CostModel) -> Schedule:
         dense = builder.add(f"dense {l}", Resource.GPU, layer.dense_s, done)
         done = [dense]
         if layer.load is not None and layer.split is not None:
-            done = _experts(builder, l, layer.load, layer.split, cost, dense)
+            done = add_experts(builder, l, layer.load, layer.split, cost, dense)
     return builder.build()
 
 
-def _experts(
+def add_experts(
     builder: ScheduleBuilder, l: int, load: Load, split: ExpertSplit, cost: CostModel, dense: int
 ) -> list[int]:
     """Adds one layer's experts; returns what the next layer waits for."""

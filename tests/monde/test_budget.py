@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from monde.planning.budget import BudgetError, LayerSize, MemoryPlan, ModelSize, plan_memory
+from monde.planning.budget import (
+    BudgetError,
+    LayerSize,
+    MemoryPlan,
+    ModelSize,
+    plan_memory,
+    smallest_gpu_bytes,
+)
 
 sizes = st.builds(
     ModelSize,
@@ -100,6 +107,17 @@ def test_the_smallest_budget_is_what_the_error_says(
         assert smallest > host_bytes
         assert plan(size, on_gpu, gpu_bytes, smallest) is not None
         assert plan(size, on_gpu, gpu_bytes, smallest - 1) is None
+
+
+@given(sizes, budgets)
+def test_the_smallest_gpu_memory_works_and_less_does_not(size: ModelSize, host_bytes: int) -> None:
+    smallest = smallest_gpu_bytes(size, host_bytes)
+    if smallest is None:
+        assert plan(size, True, 10**9, host_bytes) is None
+        return
+    assert plan(size, True, smallest, host_bytes) is not None
+    if len({layer.slot_bytes for layer in size.layers}) <= 1:  # else a larger slot may crowd out smaller ones
+        assert plan(size, True, smallest - 1, host_bytes) is None
 
 
 def test_experts_are_spread_evenly() -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -78,6 +82,51 @@ def test_a_profile_four_times_wrong_is_corrected_within_twenty_steps(
         assert max(x * gpu_s, (1 - x) * host_s) <= 1.25 * ideal_s
     moves = len(set(run(controller, gpu_s, host_s, 200, seed + 1)))
     assert moves <= 12  # noise seldom moves it
+
+
+RECORD = Path(__file__).parents[2] / "bench" / "results" / "decode_layers_gpu_machine.json"
+
+
+def recorded() -> list[Any]:
+    """(seconds the bus and the host would take for all of F, step by step) of decode steps that were timed on an H100.
+
+    The host's come from steps that it computed alone. Where both took part they ended together: less the round trip,
+    the rest of the step is the bus' part too.
+    """
+    results = json.loads(RECORD.read_text())["results"]
+    trip_s = results["ceilings"]["round_trip_s"]
+    rows = {(row["contender"], row["batch"], row["num_resident"]): row for row in results["rows"]}
+    cases = []
+    for (contender, batch, num_resident), both in rows.items():
+        if contender == "monde" and both["cold_bytes"]:
+            alone = rows["host computes", batch, num_resident]
+            bus_s = [(s - trip_s) / both["share"] for s in both["samples_s"]]
+            host_s = [s - trip_s for s in alone["samples_s"]]
+            cases.append(pytest.param(bus_s, host_s, id=f"batch {batch}, {num_resident} resident"))
+    assert len(cases) == 6
+    return cases
+
+
+@pytest.mark.parametrize("wrong", [0.25, 4.0])
+@pytest.mark.parametrize(("bus_s", "host_s"), recorded())
+def test_recorded_steps_correct_a_profile_four_times_wrong_within_twenty(
+    bus_s: list[float], host_s: list[float], wrong: float
+) -> None:
+    whole = float(np.median(bus_s)), float(np.median(host_s))
+    controller = ShareController(best_share(whole[0] * wrong, whole[1], Overlap()).share, min_share=2 / 48)
+    first = controller.share
+    shares = [
+        controller.update(controller.share * bus, (1 - controller.share) * host)
+        for bus, host in zip(bus_s, host_s, strict=True)
+    ]
+    ideal_s = best_share(*whole, Overlap()).step_s
+
+    def step_s(share: float) -> float:
+        return max(share * whole[0], (1 - share) * whole[1])
+
+    assert step_s(first) > 1.15 * ideal_s
+    assert all(step_s(share) < 1.15 * ideal_s for share in shares[19:])
+    assert len(set(shares)) <= 4  # and then it stays, whatever the machine's noise
 
 
 def test_without_noise_it_moves_once_and_stays() -> None:
