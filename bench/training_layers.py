@@ -137,14 +137,18 @@ def step_s(layer: Layer, on: Testbed, gamma: float, num_layers: int = 1) -> dict
     def hidden_s(seconds_s: float) -> float:
         """The dense backward with the layer's all-reduce beside it."""
         shared = BackwardLayer(Stages(Stage(0.0, 0.0)), 1, 2 * dense, one)
-        return plan_gradients([shared], on.all_reduce, one, between, 1).predicted_s if seconds_s else 2 * dense
+        return (
+            plan_gradients([shared], on.all_reduce, one, between, 1).predicted_s if seconds_s else 2 * dense
+        )
 
     pipelined_s = min(serial(r) for r in range(1, MAX_DEGREE + 1))
     degrees = best_degree(forward, between), best_degree(backward, between)
     # Layer l's gradients are made after its own experts' backward: the last layer of forward has none to reduce yet.
     total = one * num_layers
     layers = [
-        BackwardLayer(backward, degrees[1], 2 * dense, total if num_layers == 1 else one * (num_layers - 1 - position))
+        BackwardLayer(
+            backward, degrees[1], 2 * dense, total if num_layers == 1 else one * (num_layers - 1 - position)
+        )
         for position in range(num_layers)
     ]
     plan = plan_gradients(layers, on.all_reduce, total, between, 8 if num_layers == 1 else num_layers)
@@ -175,10 +179,15 @@ def study() -> dict[str, Any]:
                 "mean": statistics.fmean(gains), "min": gains[0], "median": statistics.median(gains), "max": gains[-1],
             }  # fmt: skip
         results["layers"].append(row)
-        print(f"{on.name}, gamma {gamma}: " + ", ".join(f"{row[n]['mean']:.3f}x over {n}" for n in BASELINES), flush=True)
+        print(
+            f"{on.name}, gamma {gamma}: " + ", ".join(f"{row[n]['mean']:.3f}x over {n}" for n in BASELINES),
+            flush=True,
+        )
         for name, (layer, num_layers) in MODELS.items():
             made = step_s(replace(layer, length=on.lengths[1]), on, gamma, num_layers)
             gains = {n: made[n] / made["monde"] for n in BASELINES}
-            results["models"].append({"model": name, "testbed": on.name, "gamma": gamma, "seconds": made, "gains": gains})
+            results["models"].append(
+                {"model": name, "testbed": on.name, "gamma": gamma, "seconds": made, "gains": gains}
+            )
             print(f"  {name}: " + ", ".join(f"{gains[n]:.2f}x over {n}" for n in BASELINES), flush=True)
     return results

@@ -50,7 +50,13 @@ def command(config: Path, num_ranks: int) -> list[str]:
     monde = ["-m", "monde.cli", "train", str(config)]
     if num_ranks == 1:
         return [sys.executable, *monde]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={num_ranks}",
+    ]
     return [*launcher, *monde]
 
 

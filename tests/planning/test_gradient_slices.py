@@ -9,7 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from monde.planning.fit import AlphaBeta
-from monde.planning.gradient_slices import BackwardLayer, GradientPlan, backward_layer_schedule, plan_gradients
+from monde.planning.gradient_slices import (
+    BackwardLayer,
+    GradientPlan,
+    backward_layer_schedule,
+    plan_gradients,
+)
 from monde.planning.pipeline import COMPUTE, Stage, Stages
 from monde.planning.profile import Overlap
 from monde.planning.schedule import Resource
@@ -32,9 +37,13 @@ def problems(draw: st.DrawFn) -> tuple[list[BackwardLayer], AlphaBeta, int]:
     return layers, AlphaBeta(draw(st.floats(0, 0.2)), draw(st.floats(0.001, 0.05))), num_elements
 
 
-def total_s(layers: list[BackwardLayer], beside: list[int], after: list[int], cost: AlphaBeta, size: int) -> float:
+def total_s(
+    layers: list[BackwardLayer], beside: list[int], after: list[int], cost: AlphaBeta, size: int
+) -> float:
     spent = sum(
-        simulate(backward_layer_schedule(layer, float(cost.seconds(b)), float(cost.seconds(a))), CONTENTION).makespan_s
+        simulate(
+            backward_layer_schedule(layer, float(cost.seconds(b)), float(cost.seconds(a))), CONTENTION
+        ).makespan_s
         for layer, b, a in zip(layers, beside, after, strict=True)
     )
     return spent + float(cost.seconds(size - sum(beside) - sum(after)))

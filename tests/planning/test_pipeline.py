@@ -85,7 +85,10 @@ def test_the_best_degree_is_next_to_the_closed_form(a_exp: float, n_a2a: float, 
 
 
 def test_enumeration_is_exact_where_no_closed_form_is() -> None:
-    contention = {(COMPUTE, Resource.LINK_INTER): Overlap(1.3, 1.2), (COMPUTE, Resource.LINK_INTRA): Overlap(1.1, 1.4)}
+    contention = {
+        (COMPUTE, Resource.LINK_INTER): Overlap(1.3, 1.2),
+        (COMPUTE, Resource.LINK_INTRA): Overlap(1.1, 1.4),
+    }
     made = stages(Stage(0.01, 1.0), Stage(0.02, 0.7), Stage(0.02, 0.6), Stage(0.03, 2.0))
     by_degree = [layer_timeline(made, r, contention, [0.3]).makespan_s for r in range(1, MAX_DEGREE + 1)]
     assert by_degree[best_degree(made, contention, [0.3]) - 1] == min(by_degree)
