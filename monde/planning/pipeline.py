@@ -96,13 +96,20 @@ def layer_timeline(
 
 
 def best_degree(
-    stages: Stages, contention: Contention, gradient_s: Sequence[float] = (), max_degree: int = MAX_DEGREE
+    stages: Stages,
+    contention: Contention,
+    gradient_s: Sequence[float] = (),
+    max_degree: int = MAX_DEGREE,
+    slack: float = 0.0,
 ) -> int:
-    """The degree of 1 .. max_degree whose schedule is over first; the smallest of equals."""
-    return min(
-        range(1, max_degree + 1),
-        key=lambda r: (layer_timeline(stages, r, contention, gradient_s).makespan_s, r),
-    )
+    """The degree of 1 .. max_degree whose schedule is over first; with `slack`, the smallest that takes at most that
+    share longer.
+    """
+    makespan_s = [
+        layer_timeline(stages, r, contention, gradient_s).makespan_s for r in range(1, max_degree + 1)
+    ]
+    allowed_s = min(makespan_s) * (1 + slack)
+    return next(r for r, seconds_s in enumerate(makespan_s, 1) if seconds_s <= allowed_s)
 
 
 def one_lane(stages: Stages, degree: int) -> Schedule:

@@ -128,12 +128,13 @@ def refitted(profile: TrainingProfile, drifted: dict[str, float]) -> TrainingPro
 class DegreePlanner:
     """Degrees for any load, from a profile that follows what is observed.
 
-    Equal on all ranks as long as they hand in the same observations. tolerance: drift that is put up with;
-    num_observed: how many observations make one look.
+    Equal on all ranks as long as they hand in the same observations. tolerance: drift that is put up with. slack: gains
+    below it are not worth more chunks, being less than a prediction is good for. num_observed: observations of one look.
     """
 
     profile: TrainingProfile
     tolerance: float = 0.25
+    slack: float = 0.05
     num_observed: int = 8
     num_refits: int = 0
     _known: dict[int, Degrees] = field(default_factory=dict)
@@ -144,11 +145,35 @@ class DegreePlanner:
         load = _rounded(busiest_rows)
         if load not in self._known:
             forward, backward = (
-                best_degree(self.profile.stages(way, load), self.profile.contention)
+                best_degree(self.profile.stages(way, load), self.profile.contention, slack=self.slack)
                 for way in (FORWARD, BACKWARD)
             )
             self._known[load] = Degrees(forward, backward)
         return self._known[load]
+
+    def trials(self, busiest_rows: int) -> list[Degrees]:
+        """What is worth a step each before the model is believed: its own choice, none, and powers of two."""
+        powers = [Degrees(r, r) for r in (1, 2, 4, 8, 16)]
+        return list(dict.fromkeys([self(busiest_rows), *powers]))
+
+    def settle(self, busiest_rows: int, observations: Sequence[Observation]) -> Degrees:
+        """Degrees for this load as measured, in place of those of the model; each way the fewest chunks whose median is
+        within `slack` of the best. Links are not always alpha and beta: a measurement that there is beats them.
+        """
+        best = {}
+        for way in (FORWARD, BACKWARD):
+            by_degree: dict[int, list[float]] = {}
+            for seen in observations:
+                if seen.direction == way:
+                    by_degree.setdefault(seen.degree, []).append(seen.total_s)
+            medians = {degree: statistics.median(totals) for degree, totals in by_degree.items()}
+            best[way] = min(d for d, m in medians.items() if m <= min(medians.values()) * (1 + self.slack))
+        self._known[_rounded(busiest_rows)] = Degrees(best[FORWARD], best[BACKWARD])
+        return self(busiest_rows)
+
+    def correct(self, observations: Sequence[Observation]) -> None:
+        """Scale the profile to what was observed, keeping degrees that were settled."""
+        self.profile = refitted(self.profile, drift(self.profile, observations))
 
     def observe(self, observations: Sequence[Observation]) -> bool:
         """Whether the profile was fitted again, and all degrees with it."""

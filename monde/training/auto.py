@@ -11,19 +11,22 @@ import torch.distributed as dist
 
 from hostcompute import ExpertSpec
 from monde.planning.gradient_slices import BackwardLayer, GradientPlan, plan_gradients
-from monde.planning.pipeline import EXPERTS
+from monde.planning.pipeline import EXPERTS, Degrees
 from monde.planning.training_profile import BACKWARD, DegreePlanner, Observation
 from monde.training.fabric import Fabric
 from monde.training.gradients import GradientReducer
 from monde.training.profiling import profile_layer
 
 LOOK_EVERY = 50  # steps; a look costs the stamps of one step and one small all-reduce
+TRIAL_ROUNDS = 2
 _HEADROOM = 1.25  # rows beyond those of the first step that are profiled
 
 
 class AutoSchedule:
     """Degrees and gradient slices of the layers that `reducer` knows. before_step and after_step are collective.
 
+    The first step is profiled, the next dozen try degrees, then the best of them run until costs drift: every
+    LOOK_EVERY steps one is compared with what was predicted, and if that is far off all begins again.
     planners: by shape of experts, from the first step on. gradient_plan: the newest. report: told in a line whenever
     something was planned.
     """
@@ -34,22 +37,48 @@ class AutoSchedule:
         self.fabric, self.reducer, self.report = fabric, reducer, report
         self.planners: dict[ExpertSpec, DegreePlanner] = {}
         self.gradient_plan: GradientPlan | None = None
+        self._trials: list[Degrees] = []
+        self._tried: list[Observation] = []
 
     def before_step(self, step_idx: int) -> None:
         """step_idx counts from where this process began."""
-        if self.fabric.num_ranks > 1 and step_idx % LOOK_EVERY == 0:
+        if self.fabric.num_ranks > 1 and (self._trials or step_idx % LOOK_EVERY == 0):
             self.fabric.observations = []
+            for layer in self.reducer.layers if self._trials else []:
+                layer.schedule = self._trials[0]
 
     def after_step(self) -> None:
-        observations = self.fabric.observations
-        if observations is None:
+        if self.fabric.observations is None:
             return
-        self.fabric.observations = None
+        seen, self.fabric.observations = agreed(self.fabric.observations, self.fabric), None
         if not self.planners:
             self._profile()
-            self._plan_gradients(agreed(observations, self.fabric))
-        elif self._look(agreed(observations, self.fabric)):
-            self._plan_gradients(agreed(observations, self.fabric))
+            self._start_trials()
+        elif self._trials:
+            self._trials.pop(0)
+            self._tried += seen
+            if not self._trials:
+                self._settle(seen)
+        elif self._look(seen):
+            self._start_trials()
+
+    def _start_trials(self) -> None:
+        """Of the layers' common degrees: layers of several shapes are not told apart in observations."""
+        first = self.reducer.layers[0]
+        assert first.load is not None
+        self._trials = self.planners[first.weights.spec].trials(first.load.busiest_rows) * TRIAL_ROUNDS
+        self._tried = []
+
+    def _settle(self, newest: list[Observation]) -> None:
+        for layer in self.reducer.layers:
+            planner = self.planners[layer.weights.spec]
+            assert layer.load is not None
+            if len(self.planners) == 1:
+                planner.settle(layer.load.busiest_rows, self._tried)
+            layer.schedule = planner
+        if len(self.planners) == 1:
+            next(iter(self.planners.values())).correct(self._tried)
+        self._plan_gradients(newest)
 
     def _profile(self) -> None:
         for layer in self.reducer.layers:
@@ -58,7 +87,6 @@ class AutoSchedule:
             if spec not in self.planners:
                 max_rows = math.ceil(_HEADROOM * layer.load.busiest_rows)
                 self.planners[spec] = DegreePlanner(profile_layer(layer, max_rows))
-            layer.schedule = self.planners[spec]
         for spec, planner in self.planners.items():
             profile = planner.profile
             self.report(

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from monde.planning.fit import AlphaBeta
-from monde.planning.pipeline import layer_timeline
+from monde.planning.pipeline import Degrees, layer_timeline
 from monde.planning.profile import Overlap
 from monde.planning.training_profile import (
     BACKWARD,
@@ -102,6 +102,21 @@ def test_another_load_has_degrees_of_its_own() -> None:
     planner = DegreePlanner(PROFILE)
     assert planner(16) != planner(65536)
     assert planner(65536) == planner(66000)
+
+
+def test_what_was_measured_beats_the_model() -> None:
+    """Each way the fewest chunks within 5% of the best median; only for loads like the one that was tried."""
+    planner = DegreePlanner(PROFILE)
+    totals = {FORWARD: {1: 1.0, 2: 0.7, 4: 0.68, 8: 0.9}, BACKWARD: {1: 1.0, 2: 1.1, 4: 0.97, 8: 2.0}}
+    tried = [
+        Observation(way, degree, 4096, {}, total_s * late)
+        for way, by_degree in totals.items()
+        for degree, total_s in by_degree.items()
+        for late in (1.0, 1.01, 30.0)
+    ]
+    assert planner.settle(4096, tried) == planner(4096) == Degrees(2, 1)
+    assert planner(64) == DegreePlanner(PROFILE)(64)
+    assert Degrees(8, 8) in planner.trials(4096)
 
 
 def test_refit_touches_what_drifted() -> None:
