@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from monde.cli.options import GpuMemoryOption, HostMemoryOption, ModelArgument, check_model
+from monde.cli.options import GpuMemoryOption, HostMemoryOption, ModelArgument
 
 if TYPE_CHECKING:
     from monde.models.outline import Outlined
@@ -72,7 +72,6 @@ def plan(
     if plot is not None:
         check_plot(plot)
     profile = find_profile(machine)
-    check_model(model)
     on_gpu = profile.gpu is not None
     outlined = outline_of(model, context, batch, None if heat is None else Heat.load(heat), on_gpu)
     card_bytes = 0 if profile.gpu is None else profile.gpu.memory_bytes

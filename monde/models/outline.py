@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoConfig
 
 from hostcompute import ExpertSpec
 from monde.config import MondeConfig
+from monde.models.configuration import read_configuration
 from monde.models.experts import find_experts
 from monde.models.loading import model_class
 from monde.models.sizing import model_size
@@ -47,11 +47,13 @@ def outline_of(
     """Build the model that config.json describes on the meta device and read off its shapes.
 
     Sizes are those in memory, in the type that loading gives: config.json's, else the checkpoint's. Experts are as
-    popular as `heat` says, else equally. on_gpu: whether dense weights will run there. Errors: OSError where path or id does not exist; CheckpointError for files
-    that are damaged or of another model; UnsupportedModelError; ValueError for encoder-decoders, heat of another
-    model, and when the configuration does not say how many experts a token takes.
+    popular as `heat` says, else equally. on_gpu: whether dense weights will run there.
+
+    Errors: those of read_configuration; CheckpointError for files that are damaged or of another model;
+    UnsupportedModelError; ValueError for encoder-decoders, heat of another model, and when the configuration does not
+    say how many experts a token takes.
     """
-    config = AutoConfig.from_pretrained(path_or_id)
+    config = read_configuration(path_or_id)
     if config.is_encoder_decoder:
         raise ValueError(
             f"plan: {config.model_type} has an encoder and a decoder, which are not forecast yet; load it to see "
