@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 _UNITS_BYTES = {
-    "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+    "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "PB": 10**15,
+    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "PIB": 2**50,
 }  # fmt: skip
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
 
@@ -32,8 +32,8 @@ def parse_size_bytes(size: int | str, what: str) -> int:
 def format_bytes(num_bytes: int) -> str:
     """A size for people: three significant digits and a binary unit."""
     value, sign = float(abs(num_bytes)), "-" if num_bytes < 0 else ""
-    for unit in ("B", "KiB", "MiB", "GiB"):
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if value < 1024:
             return f"{sign}{value:.0f} B" if unit == "B" else f"{sign}{value:.3g} {unit}"
         value /= 1024
-    return f"{sign}{value:.3g} TiB"
+    return f"{sign}{value:.3g} PiB"
