@@ -109,7 +109,8 @@ def as_host_array(value: Any, what: str) -> HostArray:
     if not isinstance(value, np.ndarray):
         if not hasattr(value, "__dlpack__"):
             raise TypeError(
-                f"{what}: expected a NumPy array, CPU tensor or DLPack producer, got {type(value).__name__}"
+                f"{what}: expected a NumPy array, CPU tensor or DLPack producer, got {type(value).__name__}; "
+                "wrap it: numpy.asarray(..., dtype)"
             )
         value = np.from_dlpack(value)
     dtype = _dtype_name(value.dtype.name, what)
@@ -124,7 +125,9 @@ def as_host_array(value: Any, what: str) -> HostArray:
 
 def _dtype_name(name: str, what: str) -> str:
     if name not in _NAMES:
-        raise TypeError(f"{what}: unsupported element type {name}; expected one of {', '.join(_NAMES)}")
+        raise TypeError(
+            f"{what}: unsupported element type {name}; expected one of {', '.join(_NAMES)}; convert it"
+        )
     return _NAMES[name]
 
 
@@ -134,4 +137,4 @@ def empty_like(x: Any, what: str) -> Any:
         return np.empty_like(x, order="C", subok=False)
     if hasattr(x, "new_empty"):
         return x.new_empty(tuple(x.shape))
-    raise TypeError(f"{what}: pass out= for arrays of type {type(x).__name__}")
+    raise TypeError(f"{what}: cannot make one like a {type(x).__name__}; pass out=, or NumPy arrays")

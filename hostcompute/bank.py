@@ -11,8 +11,9 @@ from typing import Any
 from hostcompute.arrays import HostArray, as_host_array, empty_like, row_major
 from hostcompute.backends.base import Backend, ExpertWeights, Pending
 from hostcompute.backends.select import BackendChoice, choose
-from hostcompute.layout import LANES, PAD_K
+from hostcompute.layout import LANES, PAD_K, make_layout
 from hostcompute.spec import Cut, ExpertSpec, RoutedCounts
+from hostcompute.topology import machine_memory_bytes
 
 _FLOATS = ("f32", "bf16", "f16")
 
@@ -28,15 +29,17 @@ class ExpertBank:
         bank.load(0, gate=gate_FD, up=up_FD, down=down_DF)
         y_TD = bank.forward(x_TD, topk_ids_TK, topk_weights_TK)
 
-    Arrays are NumPy, torch (CPU) or DLPack; x and out are f32, bf16 or f16, ids int32 or int64, weights any
-    float. Pairs with weight 0 or an id outside [0, E) contribute nothing.
-    Errors: ValueError for shapes and types, KeyError for an expert that was never loaded,
-    RuntimeError after close() or when a pending forward is waited for in a forked child.
+    Arrays are NumPy, torch (CPU) or DLPack; x, out and routing weights are f32, bf16 or f16, ids int32 or int64.
+    Pairs with weight 0 or an id outside [0, E), negative ones included, are ignored and contribute zero: so routers
+    mark pairs that somebody else computes. A wrong id is therefore no error.
+    Errors: ValueError for shapes and types, and for a bank larger than the machine's memory; KeyError for an expert
+    that was never loaded; RuntimeError after close() or when a pending forward is waited for in a forked child.
     """
 
     def __init__(
         self, spec: ExpertSpec, backend: str = "auto", pool: Any = None, isa: str | None = None
     ) -> None:
+        _check_fits(spec)
         self.spec = spec
         self.choice: BackendChoice = choose(backend, isa)
         self._backend = self.choice.build(spec, pool)
@@ -95,7 +98,7 @@ class ExpertBank:
             if array.shape != shapes[name]:
                 raise ValueError(f"[load] {name}: expected shape {shapes[name]}, got {array.shape}")
             if array.dtype not in _FLOATS:
-                raise ValueError(f"[load] {name}: expected one of {_FLOATS}, got {array.dtype}")
+                raise _no_float(array, f"[load] {name}")
             if name.endswith("_bias") and not self.spec.has_bias:
                 raise ValueError(
                     f"[load] {name}: this bank keeps no biases; build it with ExpertSpec(has_bias=True)"
@@ -207,13 +210,31 @@ class ExpertBank:
         if out_a.shape != x_a.shape:
             raise ValueError(f"[forward] out: expected shape {x_a.shape}, got {out_a.shape}")
         if ids_a.dtype not in ("i32", "i64"):
-            raise ValueError(f"[forward] topk_ids: expected i32 or i64, got {ids_a.dtype}")
+            raise ValueError(
+                f"[forward] topk_ids: expected i32 or i64, got {ids_a.dtype}; convert them to int64"
+            )
         for name, array in (("x", x_a), ("topk_weights", weights_a), ("out", out_a)):
             if array.dtype not in _FLOATS:
-                raise ValueError(f"[forward] {name}: expected one of {_FLOATS}, got {array.dtype}")
+                raise _no_float(array, f"[forward] {name}")
         if not out_a.has_unit_stride_rows:
             raise ValueError(f"[forward] out: expected rows of unit stride, got strides {out_a.strides}")
         return (row_major(x_a, x_a.dtype), ids_a, weights_a, out_a), out
+
+
+def _check_fits(spec: ExpertSpec) -> None:
+    """Memory is reserved at once and taken by `load`, so that without this a bank too large would die while loading."""
+    bank_bytes, have_bytes = spec.num_experts * make_layout(spec).blob_bytes, machine_memory_bytes()
+    if bank_bytes > have_bytes:
+        raise ValueError(
+            f"ExpertBank: {spec.num_experts} experts of D={spec.d_model}, F={spec.d_ffn} in {spec.dtype.value} take "
+            f"{bank_bytes / 2**30:.3g} GiB, this machine has {have_bytes / 2**30:.3g} GiB; use fewer or smaller experts"
+        )
+
+
+def _no_float(array: HostArray, what: str) -> ValueError:
+    return ValueError(
+        f"{what}: expected one of {', '.join(_FLOATS)}, got {array.dtype}; convert it to float32"
+    )
 
 
 class PendingForward:
