@@ -115,7 +115,7 @@ class Heat:
         return Heat(self.model, counts, self.weight_steps + other.weight_steps)
 
     def save(self, path: str | Path) -> None:
-        """A heat file: safetensors with one tensor per layer."""
+        """A heat file: safetensors with one tensor per layer. Errors: OSError where it cannot be written."""
         tensors = {_LAYER.format(l): torch.from_numpy(count_E) for l, count_E in enumerate(self.count_L)}
         metadata = {
             "format": "monde-heat",
@@ -123,11 +123,16 @@ class Heat:
             "model": self.model,
             "weight_steps": repr(self.weight_steps),
         }
-        save_file(tensors, path, metadata)
+        try:
+            save_file(tensors, path, metadata)
+        except (SafetensorError, OSError) as error:
+            raise OSError(
+                f"{path}: cannot be written ({error}); give a file in a folder that is there"
+            ) from error
 
     @classmethod
     def load(cls, path: str | Path) -> Heat:
-        """Errors: ValueError when the file is no heat file or of another version; OSError when it is absent."""
+        """Errors: ValueError when the file is no heat file or of another version; OSError where it cannot be read."""
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata: Mapping[str, str] = file.metadata() or {}
@@ -135,6 +140,10 @@ class Heat:
                 layers = tuple(
                     file.get_tensor(_LAYER.format(l)) for l in range(len(names)) if _LAYER.format(l) in names
                 )
+        except OSError as error:
+            raise OSError(
+                f"heat file {path}: cannot be read ({error}); model.monde.save_heat(path) writes one"
+            ) from error
         except SafetensorError as error:
             raise ValueError(f"{path}: not a heat file ({error}); record one again") from error
         if metadata.get("format") != "monde-heat" or len(layers) != len(names):
