@@ -29,13 +29,13 @@ class PeakMemory:
         self.stop()
 
     def stop(self) -> int:
-        """Peak growth in bytes. May be called again."""
+        """Peak growth in bytes, what is held now included. May be called again."""
         self._done.set()
         self._thread.join()
         return self._peak_bytes - self._start_bytes
 
     def _sample(self) -> None:
-        while True:
+        is_done = False
+        while not is_done:
+            is_done = self._done.wait(_INTERVAL_S)
             self._peak_bytes = max(self._peak_bytes, int(self._process.memory_info().rss))
-            if self._done.wait(_INTERVAL_S):
-                return

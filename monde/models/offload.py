@@ -9,11 +9,10 @@ from transformers import PreTrainedModel
 
 from monde.config import MondeConfig
 from monde.engine import Engine
-from monde.models.decode_graph import install_on_gpu
 from monde.models.experts import find_experts
 from monde.models.fill import ProgressBar, fill_layer, load_report
+from monde.models.hand_over import hand_over
 from monde.models.memory import PeakMemory
-from monde.models.on_cpu import speed_up_on_cpu
 from monde.models.sizing import plan_for, resolve_device
 
 
@@ -52,10 +51,8 @@ def offload(model: PreTrainedModel, config: MondeConfig | None = None, **setting
             module.attach(engine, layer_idx)
         model.to(device)  # type: ignore[arg-type]
         model.eval()
+        hand_over(model, engine, modules)
         engine.load_report = load_report(plan, time.perf_counter() - start_s, peak.stop())
-    model.monde = engine  # type: ignore[assignment]
-    install_on_gpu(model, engine)
-    speed_up_on_cpu(model, device, engine.pool)
     return model
 
 
