@@ -49,6 +49,12 @@ class HostArray(NamedTuple):
     def has_unit_stride_rows(self) -> bool:
         return 0 in self.shape or self.shape[-1] == 1 or self.strides[-1] == 1
 
+    @property
+    def has_overlapping_rows(self) -> bool:
+        """Of a matrix: whether two rows share elements, as broadcast ones do."""
+        num_rows, num_columns = self.shape
+        return num_rows > 1 and abs(self.strides[0]) < num_columns
+
     def numpy(self) -> npt.NDArray[Any]:
         """The same memory as a NumPy array; bf16 appears as its uint16 bit patterns."""
         if 0 in self.shape:

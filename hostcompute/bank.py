@@ -6,7 +6,10 @@ import atexit
 import contextlib
 import os
 import weakref
+from numbers import Integral
 from typing import Any
+
+import numpy as np
 
 from hostcompute.arrays import HostArray, as_host_array, empty_like, row_major
 from hostcompute.backends.base import Backend, ExpertWeights, Pending
@@ -68,9 +71,8 @@ class ExpertBank:
         Errors: ValueError on shapes, on biases in a bank without them, and on NaN or infinite weights.
         """
         self._check_open("load")
-        E, D, F = self.spec.num_experts, self.spec.d_model, self.spec.d_ffn
-        if not 0 <= expert_id < E:
-            raise ValueError(f"[load] expert_id: expected 0..{E - 1}, got {expert_id}")
+        self._check_id(expert_id, "load")
+        D, F = self.spec.d_model, self.spec.d_ffn
         if (gate is not None) != self.spec.gated:
             wanted = "an array" if self.spec.gated else "None"
             raise ValueError(f"[load] gate: expected {wanted} as spec.gated={self.spec.gated}")
@@ -110,12 +112,14 @@ class ExpertBank:
     def export(self, expert_id: int) -> ExpertWeights:
         """A row-major copy of one expert, in the bank's storage type; what `load` took, bit for bit."""
         self._check_open("export")
+        self._check_id(expert_id, "export")
         self._check_loaded({expert_id}, "export")
         return self._backend.export(expert_id)
 
     def release(self, expert_id: int) -> None:
         """Forget one expert and give its memory back. Not concurrent with forward."""
         self._check_open("release")
+        self._check_id(expert_id, "release")
         self._loaded.discard(expert_id)
         self._backend.release(expert_id)
 
@@ -187,6 +191,10 @@ class ExpertBank:
         if self._closed:
             raise RuntimeError(f"[{op}] this ExpertBank was closed; build a new one")
 
+    def _check_id(self, expert_id: Any, op: str) -> None:
+        if not isinstance(expert_id, Integral) or not 0 <= int(expert_id) < self.spec.num_experts:
+            raise ValueError(f"[{op}] expert_id: expected 0..{self.spec.num_experts - 1}, got {expert_id!r}")
+
     def _check_loaded(self, expert_ids: set[int], op: str) -> None:
         missing = sorted(expert_ids - self._loaded)
         if missing:
@@ -216,8 +224,13 @@ class ExpertBank:
         for name, array in (("x", x_a), ("topk_weights", weights_a), ("out", out_a)):
             if array.dtype not in _FLOATS:
                 raise _no_float(array, f"[forward] {name}")
-        if not out_a.has_unit_stride_rows:
-            raise ValueError(f"[forward] out: expected rows of unit stride, got strides {out_a.strides}")
+        if not out_a.has_unit_stride_rows or out_a.has_overlapping_rows:
+            raise ValueError(
+                f"[forward] out: expected rows of unit stride that do not overlap, got strides {out_a.strides}; "
+                "make it contiguous"
+            )
+        if isinstance(out, np.ndarray) and not out.flags.writeable:
+            raise ValueError("[forward] out: expected an array to write to, got a read-only one; copy it")
         return (row_major(x_a, x_a.dtype), ids_a, weights_a, out_a), out
 
 

@@ -242,10 +242,37 @@ def test_load_refuses(backend: str, change: dict[str, Any], error: type[Exceptio
         bank.load(0, **{**make_expert(rng(), SPEC, "separate"), **change})
 
 
-@pytest.mark.parametrize("expert_id", [-1, 3])
-def test_load_refuses_expert_ids(backend: str, expert_id: int) -> None:
-    with ExpertBank(SPEC, backend) as bank, pytest.raises(ValueError, match=r"expected 0\.\.2"):
-        bank.load(expert_id, **make_expert(rng(), SPEC, "separate"))
+@pytest.mark.parametrize("expert_id", [-1, 3, 2**40, 1.5, "0", None])
+def test_expert_ids_are_checked(backend: str, expert_id: Any) -> None:
+    with loaded_bank(backend) as bank:
+        for use in (
+            lambda: bank.load(expert_id, **make_expert(rng(), SPEC, "separate")),
+            lambda: bank.release(expert_id),
+            lambda: bank.export(expert_id),
+        ):
+            with pytest.raises(ValueError, match=r"expert_id: expected 0\.\.2, got"):
+                use()
+        assert bank.loaded_experts == {0, 1, 2}
+
+
+def test_out_that_cannot_be_written_is_refused(backend: str) -> None:
+    torch = pytest.importorskip("torch")
+    locked = np.zeros((3, 24), np.float32)
+    locked.flags.writeable = False
+    x_TD, ids_TK, weights_TK = (
+        np.ones((3, 24), np.float32),
+        np.zeros((3, 2), int),
+        np.ones((3, 2), np.float32),
+    )
+    with loaded_bank(backend) as bank:
+        with pytest.raises(
+            ValueError, match="out: expected an array to write to, got a read-only one; copy it"
+        ):
+            bank.forward(x_TD, ids_TK, weights_TK, out=locked)
+        with pytest.raises(ValueError, match="out: expected rows of unit stride that do not overlap"):
+            bank.forward(x_TD, ids_TK, weights_TK, out=torch.zeros(24).expand(3, 24))
+        bank.forward(x_TD[:1], ids_TK[:1], weights_TK[:1], out=torch.zeros(24).expand(1, 24))
+    assert not locked.any()
 
 
 @pytest.mark.parametrize(
@@ -330,6 +357,12 @@ def test_spec_refuses_empty_dimensions(name: str) -> None:
 def test_spec_refuses_what_is_no_size(value: Any) -> None:
     with pytest.raises(ValueError, match=r"num_experts must be a whole number below 2\*\*31"):
         ExpertSpec(value, 1, 1)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("dtype", "DType"), ("activation", "Activation")])
+def test_spec_refuses_names_of_types(name: str, kind: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be of {kind}, got 'bf16'"):
+        ExpertSpec(1, 1, 1, **{name: "bf16"})
 
 
 def test_clamped_activations_need_a_gate() -> None:
