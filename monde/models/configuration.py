@@ -40,6 +40,8 @@ def read_configuration(path_or_id: str | Path, **hub: Any) -> Any:
     """
     name = str(path_or_id)
     folder = Path(name)
+    if not name:
+        raise FileNotFoundError(f"the model's name is empty; {_GIVE}")
     if folder.is_dir():
         if not (folder / (hub.get("subfolder") or "") / _FILE).is_file():
             raise FileNotFoundError(

@@ -13,8 +13,11 @@ from transformers import PreTrainedModel
 
 from monde.config import MondeConfig
 from monde.models.configuration import HUB_SETTINGS, read_configuration
+from monde.models.stored import checkpoint_files
+from monde.weights.checkpoint import CheckpointError
 
 _SETTINGS = frozenset(inspect.signature(MondeConfig).parameters) - {"quant_method"}
+_NOT_OURS = frozenset({"quantization_config", "output_loading_info"})
 
 
 def from_pretrained(path_or_id: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -32,15 +35,23 @@ def from_pretrained(path_or_id: str | Path, **kwargs: Any) -> PreTrainedModel:
     hub = {name: kwargs[name] for name in HUB_SETTINGS if name in kwargs}
     path_or_id = os.path.expanduser(path_or_id)
     model_config = kwargs.pop("config", None) or read_configuration(path_or_id, **hub)
+    checkpoint_files(path_or_id)  # before transformers, which has no words for a damaged index
     quantised = getattr(model_config, "quantization_config", None)
     if quantised is not None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
         raise ValueError(
             f"{path_or_id} is quantised ({method}); monde runs bf16, fp16 and fp32 checkpoints; load one"
         )
-    model: PreTrainedModel = model_class(model_config).from_pretrained(
-        path_or_id, config=model_config, quantization_config=config, **kwargs
+    loaded: tuple[PreTrainedModel, Any] = model_class(model_config).from_pretrained(
+        path_or_id, config=model_config, quantization_config=config, output_loading_info=True, **kwargs
     )
+    model, info = loaded
+    if info["missing_keys"]:  # transformers gives them random values and goes on
+        missing = sorted(info["missing_keys"])
+        raise CheckpointError(
+            f"{path_or_id}: the checkpoint has no tensor for {', '.join(missing[:3])}"
+            f"{f' and {len(missing) - 3} more' * (len(missing) > 3)}; it is incomplete or of another model"
+        )
     return model
 
 
@@ -48,6 +59,10 @@ def _check_arguments(path_or_id: Any, kwargs: dict[str, Any]) -> None:
     """What transformers would report late, after asking the hub, or in another's name."""
     if not isinstance(path_or_id, str | Path):
         raise TypeError(f"from_pretrained: expected a folder or a hub id, got {path_or_id!r}")
+    for given in _NOT_OURS & kwargs.keys():
+        raise TypeError(
+            f"from_pretrained: {given} is for transformers' from_pretrained; give monde's settings by name"
+        )
     for given in kwargs.keys() - _SETTINGS:
         # device_map, which is transformers', is 0.75 like device.
         meant = difflib.get_close_matches(given, _SETTINGS, n=1, cutoff=0.8)

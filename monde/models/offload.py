@@ -59,7 +59,13 @@ def offload(model: PreTrainedModel, config: MondeConfig | None = None, **setting
 def _config(config: MondeConfig | None, settings: dict[str, Any]) -> MondeConfig:
     if config is not None and settings:
         raise ValueError("offload: give either config= or single settings, not both")
-    return config if config is not None else MondeConfig(**settings)
+    if config is None:
+        return MondeConfig(**settings)
+    if not isinstance(config, MondeConfig):
+        raise TypeError(
+            f"offload: expected a MondeConfig, got {type(config).__name__}; give its settings by name"
+        )
+    return config
 
 
 def _check_offloadable(model: Any) -> None:

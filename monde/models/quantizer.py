@@ -28,7 +28,7 @@ from monde.models.hand_over import hand_over
 from monde.models.memory import PeakMemory
 from monde.models.sizing import plan_for, resolve_device
 from monde.models.sources import ModuleSource, find_sources
-from monde.weights.checkpoint import Checkpoint
+from monde.weights.checkpoint import Checkpoint, CheckpointError
 
 
 @dataclass
@@ -41,6 +41,7 @@ class _Loading:
     modules: list[ExpertsModule]
     sources: list[ModuleSource]
     checkpoint: Checkpoint
+    shapes: dict[str, torch.Size]  # of the dense weights, as the configuration says
 
 
 class MondeQuantizer(HfQuantizer):
@@ -92,13 +93,15 @@ class MondeQuantizer(HfQuantizer):
             *(model._keys_to_ignore_on_load_unexpected or ()),
             *(re.sub(r"\d+", r"\\d+", pattern) + "$" for pattern in patterns),
         }
-        self._loading = _Loading(start_s, peak, engine, modules, sources, checkpoint)
+        shapes = {name: param.shape for name, param in model.named_parameters()}
+        self._loading = _Loading(start_s, peak, engine, modules, sources, checkpoint, shapes)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         loading, self._loading = self._loading, None
         assert loading is not None
         engine, bar = loading.engine, ProgressBar(loading.engine)
         with loading.peak:
+            _check_shapes(model, loading.shapes)
             with loading.checkpoint:
                 for layer_idx, module in enumerate(loading.modules):
                     fill_layer(engine, layer_idx, module, loading.sources[layer_idx], bar)
@@ -121,6 +124,16 @@ class MondeQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _check_shapes(model: Any, shapes: dict[str, torch.Size]) -> None:
+    """transformers leaves them to quantizers. Errors: CheckpointError for a dense weight of another shape."""
+    for name, param in model.named_parameters():
+        if param.shape != shapes.get(name, param.shape):
+            raise CheckpointError(
+                f"{name}: expected shape {list(shapes[name])} as config.json says, the checkpoint has "
+                f"{list(param.shape)}; use the config and all files of one model"
+            )
 
 
 def _held_bytes(model: Any, engine: Engine) -> int:
