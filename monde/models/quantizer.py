@@ -141,7 +141,8 @@ def _held_bytes(model: Any, engine: Engine) -> int:
     come with the first step, so what loading has touched can be less.
     """
     dense = (t for t in (*model.parameters(), *model.buffers()) if t.device.type == "cpu")
-    return sum(t.nbytes for t in dense) + sum(layer.host.bank.resident_bytes for layer in engine.layers)
+    dense_bytes: int = sum(t.nbytes for t in dense)
+    return dense_bytes + sum(layer.host.bank.resident_bytes for layer in engine.layers)
 
 
 def register() -> None:
