@@ -49,6 +49,12 @@ class HostArray(NamedTuple):
     def has_unit_stride_rows(self) -> bool:
         return 0 in self.shape or self.shape[-1] == 1 or self.strides[-1] == 1
 
+    @property
+    def has_overlapping_rows(self) -> bool:
+        """Of a matrix: whether two rows share elements, as broadcast ones do."""
+        num_rows, num_columns = self.shape
+        return num_rows > 1 and abs(self.strides[0]) < num_columns
+
     def numpy(self) -> npt.NDArray[Any]:
         """The same memory as a NumPy array; bf16 appears as its uint16 bit patterns."""
         if 0 in self.shape:
@@ -110,7 +116,7 @@ def as_host_array(value: Any, what: str) -> HostArray:
         if not hasattr(value, "__dlpack__"):
             raise TypeError(
                 f"{what}: expected a NumPy array, CPU tensor or DLPack producer, got {type(value).__name__}; "
-                "numpy.asarray makes one of lists"
+                "wrap it: numpy.asarray(..., dtype)"
             )
         value = np.from_dlpack(value)
     dtype = _dtype_name(value.dtype.name, what)
@@ -125,7 +131,9 @@ def as_host_array(value: Any, what: str) -> HostArray:
 
 def _dtype_name(name: str, what: str) -> str:
     if name not in _NAMES:
-        raise TypeError(f"{what}: unsupported element type {name}; expected one of {', '.join(_NAMES)}")
+        raise TypeError(
+            f"{what}: unsupported element type {name}; expected one of {', '.join(_NAMES)}; convert it"
+        )
     return _NAMES[name]
 
 
@@ -135,4 +143,4 @@ def empty_like(x: Any, what: str) -> Any:
         return np.empty_like(x, order="C", subok=False)
     if hasattr(x, "new_empty"):
         return x.new_empty(tuple(x.shape))
-    raise TypeError(f"{what}: pass out= for arrays of type {type(x).__name__}")
+    raise TypeError(f"{what}: cannot make one like a {type(x).__name__}; pass out=, or NumPy arrays")

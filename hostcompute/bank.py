@@ -6,13 +6,17 @@ import atexit
 import contextlib
 import os
 import weakref
+from numbers import Integral
 from typing import Any
+
+import numpy as np
 
 from hostcompute.arrays import HostArray, as_host_array, empty_like, row_major
 from hostcompute.backends.base import Backend, ExpertWeights, Pending
 from hostcompute.backends.select import BackendChoice, choose
-from hostcompute.layout import LANES, PAD_K
+from hostcompute.layout import LANES, PAD_K, make_layout
 from hostcompute.spec import Cut, ExpertSpec, RoutedCounts
+from hostcompute.topology import machine_memory_bytes
 
 _FLOATS = ("f32", "bf16", "f16")
 
@@ -28,10 +32,11 @@ class ExpertBank:
         bank.load(0, gate=gate_FD, up=up_FD, down=down_DF)
         y_TD = bank.forward(x_TD, topk_ids_TK, topk_weights_TK)
 
-    Arrays are NumPy, torch (CPU) or DLPack; x and out are f32, bf16 or f16, ids int32 or int64, weights any
-    float. Pairs with weight 0 or an id outside [0, E) contribute nothing.
-    Errors: ValueError for shapes and types, KeyError for an expert that was never loaded,
-    RuntimeError after close() or when a pending forward is waited for in a forked child.
+    Arrays are NumPy, torch (CPU) or DLPack; x, out and routing weights are f32, bf16 or f16, ids int32 or int64.
+    Pairs with weight 0 or an id outside [0, E), negative ones included, are ignored and contribute zero: so routers
+    mark pairs that somebody else computes. A wrong id is therefore no error.
+    Errors: ValueError for shapes and types, and for a bank larger than the machine's memory; KeyError for an expert
+    that was never loaded; RuntimeError after close() or when a pending forward is waited for in a forked child.
     """
 
     def __init__(
@@ -66,9 +71,8 @@ class ExpertBank:
         Errors: ValueError on shapes, on biases in a bank without them, and on NaN or infinite weights.
         """
         self._check_open("load")
-        E, D, F = self.spec.num_experts, self.spec.d_model, self.spec.d_ffn
-        if not 0 <= expert_id < E:
-            raise ValueError(f"[load] expert_id: expected 0..{E - 1}, got {expert_id}")
+        self._check_id(expert_id, "load")
+        D, F = self.spec.d_model, self.spec.d_ffn
         if (gate is not None) != self.spec.gated:
             wanted = "an array" if self.spec.gated else "None"
             raise ValueError(f"[load] gate: expected {wanted} as spec.gated={self.spec.gated}")
@@ -96,9 +100,7 @@ class ExpertBank:
             if array.shape != shapes[name]:
                 raise ValueError(f"[load] {name}: expected shape {shapes[name]}, got {array.shape}")
             if array.dtype not in _FLOATS:
-                raise ValueError(
-                    f"[load] {name}: expected one of {', '.join(_FLOATS)}, got {array.dtype}; convert it to float32"
-                )
+                raise _no_float(array, f"[load] {name}")
             if name.endswith("_bias") and not self.spec.has_bias:
                 raise ValueError(
                     f"[load] {name}: this bank keeps no biases; build it with ExpertSpec(has_bias=True)"
@@ -110,12 +112,14 @@ class ExpertBank:
     def export(self, expert_id: int) -> ExpertWeights:
         """A row-major copy of one expert, in the bank's storage type; what `load` took, bit for bit."""
         self._check_open("export")
+        self._check_id(expert_id, "export")
         self._check_loaded({expert_id}, "export")
         return self._backend.export(expert_id)
 
     def release(self, expert_id: int) -> None:
         """Forget one expert and give its memory back. Not concurrent with forward."""
         self._check_open("release")
+        self._check_id(expert_id, "release")
         self._loaded.discard(expert_id)
         self._backend.release(expert_id)
 
@@ -188,6 +192,10 @@ class ExpertBank:
         if self._closed:
             raise RuntimeError(f"[{op}] this ExpertBank was closed; build a new one")
 
+    def _check_id(self, expert_id: Any, op: str) -> None:
+        if not isinstance(expert_id, Integral) or not 0 <= int(expert_id) < self.spec.num_experts:
+            raise ValueError(f"[{op}] expert_id: expected 0..{self.spec.num_experts - 1}, got {expert_id!r}")
+
     def _check_loaded(self, expert_ids: set[int], op: str) -> None:
         missing = sorted(expert_ids - self._loaded)
         if missing:
@@ -211,13 +219,36 @@ class ExpertBank:
         if out_a.shape != x_a.shape:
             raise ValueError(f"[forward] out: expected shape {x_a.shape}, got {out_a.shape}")
         if ids_a.dtype not in ("i32", "i64"):
-            raise ValueError(f"[forward] topk_ids: expected i32 or i64, got {ids_a.dtype}")
+            raise ValueError(
+                f"[forward] topk_ids: expected i32 or i64, got {ids_a.dtype}; convert them to int64"
+            )
         for name, array in (("x", x_a), ("topk_weights", weights_a), ("out", out_a)):
             if array.dtype not in _FLOATS:
-                raise ValueError(f"[forward] {name}: expected one of {_FLOATS}, got {array.dtype}")
-        if not out_a.has_unit_stride_rows:
-            raise ValueError(f"[forward] out: expected rows of unit stride, got strides {out_a.strides}")
+                raise _no_float(array, f"[forward] {name}")
+        if not out_a.has_unit_stride_rows or out_a.has_overlapping_rows:
+            raise ValueError(
+                f"[forward] out: expected rows of unit stride that do not overlap, got strides {out_a.strides}; "
+                "make it contiguous"
+            )
+        if isinstance(out, np.ndarray) and not out.flags.writeable:
+            raise ValueError("[forward] out: expected an array to write to, got a read-only one; copy it")
         return (row_major(x_a, x_a.dtype), ids_a, weights_a, out_a), out
+
+
+def _check_fits(spec: ExpertSpec) -> None:
+    """Memory is reserved at once and taken by `load`, so that without this a bank too large would die while loading."""
+    bank_bytes, have_bytes = spec.num_experts * make_layout(spec).blob_bytes, machine_memory_bytes()
+    if bank_bytes > have_bytes:
+        raise ValueError(
+            f"ExpertBank: {spec.num_experts} experts of D={spec.d_model}, F={spec.d_ffn} in {spec.dtype.value} take "
+            f"{bank_bytes / 2**30:.3g} GiB, this machine has {have_bytes / 2**30:.3g} GiB; use fewer or smaller experts"
+        )
+
+
+def _no_float(array: HostArray, what: str) -> ValueError:
+    return ValueError(
+        f"{what}: expected one of {', '.join(_FLOATS)}, got {array.dtype}; convert it to float32"
+    )
 
 
 class PendingForward:
@@ -270,14 +301,3 @@ _under_way: weakref.WeakSet[PendingForward] = weakref.WeakSet()
 def _finish_all() -> None:
     for pending in list(_under_way):
         pending.finish()
-
-
-def _check_fits(spec: ExpertSpec) -> None:
-    """Memory is taken expert by expert, so that the system would only complain when it is too late."""
-    num_bytes = spec.num_experts * spec.expert_bytes
-    machine_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if num_bytes > machine_bytes:
-        raise ValueError(
-            f"ExpertBank: {spec.num_experts} experts of {spec.expert_bytes} bytes are more than the "
-            f"{machine_bytes} bytes of this machine; make a bank of fewer experts"
-        )

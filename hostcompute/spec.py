@@ -82,6 +82,11 @@ class ExpertSpec:
                 raise ValueError(f"ExpertSpec: {name} must be a whole number below 2**31, got {value!r}")
             if int(value) < 1:
                 raise ValueError(f"ExpertSpec: {name} must be >= 1, got {value}")
+        for name, kind in (("dtype", DType), ("activation", Activation)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(
+                    f"ExpertSpec: {name} must be of {kind.__name__}, got {getattr(self, name)!r}"
+                )
         if self.activation.kind.needs_gate and not self.gated:
             raise ValueError(f"ExpertSpec: activation {self.activation.kind.value} needs gated=True")
 

@@ -1,4 +1,4 @@
-"""Which cores this process may use, and on which NUMA node each lies."""
+"""Which cores this process may use, on which NUMA node each lies, and how much memory there is."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 _NODES = Path("/sys/devices/system/node")
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+_CGROUP_MEMORY = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,19 @@ def choose_cores(num_threads: int | None) -> list[Core]:
     picked = [cores[i * len(cores) // num_threads] for i in range(num_threads)]
     used = sorted({core.node_id for core in picked})
     return [Core(core.cpu_id, used.index(core.node_id)) for core in picked]
+
+
+def machine_memory_bytes() -> int:
+    """Memory of this machine, or of the container around this process where that is less."""
+    total_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for limit_file in _CGROUP_MEMORY:
+        try:
+            text = limit_file.read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            total_bytes = min(total_bytes, int(text))
+    return total_bytes
 
 
 def last_level_cache_bytes() -> int:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hostcompute.topology import machine_memory_bytes
 from monde.sizes import format_bytes, parse_size_bytes
 
 QUANT_METHOD = "monde"
@@ -18,19 +18,6 @@ MOVING = ("dynamic", "lru")
 RESIDENCIES = (*MOVING, "static", "uniform")
 
 Size = int | str | None
-
-
-def machine_memory_bytes() -> int:
-    """Memory of this machine, or of the container around this process where that is less."""
-    total_bytes = int(psutil.virtual_memory().total)
-    for limit_file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            text = Path(limit_file).read_text().strip()
-        except OSError:
-            continue
-        if text.isdigit():
-            total_bytes = min(total_bytes, int(text))
-    return total_bytes
 
 
 @dataclass(frozen=True)

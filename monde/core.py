@@ -83,7 +83,11 @@ class Counters:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """How loading went. peak_host_bytes is the growth of resident host memory over its value at the start."""
+    """How loading went.
+
+    peak_host_bytes is the growth of resident host memory over its value at the start, at its worst; after
+    from_pretrained at least what the model holds, though some of it is read from the checkpoint at the first step.
+    """
 
     seconds_s: float
     peak_host_bytes: int

@@ -32,8 +32,8 @@ def parse_size_bytes(size: int | str, what: str) -> int:
 def format_bytes(num_bytes: int) -> str:
     """A size for people: three significant digits and a binary unit."""
     value, sign = float(abs(num_bytes)), "-" if num_bytes < 0 else ""
-    for unit in ("B", "KiB", "MiB", "GiB"):
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if value < 1024:
             return f"{sign}{value:.0f} B" if unit == "B" else f"{sign}{value:.3g} {unit}"
         value /= 1024
-    return f"{sign}{value:.3g} TiB"
+    return f"{sign}{value:.3g} PiB"

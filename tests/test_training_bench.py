@@ -31,7 +31,12 @@ def test_never_slower_than_what_it_is_compared_with(gamma: float) -> None:
     for testbed in TESTBEDS:
         for layer in itertools.islice(configured(testbed), 0, None, 97):
             made = step_s(layer, testbed, gamma)
-            assert made["monde"] < made["tutel, gradients beside attention"] <= made["tutel"] <= made["deepspeed"]
+            assert (
+                made["monde"]
+                < made["tutel, gradients beside attention"]
+                <= made["tutel"]
+                <= made["deepspeed"]
+            )
 
 
 def test_layers_of_a_model_share_the_gradients() -> None:

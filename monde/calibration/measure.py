@@ -10,12 +10,11 @@ import torch
 
 from hostcompute import ExpertSpec, env, make_pool
 from hostcompute.probe import uncached_bytes
-from hostcompute.topology import choose_cores
+from hostcompute.topology import choose_cores, machine_memory_bytes
 from monde.calibration.dense import DenseProbes
 from monde.calibration.gpu import GpuProbes
 from monde.calibration.host import HostProbes
 from monde.calibration.samples import Progress, noise_of, take
-from monde.config import machine_memory_bytes
 from monde.executors.host import host_threads
 from monde.planning.profile import HardwareProfile, MachineIdentity
 from monde.sizes import format_bytes

@@ -107,9 +107,9 @@ def read_prompt(prompt: str) -> str:
 
 def check_positions(model: str, num_tokens: int, max_new_tokens: int) -> None:
     """Errors: ValueError when prompt and answer are longer than the model's positions."""
-    from transformers import AutoConfig
+    from monde.models.configuration import read_configuration
 
-    config = AutoConfig.from_pretrained(model).get_text_config()
+    config = read_configuration(model).get_text_config()
     num_positions = getattr(config, "max_position_embeddings", None)
     if num_positions is not None and num_tokens + max_new_tokens > num_positions:
         raise ValueError(

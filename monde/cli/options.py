@@ -100,7 +100,6 @@ class LoadOptions:
 
         from monde.models.loading import from_pretrained
 
-        check_model(self.model)
         if self.num_threads is not None:
             torch.set_num_threads(self.num_threads)
         lengths = {"max_context": self.max_context, "max_batch": self.max_batch}
@@ -118,43 +117,17 @@ class LoadOptions:
         )
 
 
-def check_model(model: str) -> None:
-    """Errors: ValueError when MODEL reads as a folder that is not there or holds no model."""
-    folder = Path(model).expanduser()
-    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") > 1
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ValueError(
-                f"{model} holds no config.json; give a folder written by save_pretrained, or a hub id"
-            )
-    elif folder.exists():
-        raise ValueError(f"{model} is a file; give the folder that holds config.json, or a hub id")
-    elif looks_like_path:
-        raise ValueError(
-            f"{model}: no such folder; give a folder with config.json, or a hub id such as Qwen/Qwen3-30B-A3B"
-        )
-    else:
-        check_hub_id(model)
-
-
-def check_hub_id(model: str) -> None:
-    """Errors: ValueError when neither the local cache nor the hub has MODEL's configuration."""
-    from transformers import AutoConfig
-
-    try:
-        AutoConfig.from_pretrained(model)
-    except OSError as error:
-        raise ValueError(
-            f"{model}: no such folder here, and as a hub id it cannot be had ({str(error).splitlines()[0]})"
-        ) from error
-
-
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase | None:
-    """The model's tokenizer, or None when its folder holds none. Errors: ValueError when it is damaged."""
+    """The model's tokenizer, or None when its folder holds none.
+
+    Errors: those of read_configuration, as the tokenizer follows it; ValueError when the tokenizer is damaged.
+    """
     from transformers import AutoTokenizer
 
-    check_model(model)
-    folder = Path(model).expanduser()
+    from monde.models.configuration import read_configuration
+
+    read_configuration(model)
+    folder = Path(model)
     if folder.is_dir() and not any(
         (folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")
     ):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from monde.cli.options import DTypeName, GpuMemoryOption, HostMemoryOption, ModelArgument, check_model
+from monde.cli.options import DTypeName, GpuMemoryOption, HostMemoryOption, ModelArgument
 
 if TYPE_CHECKING:
     from monde.planning.profile import HardwareProfile
@@ -102,7 +102,6 @@ def plan(
     if plot is not None:
         check_plot(plot)
     profile = find_profile(machine)
-    check_model(model)
     card_bytes = 0 if profile.gpu is None else profile.gpu.memory_bytes
     gpu_bytes = parse_size_bytes(gpu_memory, "gpu_memory") if gpu_memory else int(card_bytes * _GPU_SHARE)
     host_bytes = parse_size_bytes(host_memory, "host_memory") if host_memory else profile.memory_bytes
@@ -141,7 +140,6 @@ def _plan_mesh(model: str, mesh: str, network: str | None, tokens: int, as_json:
     from monde.planning.network import choose
 
     profile = plan_mesh.find_network(network, *plan_mesh.parse_mesh(mesh))
-    check_model(model)
     traffic = plan_mesh.traffic_of(model, tokens)
     choice = choose(profile, traffic)
     if as_json:

@@ -39,9 +39,11 @@ def model_facts(options: LoadOptions) -> ModelFacts:
 
     Errors: ValueError when the configuration cannot be had or is not a causal language model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(options.model)
+    from monde.models.configuration import read_configuration
+
+    config = read_configuration(options.model)
     with torch.device("meta"):
         try:
             model = AutoModelForCausalLM.from_config(config)

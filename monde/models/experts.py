@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -152,19 +153,18 @@ class _StateDictHook:
     experts: ExpertsModule
     engine: Engine
     layer_idx: int
+    # What was put in last. A tied module finds it in its state dict and gives the same tensors, as before monde.
+    latest: dict[str, weakref.ref[Tensor]] = field(default_factory=dict)
 
     def __call__(
         self, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any
     ) -> None:
-        tensors = {}
-        if self.experts.tied:  # a tied module's values are there already: the same tensors, as before monde
-            there = [t for t in state_dict.values() if getattr(t, "_monde_owner", None) is self.experts]
-            tensors = dict(zip(self.experts.taken, there, strict=False))
-        if not tensors:
-            tensors = dict(self.experts.rebuild(self.engine, self.layer_idx))
-        for name, tensor in tensors.items():
-            tensor._monde_owner = self.experts
-            state_dict[prefix + name] = tensor
+        there = {id(tensor) for tensor in state_dict.values()}
+        known = ((name, ref()) for name, ref in self.latest.items())
+        latest = {name: tensor for name, tensor in known if tensor is not None and id(tensor) in there}
+        tensors = latest or dict(self.experts.rebuild(self.engine, self.layer_idx))
+        self.latest = {name: weakref.ref(tensor) for name, tensor in tensors.items()}
+        state_dict |= {prefix + name: tensor for name, tensor in tensors.items()}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _StateDictHook:
         return self

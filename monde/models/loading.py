@@ -4,43 +4,54 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
 from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from monde.config import MondeConfig
+from monde.models.configuration import HUB_SETTINGS, read_configuration
+from monde.models.stored import checkpoint_files
+from monde.weights.checkpoint import CheckpointError
 
 _SETTINGS = frozenset(inspect.signature(MondeConfig).parameters) - {"quant_method"}
+_NOT_OURS = frozenset({"quantization_config", "output_loading_info"})
 
 
-def from_pretrained(path_or_id: str, **kwargs: Any) -> PreTrainedModel:
+def from_pretrained(path_or_id: str | Path, **kwargs: Any) -> PreTrainedModel:
     """Load a model whose experts monde runs; `model.monde` is the Engine.
 
     kwargs: those of MondeConfig, and those of transformers' from_pretrained (dtype, revision, token, ...).
     The class is the one that config.json names, e.g. Qwen3MoeForCausalLM; dtype defaults to the checkpoint's.
 
     Errors: CheckpointError for damaged or incomplete checkpoints; UnsupportedModelError; BudgetError, before
-    any weight is read; ValueError for pre-quantised checkpoints; OSError where the path or id does not exist.
+    any weight is read; ValueError for pre-quantised checkpoints; FileNotFoundError where neither a folder nor the
+    hub has the model.
     """
     _check_arguments(path_or_id, kwargs)
     config = MondeConfig(**{name: kwargs.pop(name) for name in _SETTINGS & kwargs.keys()})
-    hub = {
-        name: kwargs[name]
-        for name in ("revision", "token", "cache_dir", "trust_remote_code", "subfolder")
-        if name in kwargs
-    }
-    model_config = kwargs.pop("config", None) or AutoConfig.from_pretrained(path_or_id, **hub)
+    hub = {name: kwargs[name] for name in HUB_SETTINGS if name in kwargs}
+    path_or_id = os.path.expanduser(path_or_id)
+    model_config = kwargs.pop("config", None) or read_configuration(path_or_id, **hub)
+    checkpoint_files(path_or_id)  # before transformers, which has no words for a damaged index
     quantised = getattr(model_config, "quantization_config", None)
     if quantised is not None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
         raise ValueError(
             f"{path_or_id} is quantised ({method}); monde runs bf16, fp16 and fp32 checkpoints; load one"
         )
-    model: PreTrainedModel = model_class(model_config).from_pretrained(
-        path_or_id, config=model_config, quantization_config=config, **kwargs
+    loaded: tuple[PreTrainedModel, Any] = model_class(model_config).from_pretrained(
+        path_or_id, config=model_config, quantization_config=config, output_loading_info=True, **kwargs
     )
+    model, info = loaded
+    if info["missing_keys"]:  # transformers gives them random values and goes on
+        missing = sorted(info["missing_keys"])
+        raise CheckpointError(
+            f"{path_or_id}: the checkpoint has no tensor for {', '.join(missing[:3])}"
+            f"{f' and {len(missing) - 3} more' * (len(missing) > 3)}; it is incomplete or of another model"
+        )
     return model
 
 
@@ -48,10 +59,9 @@ def _check_arguments(path_or_id: Any, kwargs: dict[str, Any]) -> None:
     """What transformers would report late, after asking the hub, or in another's name."""
     if not isinstance(path_or_id, str | Path):
         raise TypeError(f"from_pretrained: expected a folder or a hub id, got {path_or_id!r}")
-    name = str(path_or_id)
-    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).expanduser().is_dir():
-        raise FileNotFoundError(
-            f"{name}: no such folder; give a folder with config.json, or a hub id such as Qwen/Qwen3-30B-A3B"
+    for given in _NOT_OURS & kwargs.keys():
+        raise TypeError(
+            f"from_pretrained: {given} is for transformers' from_pretrained; give monde's settings by name"
         )
     for given in kwargs.keys() - _SETTINGS:
         # device_map, which is transformers', is 0.75 like device.

@@ -29,7 +29,7 @@ class PeakMemory:
         self.stop()
 
     def stop(self) -> int:
-        """Peak growth in bytes. May be called again."""
+        """Peak growth in bytes, what is held now included. May be called again."""
         self._done.set()
         self._thread.join()
         self._look()  # what is held now counts, whenever the thread looked last

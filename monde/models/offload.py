@@ -9,12 +9,10 @@ from transformers import PreTrainedModel
 
 from monde.config import MondeConfig
 from monde.engine import Engine
-from monde.models.decode_graph import install_on_gpu
 from monde.models.experts import find_experts
 from monde.models.fill import ProgressBar, fill_layer, load_report
+from monde.models.hand_over import hand_over
 from monde.models.memory import PeakMemory
-from monde.models.norms import fuse_norms
-from monde.models.on_cpu import speed_up_on_cpu
 from monde.models.sizing import plan_for, resolve_device
 
 
@@ -53,18 +51,21 @@ def offload(model: PreTrainedModel, config: MondeConfig | None = None, **setting
             module.attach(engine, layer_idx)
         model.to(device)  # type: ignore[arg-type]
         model.eval()
+        hand_over(model, engine, modules)
         engine.load_report = load_report(plan, time.perf_counter() - start_s, peak.stop())
-    model.monde = engine  # type: ignore[assignment]
-    install_on_gpu(model, engine)
-    fuse_norms(model)
-    speed_up_on_cpu(model, device, engine.pool)
     return model
 
 
 def _config(config: MondeConfig | None, settings: dict[str, Any]) -> MondeConfig:
     if config is not None and settings:
         raise ValueError("offload: give either config= or single settings, not both")
-    return config if config is not None else MondeConfig(**settings)
+    if config is None:
+        return MondeConfig(**settings)
+    if not isinstance(config, MondeConfig):
+        raise TypeError(
+            f"offload: expected a MondeConfig, got {type(config).__name__}; give its settings by name"
+        )
+    return config
 
 
 def _check_offloadable(model: Any) -> None:

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoConfig
 
 from hostcompute import ExpertSpec
 from monde.config import MondeConfig
 from monde.executors.decode import MAX_DECODE_TOKENS
 from monde.executors.prefill_size import NUM_BUFFERS, LayerPieces, PrefillSize
 from monde.executors.zero_copy import can_read_from_host
+from monde.models.configuration import read_configuration
 from monde.models.experts import find_experts
 from monde.models.loading import model_class
 from monde.models.sizing import heads_of, model_size
@@ -57,11 +57,11 @@ def outline_of(
 
     Sizes are those in memory, in `dtype`, by default the type that loading gives: config.json's, else the
     checkpoint's. Experts are as popular as `heat` says, else equally. on_gpu: whether dense weights will run there.
-    Errors: OSError where path or id does not exist; CheckpointError for files that are damaged or of another model;
+    Errors: those of read_configuration; CheckpointError for files that are damaged or of another model;
     UnsupportedModelError; ValueError for encoder-decoders, heat of another model, and when the configuration does not
     say how many experts a token takes.
     """
-    config = AutoConfig.from_pretrained(path_or_id)
+    config = read_configuration(path_or_id)
     if config.is_encoder_decoder:
         raise ValueError(
             f"plan: {config.model_type} has an encoder and a decoder, which are not forecast yet; load it to see "

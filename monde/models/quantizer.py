@@ -22,15 +22,13 @@ from transformers.quantizers.base import HfQuantizer
 
 from monde.config import QUANT_METHOD, MondeConfig
 from monde.engine import Engine
-from monde.models.decode_graph import install_on_gpu
 from monde.models.experts import ExpertsModule, find_experts
 from monde.models.fill import ProgressBar, fill_layer, load_report
+from monde.models.hand_over import hand_over
 from monde.models.memory import PeakMemory
-from monde.models.norms import fuse_norms
-from monde.models.on_cpu import speed_up_on_cpu
 from monde.models.sizing import plan_for, resolve_device
 from monde.models.sources import ModuleSource, find_sources
-from monde.weights.checkpoint import Checkpoint
+from monde.weights.checkpoint import Checkpoint, CheckpointError
 
 
 @dataclass
@@ -43,6 +41,7 @@ class _Loading:
     modules: list[ExpertsModule]
     sources: list[ModuleSource]
     checkpoint: Checkpoint
+    shapes: dict[str, torch.Size]  # of the dense weights, as the configuration says
 
 
 class MondeQuantizer(HfQuantizer):
@@ -94,24 +93,25 @@ class MondeQuantizer(HfQuantizer):
             *(model._keys_to_ignore_on_load_unexpected or ()),
             *(re.sub(r"\d+", r"\\d+", pattern) + "$" for pattern in patterns),
         }
-        self._loading = _Loading(start_s, peak, engine, modules, sources, checkpoint)
+        shapes = {name: param.shape for name, param in model.named_parameters()}
+        self._loading = _Loading(start_s, peak, engine, modules, sources, checkpoint, shapes)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         loading, self._loading = self._loading, None
         assert loading is not None
-        bar = ProgressBar(loading.engine)
-        with loading.peak, loading.checkpoint:
-            for layer_idx, module in enumerate(loading.modules):
-                fill_layer(loading.engine, layer_idx, module, loading.sources[layer_idx], bar)
-                loading.checkpoint.drop_pages()
-                module.attach(loading.engine, layer_idx)
-        bar.close()
-        seconds_s = time.perf_counter() - loading.start_s
-        loading.engine.load_report = load_report(loading.engine.plan, seconds_s, loading.peak.stop())
-        model.monde = loading.engine
-        install_on_gpu(model, loading.engine)
-        fuse_norms(model)
-        speed_up_on_cpu(model, loading.engine.device, loading.engine.pool)
+        engine, bar = loading.engine, ProgressBar(loading.engine)
+        with loading.peak:
+            _check_shapes(model, loading.shapes)
+            with loading.checkpoint:
+                for layer_idx, module in enumerate(loading.modules):
+                    fill_layer(engine, layer_idx, module, loading.sources[layer_idx], bar)
+                    loading.checkpoint.drop_pages()
+                    module.attach(engine, layer_idx)
+            bar.close()
+            hand_over(model, engine, loading.modules)
+            seconds_s = time.perf_counter() - loading.start_s
+            peak_bytes = max(loading.peak.stop(), _held_bytes(model, engine))
+            engine.load_report = load_report(engine.plan, seconds_s, peak_bytes)
         self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
         for module in model.modules():
             if hasattr(getattr(module, "config", None), "_is_quantized"):
@@ -124,6 +124,25 @@ class MondeQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _check_shapes(model: Any, shapes: dict[str, torch.Size]) -> None:
+    """transformers leaves them to quantizers. Errors: CheckpointError for a dense weight of another shape."""
+    for name, param in model.named_parameters():
+        if param.shape != shapes.get(name, param.shape):
+            raise CheckpointError(
+                f"{name}: expected shape {list(shapes[name])} as config.json says, the checkpoint has "
+                f"{list(param.shape)}; use the config and all files of one model"
+            )
+
+
+def _held_bytes(model: Any, engine: Engine) -> int:
+    """Host memory of the loaded model. Dense weights may be pages of the checkpoint that nobody has read yet: they
+    come with the first step, so what loading has touched can be less.
+    """
+    dense = (t for t in (*model.parameters(), *model.buffers()) if t.device.type == "cpu")
+    dense_bytes: int = sum(t.nbytes for t in dense)
+    return dense_bytes + sum(layer.host.bank.resident_bytes for layer in engine.layers)
 
 
 def register() -> None:

@@ -15,7 +15,8 @@ from torch import nn
 
 from hostcompute import ExpertSpec
 from hostcompute.backends.select import choose
-from monde.config import MOVING, MondeConfig, machine_memory_bytes
+from hostcompute.topology import machine_memory_bytes
+from monde.config import MOVING, MondeConfig
 from monde.device.mailbox import DecodeSize
 from monde.executors.decode import MAX_DECODE_TOKENS, MAX_DECODE_TOPK
 from monde.executors.prefill_size import PrefillSize

@@ -9,7 +9,8 @@ Experts on the host are those without a slot, or, so that residents can change, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 from monde.sizes import format_bytes as text
 
@@ -168,23 +169,26 @@ def plan_memory(
     number of slots of every layer, by default spread_slots. Errors: BudgetError with the arithmetic and the remedy.
     """
     fixed_bytes = _fixed_bytes(size) if on_gpu else 0
+    or_shorter = partial(_or_shorter, size, on_gpu, gpu_bytes, host_bytes, spread)
     if fixed_bytes > gpu_bytes:
+        short_bytes = fixed_bytes - gpu_bytes
         raise BudgetError(
-            f"gpu_memory of {text(gpu_bytes)} is short by {text(fixed_bytes - gpu_bytes)}: "
+            f"gpu_memory of {text(gpu_bytes)} is short by {text(short_bytes)}: "
             f"{_fixed_text(size)} = {text(fixed_bytes)}.",
-            f'Give at least gpu_memory={fixed_bytes}, lower max_context or max_batch, or use device="cpu".',
-            fixed_bytes - gpu_bytes,
+            f'Give at least gpu_memory={fixed_bytes}{or_shorter()}, or use device="cpu".',
+            short_bytes,
             fixed_bytes,
         )
     num_resident_L = (spread or spread_slots)(size.layers, gpu_bytes - fixed_bytes)
     plan = MemoryPlan(size, on_gpu, gpu_bytes, host_bytes, num_resident_L, wants_moves)
     if plan.host_used_bytes > host_bytes:
         short_bytes = plan.host_used_bytes - host_bytes
+        besides = f"staging {text(size.staging_bytes)}" if on_gpu else _fixed_text(size)
         raise BudgetError(
             f"host_memory of {text(host_bytes)} is short by {text(short_bytes)}: "
-            f"{text(plan.host_expert_bytes)} of experts + {text(_host_fixed_bytes(size, on_gpu))} besides.",
-            f"Give at least host_memory={plan.host_used_bytes}"
-            + (", or a larger gpu_memory." if on_gpu else ", or use a smaller model."),
+            f"experts {text(plan.host_expert_bytes)} + {besides} = {text(plan.host_used_bytes)}.",
+            f"Give at least host_memory={plan.host_used_bytes}{or_shorter()}, "
+            f"or {'give more gpu_memory' if on_gpu else 'use a smaller model'}.",
             short_bytes,
             plan.host_used_bytes,
         )
@@ -225,6 +229,17 @@ def spread_slots(layers: tuple[LayerSize, ...], free_bytes: int) -> tuple[int, .
                 counts[l] += 1
                 free_bytes -= layer.slot_bytes
     return tuple(counts)
+
+
+def _or_shorter(size: ModelSize, on_gpu: bool, gpu_bytes: int, host_bytes: int, spread: Spread | None) -> str:
+    """One remedy more where it is one: where the shortest sequence would fit."""
+    if size.num_tokens == 1:
+        return ""
+    try:
+        plan_memory(replace(size, num_tokens=1), on_gpu, gpu_bytes, host_bytes, spread=spread)
+    except BudgetError:
+        return ""
+    return ", use shorter or fewer sequences (max_context, max_batch)"
 
 
 def _fixed_bytes(size: ModelSize) -> int:

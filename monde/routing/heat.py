@@ -123,17 +123,16 @@ class Heat:
             "model": self.model,
             "weight_steps": repr(self.weight_steps),
         }
-        if not Path(path).parent.is_dir():
-            raise OSError(f"save_heat: there is no folder {Path(path).parent}; make it first")
-        save_file(tensors, path, metadata)
+        try:
+            save_file(tensors, path, metadata)
+        except (SafetensorError, OSError) as error:
+            raise OSError(
+                f"{path}: cannot be written ({error}); give a file in a folder that is there"
+            ) from error
 
     @classmethod
     def load(cls, path: str | Path) -> Heat:
-        """Errors: ValueError when the file is no heat file or of another version; OSError when it is absent."""
-        if not Path(path).is_file():
-            raise FileNotFoundError(
-                f"heat_file: {path} is not there; record one with model.monde.save_heat(path)"
-            )
+        """Errors: ValueError when the file is no heat file or of another version; OSError where it cannot be read."""
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata: Mapping[str, str] = file.metadata() or {}
@@ -141,6 +140,10 @@ class Heat:
                 layers = tuple(
                     file.get_tensor(_LAYER.format(l)) for l in range(len(names)) if _LAYER.format(l) in names
                 )
+        except OSError as error:
+            raise OSError(
+                f"heat file {path}: cannot be read ({error}); model.monde.save_heat(path) writes one"
+            ) from error
         except SafetensorError as error:
             raise ValueError(f"{path}: not a heat file ({error}); record one again") from error
         if metadata.get("format") != "monde-heat" or len(layers) != len(names):

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import math
 import mmap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,13 @@ class TensorEntry:
     start: int
     end: int
 
+    def is_within(self, first: int, last: int) -> bool:
+        """Whether it lies there and, of a type that is read, has the size that its shape says."""
+        num_bytes = self.end - self.start
+        if self.dtype in _DTYPES and num_bytes != math.prod(self.shape) * _DTYPES[self.dtype].itemsize:
+            return False
+        return first <= self.start <= self.end <= last
+
 
 class Checkpoint:
     """All tensors of some safetensors files. Headers are read and checked at once, data on demand."""
@@ -54,7 +62,7 @@ class Checkpoint:
         if entry.dtype not in _DTYPES:
             raise CheckpointError(
                 f"{entry.file.name}: {key} is stored as {entry.dtype}; monde reads experts in F32, F16 and "
-                "BF16. Load a checkpoint of the model that is not quantised"
+                "BF16; load a checkpoint in one of these that is not quantised"
             )
         mapped = self._maps.get(entry.file)
         if mapped is None:
@@ -94,24 +102,30 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
             f"{file.name}: monde streams experts from safetensors files only; convert the checkpoint once "
             "with AutoModel.from_pretrained(...).save_pretrained(...)"
         )
-    size_bytes = file.stat().st_size
-    with file.open("rb") as stream:
-        header_bytes = int.from_bytes(stream.read(8), "little")
-        if size_bytes < 8 or header_bytes > min(size_bytes - 8, _HEADER_LIMIT_BYTES):
-            raise _damaged(file)
-        try:
-            header = json.loads(stream.read(header_bytes))
-        except ValueError as error:
-            raise _damaged(file) from error
-    header.pop("__metadata__", None)
-    base = 8 + header_bytes
-    entries = {
-        key: TensorEntry(file, info["dtype"], tuple(info["shape"]), *(base + o for o in info["data_offsets"]))
-        for key, info in header.items()
-    }
-    if any(entry.end > size_bytes for entry in entries.values()):
+    try:
+        with file.open("rb") as stream:
+            size_bytes, header_bytes = file.stat().st_size, int.from_bytes(stream.read(8), "little")
+            if size_bytes < 8 or header_bytes > min(size_bytes - 8, _HEADER_LIMIT_BYTES):
+                raise _damaged(file)
+            header = stream.read(header_bytes)
+    except OSError as error:
+        raise CheckpointError(
+            f"{file}: cannot be read ({error.strerror}); copy or download all files of the checkpoint"
+        ) from error
+    try:
+        entries = dict(_entries(file, json.loads(header), 8 + header_bytes))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(file) from error
+    if not all(entry.is_within(8 + header_bytes, size_bytes) for entry in entries.values()):
         raise _damaged(file)
     return entries
+
+
+def _entries(file: Path, header: dict[str, Any], base: int) -> Iterator[tuple[str, TensorEntry]]:
+    for key, info in header.items():
+        if key != "__metadata__":
+            start, end = info["data_offsets"]
+            yield key, TensorEntry(file, info["dtype"], tuple(info["shape"]), base + start, base + end)
 
 
 def _damaged(file: Path) -> CheckpointError:

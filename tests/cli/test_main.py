@@ -121,6 +121,18 @@ def test_a_damaged_tokenizer_is_named(monde: Monde, bare_model: Path, tmp_path: 
     assert f"{folder}: its tokenizer cannot be read" in outcome.stderr
 
 
+@pytest.mark.parametrize("command", [("generate", "{}", "Hi"), ("bench", "{}"), ("plan", "{}", "-m", "h200")])
+def test_a_damaged_configuration_is_not_blamed_on_the_tokenizer(
+    monde: Monde, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    folder = shutil.copytree(MODEL, tmp_path / "damaged")
+    (folder / "config.json").write_text("{garbage")
+    outcome = monde(*(part.format(folder) for part in command))
+    assert outcome.exit_code == 2
+    assert f"monde: error: {folder}: its config.json cannot be read" in outcome.stderr
+    assert "tokenizer" not in outcome.stderr
+
+
 def test_a_dense_model_is_refused(monde: Monde, tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -230,10 +230,11 @@ def test_missing_experts_are_named(backend: str) -> None:
         (
             {"down": np.ones((24, 20), np.int64)},
             ValueError,
-            "down: expected one of f32, bf16, f16, got i64; convert",
+            "down: expected one of f32, bf16, f16, got i64; convert it",
         ),
         ({"down": np.ones((24, 20), np.complex64)}, TypeError, "unsupported element type complex64"),
-        ({"down": [[1.0]]}, TypeError, "expected a NumPy array.* numpy.asarray makes one of lists"),
+        ({"down": np.ones((24, 20))}, ValueError, "down: .* got f64; convert it to float32"),
+        ({"down": [[1.0]]}, TypeError, r"expected a NumPy array.* got list; wrap it: numpy.asarray"),
     ],
 )
 def test_load_refuses(backend: str, change: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -241,24 +242,50 @@ def test_load_refuses(backend: str, change: dict[str, Any], error: type[Exceptio
         bank.load(0, **{**make_expert(rng(), SPEC, "separate"), **change})
 
 
-def test_more_than_the_machine_holds_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"ExpertBank: 10{8}0 experts of .* make a bank of fewer experts"):
-        ExpertBank(ExpertSpec(1_000_000_000, 4096, 4096))
+@pytest.mark.parametrize("expert_id", [-1, 3, 2**40, 1.5, "0", None])
+def test_expert_ids_are_checked(backend: str, expert_id: Any) -> None:
+    with loaded_bank(backend) as bank:
+        for use in (
+            lambda: bank.load(expert_id, **make_expert(rng(), SPEC, "separate")),
+            lambda: bank.release(expert_id),
+            lambda: bank.export(expert_id),
+        ):
+            with pytest.raises(ValueError, match=r"expert_id: expected 0\.\.2, got"):
+                use()
+        assert bank.loaded_experts == {0, 1, 2}
 
 
-@pytest.mark.parametrize("expert_id", [-1, 3])
-def test_load_refuses_expert_ids(backend: str, expert_id: int) -> None:
-    with ExpertBank(SPEC, backend) as bank, pytest.raises(ValueError, match=r"expected 0\.\.2"):
-        bank.load(expert_id, **make_expert(rng(), SPEC, "separate"))
+def test_out_that_cannot_be_written_is_refused(backend: str) -> None:
+    torch = pytest.importorskip("torch")
+    locked = np.zeros((3, 24), np.float32)
+    locked.flags.writeable = False
+    x_TD, ids_TK, weights_TK = (
+        np.ones((3, 24), np.float32),
+        np.zeros((3, 2), int),
+        np.ones((3, 2), np.float32),
+    )
+    with loaded_bank(backend) as bank:
+        with pytest.raises(
+            ValueError, match="out: expected an array to write to, got a read-only one; copy it"
+        ):
+            bank.forward(x_TD, ids_TK, weights_TK, out=locked)
+        with pytest.raises(ValueError, match="out: expected rows of unit stride that do not overlap"):
+            bank.forward(x_TD, ids_TK, weights_TK, out=torch.zeros(24).expand(3, 24))
+        bank.forward(x_TD[:1], ids_TK[:1], weights_TK[:1], out=torch.zeros(24).expand(1, 24))
+    assert not locked.any()
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"x_TD": np.ones((3, 23), np.float32)}, r"x: expected shape \(T, 24\)"),
-        ({"x_TD": np.ones((3, 24), np.float64)}, "x: expected one of"),
+        ({"x_TD": np.ones((3, 24), np.float64)}, "x: .* got f64; convert it to float32"),
+        ({"topk_weights_TK": np.ones((3, 2))}, "topk_weights: .* got f64; convert it to float32"),
         ({"topk_ids_TK": np.zeros((2, 2), np.int64)}, r"topk_ids: expected shape \(3, K\)"),
-        ({"topk_ids_TK": np.zeros((3, 2), np.float32)}, "topk_ids: expected i32 or i64"),
+        (
+            {"topk_ids_TK": np.zeros((3, 2), np.float32)},
+            "topk_ids: expected i32 or i64, got f32; convert them to int64",
+        ),
         ({"topk_weights_TK": np.ones((3, 1), np.float32)}, r"topk_weights: expected shape \(3, 2\)"),
         ({"out": np.ones((3, 25), np.float32)}, r"out: expected shape \(3, 24\)"),
         ({"out": np.ones((24, 3), np.float32).T}, "out: expected rows of unit stride"),
@@ -272,6 +299,36 @@ def test_forward_refuses(backend: str, change: dict[str, Any], message: str) -> 
     }
     with loaded_bank(backend) as bank, pytest.raises(ValueError, match=message):
         bank.forward(**{**batch, **change})
+
+
+def test_lists_are_refused(backend: str) -> None:
+    with loaded_bank(backend) as bank, pytest.raises(TypeError, match=r"got list; wrap it: numpy.asarray"):
+        bank.forward(np.ones((1, 24), np.float32), [[0]], np.ones((1, 1), np.float32))
+    with (
+        loaded_bank(backend) as bank,
+        pytest.raises(TypeError, match=r"\[forward\] out: .* pass out=, or NumPy"),
+    ):
+        bank.forward([[1.0] * 24], [[0]], [[1.0]])
+
+
+def test_ids_of_no_expert_contribute_zero(backend: str) -> None:
+    x_TD, ones_TK = np.ones((2, 24), np.float32), np.ones((2, 2), np.float32)
+    with loaded_bank(backend) as bank:
+        alone = bank.forward(x_TD, np.array([[1], [2]]), ones_TK[:, :1])
+        for no_expert in (-1, 3, -(2**40), 2**40):
+            mixed = bank.forward(x_TD, np.array([[1, no_expert], [no_expert, 2]]), ones_TK)
+            np.testing.assert_array_equal(mixed, alone)
+            assert bank.last_counts is not None
+            assert bank.last_counts.num_pairs == 2
+        assert not bank.forward(x_TD, np.full((2, 2), 3), ones_TK).any()
+
+
+def test_a_bank_larger_than_the_machine_is_refused_at_once(backend: str) -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"1024 experts of D=65536, F=65536 in bf16 take .* GiB, this machine has .* use fewer",
+    ):
+        ExpertBank(ExpertSpec(1024, 65536, 65536), backend)
 
 
 def test_closed_bank(backend: str) -> None:
@@ -300,6 +357,12 @@ def test_spec_refuses_empty_dimensions(name: str) -> None:
 def test_spec_refuses_what_is_no_size(value: Any) -> None:
     with pytest.raises(ValueError, match=r"num_experts must be a whole number below 2\*\*31"):
         ExpertSpec(value, 1, 1)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("dtype", "DType"), ("activation", "Activation")])
+def test_spec_refuses_names_of_types(name: str, kind: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be of {kind}, got 'bf16'"):
+        ExpertSpec(1, 1, 1, **{name: "bf16"})
 
 
 def test_clamped_activations_need_a_gate() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,7 @@ def edit(folder: Path, key: str, change: Any) -> None:
 
 
 EXPERT = "model.layers.1.mlp.experts.5.down_proj.weight"
+DENSE = "model.layers.0.self_attn.q_proj.weight"
 
 
 @pytest.mark.parametrize("size_bytes", [3, 100, -10], ids=["no-header", "half-header", "lost-tail"])
@@ -60,8 +63,39 @@ def test_truncated_shard(folder: Path, size_bytes: int) -> None:
 
 
 def test_missing_shard(folder: Path) -> None:
-    shards(folder)[1].unlink()
-    with pytest.raises(OSError, match=shards(folder)[1].stem[:10]):
+    missing = shards(folder)[1]
+    missing.unlink()
+    with pytest.raises(
+        monde.CheckpointError, match=rf"{missing.name}: cannot be read \(No such file.*download all files"
+    ):
+        load(folder)
+
+
+@pytest.mark.parametrize("text", ["{garbage", "[]", "{}", '{"weight_map": 3}'])
+def test_damaged_index(folder: Path, text: str) -> None:
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(
+        monde.CheckpointError, match=r"index.json: the file is damaged; download or copy it again"
+    ):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        [1],
+        {"a": {"dtype": "F32", "shape": [1]}},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}},
+        {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": ["x"], "data_offsets": [0, 4]}},
+    ],
+    ids=["list", "no-offsets", "before-the-data", "backwards", "another-size", "no-size"],
+)
+def test_damaged_header(folder: Path, header: Any) -> None:
+    text = json.dumps(header).encode()
+    shards(folder)[1].write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    with pytest.raises(monde.CheckpointError, match=r"truncated or damaged; download or copy it again"):
         load(folder)
 
 
@@ -93,10 +127,37 @@ def test_mismatched_shape(folder: Path) -> None:
         load(folder)
 
 
-def test_unsupported_element_type(folder: Path) -> None:
-    edit(folder, EXPERT, lambda t: t.to(torch.float8_e4m3fn))
-    with pytest.raises(monde.CheckpointError, match=r"stored as F8_E4M3.*not quantised"):
+def test_mismatched_shape_of_a_dense_weight(folder: Path) -> None:
+    edit(folder, DENSE, lambda t: t[:-1].contiguous())
+    with pytest.raises(
+        monde.CheckpointError, match=rf"{DENSE}: expected shape \[32, 32\].* has \[31, 32\]; use"
+    ):
         load(folder)
+
+
+def test_missing_dense_weight(folder: Path) -> None:
+    edit(folder, DENSE, lambda t: None)
+    with pytest.raises(
+        monde.CheckpointError, match=rf"no tensor for {DENSE}; it is incomplete or of another model"
+    ):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"), [(torch.float8_e4m3fn, "F8_E4M3"), (torch.int8, "I8"), (torch.float64, "F64")]
+)
+def test_unsupported_element_type(folder: Path, dtype: torch.dtype, name: str) -> None:
+    edit(folder, EXPERT, lambda t: t.to(dtype))
+    with pytest.raises(
+        monde.CheckpointError, match=rf"stored as {name}; .* F32, F16 and BF16; load .* not quantised"
+    ):
+        load(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8])
+def test_unsupported_type_to_load_in(folder: Path, dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=rf"{dtype}.* (load the model in float32|not a floating-point)"):
+        load(folder, dtype=dtype)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -195,6 +256,17 @@ def test_a_name_alone_runs_nothing() -> None:
         model(tiny.prompt())
 
 
+@pytest.mark.parametrize("gpu_memory", [0, "40KB"])
+def test_ids_of_no_expert_contribute_zero(gpu_memory: Any) -> None:
+    layer = monde.offload(tiny.build("qwen3_moe"), device="cpu", gpu_memory=gpu_memory).monde.layers[0]
+    x_TD, ones_TK = torch.randn(4, 32), torch.ones(4, 2)
+    ids_TK = torch.tensor([[0, -1], [7, 8], [-(2**40), 3], [2**40, -5]])
+    alone = layer.forward(x_TD[:3], torch.tensor([[0], [7], [3]]), ones_TK[:3, :1])
+    y_TD = layer.forward(x_TD, ids_TK, ones_TK)
+    assert torch.equal(y_TD[:3], alone)
+    assert not y_TD[3].any()
+
+
 def test_use_after_close() -> None:
     model = monde.offload(tiny.build("mixtral"), device="cpu")
     model.monde.close()
@@ -229,6 +301,53 @@ def test_arguments_of_from_pretrained_are_refused_by_name(tmp_path: Any) -> None
         monde.from_pretrained(None)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"unknown option gpu_mem; did you mean gpu_memory\?"):
         monde.from_pretrained(str(tmp_path), gpu_mem="1GiB")
+    with pytest.raises(
+        TypeError, match="quantization_config is for transformers' from_pretrained; give monde's"
+    ):
+        monde.from_pretrained(str(tmp_path), quantization_config=monde.MondeConfig())
+    with pytest.raises(FileNotFoundError, match="the model's name is empty; give a folder"):
+        monde.from_pretrained("")
+
+
+def test_settings_of_offload_are_refused_by_name() -> None:
+    model = tiny.build("mixtral")
+    with pytest.raises(TypeError, match="expected a MondeConfig, got dict; give its settings by name"):
+        monde.offload(model, {"device": "cpu"})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="either config= or single settings"):
+        monde.offload(model, monde.MondeConfig(), device="cpu")
+    assert not hasattr(model, "monde")
+
+
+def test_a_budget_above_the_machine_is_refused() -> None:
+    for settings in ({"host_memory": "900PiB"}, {"gpu_memory": "900PiB", "device": "cpu"}):
+        with pytest.raises(ValueError, match=r"_memory: 900 PiB is more than .*; ask for less"):
+            monde.offload(tiny.build("mixtral"), **settings)
+
+
+_FORK = """
+import os, torch
+torch.set_num_threads(1)  # torch's own threads do not survive a fork
+import monde
+from tests.monde import tiny
+model = monde.offload(tiny.build("qwen3_moe"), device="cpu")
+before = model(tiny.prompt()).logits
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(model(tiny.prompt()).logits, before) else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert torch.equal(model(tiny.prompt()).logits, before)
+"""
+
+
+def test_a_forked_process_runs_the_model() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _FORK],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_weights_cannot_be_loaded_into_experts_that_monde_holds() -> None:
@@ -238,6 +357,13 @@ def test_weights_cannot_be_loaded_into_experts_that_monde_holds() -> None:
     ):
         model.load_state_dict(model.state_dict())
     model(tiny.prompt())
+
+
+def test_a_state_dict_can_be_stored(tmp_path: Path) -> None:
+    original = tiny.build("qwen3_moe")
+    torch.save(monde.offload(tiny.build("qwen3_moe"), device="cpu").state_dict(), tmp_path / "weights.pt")
+    weights = torch.load(tmp_path / "weights.pt", weights_only=True)
+    assert all(torch.equal(weights[key], value) for key, value in original.state_dict().items())
 
 
 def test_a_bf16_model_cannot_be_pickled_either() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -99,6 +101,8 @@ def test_the_smallest_budget_is_what_the_error_says(
         plan_memory(size, on_gpu, gpu_bytes, host_bytes)
     smallest, message = caught.value.smallest_bytes, str(caught.value)
     assert str(smallest) in message
+    shorter = plan(dataclasses.replace(size, num_tokens=1), on_gpu, gpu_bytes, host_bytes)
+    assert ("use shorter or fewer sequences (max_context, max_batch)" in message) == (shorter is not None)
     if "gpu_memory of" in message:
         assert smallest > gpu_bytes
         assert plan(size, on_gpu, smallest, 10**9) is not None
@@ -132,5 +136,18 @@ def test_the_arithmetic_is_in_the_error() -> None:
     assert str(error.value) == (
         "gpu_memory of 1 MiB is short by 3.5 MiB: dense weights 3 MiB + KV cache of 1024 tokens 1 MiB "
         "+ workspace 512 KiB = 4.5 MiB. Give at least gpu_memory=4718592, "
-        'lower max_context or max_batch, or use device="cpu".'
+        'or use device="cpu".'
     )
+    with pytest.raises(
+        BudgetError, match=r"=4718592, use shorter or fewer sequences .*, or use device=\"cpu\"\.$"
+    ):
+        plan_memory(size, True, 4 * 2**20, 2**30)
+
+
+@pytest.mark.parametrize(
+    ("num_mib", "remedies"), [(4, "or use a smaller model"), (20, "use shorter or fewer sequences")]
+)
+def test_the_remedies_on_the_cpu_are_those_that_help(num_mib: int, remedies: str) -> None:
+    size = ModelSize(3 * 2**20, 1024, 512, 0, 64, 1024, (LayerSize(8, 2**20, 2**20),) * 2)
+    with pytest.raises(BudgetError, match=rf"Give at least host_memory={int(20.5 * 2**20)}, {remedies}"):
+        plan_memory(size, False, 0, num_mib * 2**20)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import monde
-from monde.config import machine_memory_bytes
+from hostcompute.topology import machine_memory_bytes
 from monde.sizes import format_bytes, parse_size_bytes
 
 
@@ -21,9 +21,11 @@ def test_sizes_parse_as_accelerate_does(number: int, unit: str) -> None:
     assert parse_size_bytes(f"{number}{unit}", "x") == convert_file_size_to_int(f"{number}{unit}")
 
 
-def test_larger_units_than_accelerate_has() -> None:
-    assert parse_size_bytes("1PiB", "x") == 2**50
-    assert parse_size_bytes("2pb", "x") == 2 * 10**15
+@pytest.mark.parametrize(
+    ("size", "num_bytes"), [("2PiB", 2**51), ("1.5 pb", 15 * 10**14), ("3TB", 3 * 10**12)]
+)
+def test_sizes_of_whole_clusters(size: str, num_bytes: int) -> None:
+    assert parse_size_bytes(size, "x") == num_bytes
 
 
 @pytest.mark.parametrize("size", ["12 bananas", "", "GiB", "-3GiB", "1.5", "16 G B", "nan", 1.5, True, [1]])
@@ -72,7 +74,8 @@ def test_explain() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_bytes", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (2**40, "1 TiB")]
+    ("num_bytes", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (2**40, "1 TiB"), (3 * 2**49, "1.5 PiB")],
 )
 def test_format_bytes(num_bytes: int, text: str) -> None:
     assert format_bytes(num_bytes) == text

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from monde.models.memory import PeakMemory
+
 MEGABYTE = 10**6
 
 # A fresh process, so that memory freed by other tests does not hide growth.
@@ -16,7 +18,8 @@ import sys, monde
 model = monde.from_pretrained(sys.argv[1], device="cpu", cpu_backend=sys.argv[2])
 report = model.monde.load_report
 bank_bytes = sum(layer.host.bank.resident_bytes for layer in model.monde.layers)
-print(report.peak_host_bytes, report.expert_bytes, bank_bytes)
+dense_bytes = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+print(report.peak_host_bytes, report.expert_bytes, bank_bytes, dense_bytes)
 """
 
 _MAKE = """
@@ -24,7 +27,7 @@ import sys, torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 torch.set_default_dtype(torch.bfloat16)
 config = Qwen3MoeConfig(
-    vocab_size=256, hidden_size=512, intermediate_size=512, moe_intermediate_size=256, num_hidden_layers=8,
+    vocab_size=int(sys.argv[2]), hidden_size=512, intermediate_size=512, moe_intermediate_size=256, num_hidden_layers=8,
     num_attention_heads=8, num_key_value_heads=2, head_dim=64, num_experts=32, num_experts_per_tok=4,
 )
 Qwen3MoeForCausalLM(config).save_pretrained(sys.argv[1], max_shard_size="64MB")
@@ -39,15 +42,35 @@ def _python(code: str, *args: object) -> str:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("medium")
-    _python(_MAKE, folder)
+    _python(_MAKE, folder, 256)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dense_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As much dense weight as experts: 2 x 200 MB, of which loading reads next to nothing."""
+    folder = tmp_path_factory.mktemp("dense")
+    _python(_MAKE, folder, 100_000)
     return folder
 
 
 def test_loading_holds_experts_once(folder: Path) -> None:
-    peak_bytes, expert_bytes, bank_bytes = map(int, _python(_LOAD, folder, "auto").split())
+    peak_bytes, expert_bytes, bank_bytes, _ = map(int, _python(_LOAD, folder, "auto").split())
     assert expert_bytes == 8 * 32 * 3 * 512 * 256 * 2
     assert bank_bytes >= expert_bytes
     # Besides the banks: one layer's pages of the checkpoint, dense weights, thread stacks and Python's own
     # growth.
     layer_bytes, dense_bytes = expert_bytes // 8, 20 * MEGABYTE
     assert peak_bytes <= bank_bytes + layer_bytes + dense_bytes + 60 * MEGABYTE
+
+
+def test_the_peak_is_at_least_what_is_held_afterwards(dense_folder: Path) -> None:
+    peak_bytes, _, bank_bytes, dense_bytes = map(int, _python(_LOAD, dense_folder, "auto").split())
+    assert dense_bytes > 200 * MEGABYTE
+    assert peak_bytes >= bank_bytes + dense_bytes
+
+
+def test_the_last_sample_is_taken_at_the_end() -> None:
+    with PeakMemory() as peak:
+        held = b"x" * (64 * MEGABYTE)
+        assert peak.stop() >= len(held) - MEGABYTE

@@ -143,10 +143,20 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     save_file({"heat.0": torch.zeros(1)}, path, metadata)
     with pytest.raises(ValueError, match="heat version 9, expected 1"):
         Heat.load(path)
-    with pytest.raises(FileNotFoundError, match=r"heat_file: .*absent is not there; record one with"):
+
+
+def test_paths_that_lead_nowhere_name_the_remedy(tmp_path: Path) -> None:
+    heat = Heat("m", (np.zeros(2, np.float32),), 1.0)
+    with pytest.raises(
+        OSError, match=r"heat file .*absent: cannot be read .* model.monde.save_heat\(path\) writes one"
+    ):
         Heat.load(tmp_path / "absent")
-    with pytest.raises(OSError, match=r"save_heat: there is no folder .*nowhere; make it first"):
-        HeatTracker((1,), 1).read().save(tmp_path / "nowhere" / "heat")
+    with pytest.raises(
+        OSError, match=r"nowhere.*: cannot be written .* give a file in a folder that is there"
+    ):
+        heat.save(tmp_path / "nowhere" / "h.safetensors")
+    with pytest.raises(OSError, match=r"cannot be written .* give a file"):
+        heat.save(tmp_path)
 
 
 def test_bad_half_life_is_refused() -> None:
