@@ -93,5 +93,7 @@ def _is_rms_norm(module: nn.Module, eps: float) -> bool:
     if not isinstance(y, Tensor) or y.shape != x.shape or y.dtype != x.dtype:
         return False
     exact = F.rms_norm(x.double(), trial.shape, trial.double(), eps)
-    unit = torch.finfo(weight.dtype).eps + len(weight) * torch.finfo(torch.float32).eps
-    return bool(((y.double() - exact).abs() <= 2 * unit * exact.abs()).all())
+    info = torch.finfo(weight.dtype)
+    unit = info.eps + len(weight) * torch.finfo(torch.float32).eps
+    least = info.smallest_normal * info.eps  # next to zero roundings are not relative
+    return bool(((y.double() - exact).abs() <= 2 * (unit * exact.abs() + least)).all())
