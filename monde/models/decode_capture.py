@@ -6,6 +6,7 @@ Everything else about decode graphs runs on any device; only `CudaCapture` needs
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -43,7 +44,7 @@ class CaptureError(RuntimeError):
     """The step cannot be recorded; the message says why."""
 
 
-@dataclass
+@dataclass(eq=False)
 class CudaGraph:
     graph: torch.cuda.CUDAGraph
     outputs: Any
@@ -61,6 +62,7 @@ class CudaCapture:
         self.device = device
         self.stream = torch.cuda.Stream(device)  # warm-up and capture: the default stream cannot be captured
         self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: weakref.WeakSet[CudaGraph] = weakref.WeakSet()
         self._done = torch.cuda.Event()
 
     def warm_up(self, step: Step) -> None:
@@ -74,6 +76,9 @@ class CudaCapture:
         # Not torch.cuda.graph: after a failed capture it leaves its stream current.
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
+        keep_pool = list(self._graphs)
+        if not keep_pool:  # torch gives a pool up with its last graph, and refuses to record into it again
+            self._pool = torch.cuda.graph_pool_handle()
         graph, outputs, failure = torch.cuda.CUDAGraph(), None, None
         with torch.cuda.stream(self.stream):
             # thread_local: other threads may allocate and copy meanwhile.
@@ -89,7 +94,9 @@ class CudaCapture:
         if failure is not None:
             self._recover()
             raise CaptureError(_first_line(failure)) from failure
-        return CudaGraph(graph, outputs)
+        recorded = CudaGraph(graph, outputs)
+        self._graphs.add(recorded)
+        return recorded
 
     def _recover(self) -> None:
         """End what an invalidated capture left open: the allocator's pool and the generator's capture mode.

@@ -23,7 +23,8 @@ pytestmark = [
 pytest.importorskip("hostcompute._native")
 pytest.importorskip("cupy")
 
-SMALL = measure.Effort(ExpertSpec(32, 1024, 512), sample_s=0.02, read_bytes=1 << 26, copied_bytes=1 << 27)
+# Large enough for 24 experts more to show beside what a layer of a prompt takes to launch.
+SMALL = measure.Effort(ExpertSpec(32, 2048, 1024), sample_s=0.05, read_bytes=1 << 26, copied_bytes=1 << 27)
 
 
 def test_a_small_measurement(tmp_path: Path) -> None:
@@ -47,7 +48,7 @@ def test_a_small_measurement(tmp_path: Path) -> None:
     assert "host while copying" in told
     profile.save(tmp_path / "p.json")
     assert HardwareProfile.load(tmp_path / "p.json", machine) == profile
-    cost = CostModel(profile, ExpertShape(1024, 512))
+    cost = CostModel(profile, ExpertShape(2048, 1024))
     assert float(cost.resident_s(1)) < float(cost.fetched_s(1))
 
 

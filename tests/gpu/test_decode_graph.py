@@ -135,6 +135,17 @@ def test_a_step_that_synchronises_falls_back_and_all_stays_usable() -> None:
     assert with_graphs._decode_runner.num_captures == 1
 
 
+def test_recording_again_after_every_graph_is_gone() -> None:
+    """As where generations of many batch sizes push each other's caches out of the pool."""
+    original, model = pair("mixtral")
+    ids = prompt(2)
+    want = static_text(original, ids)
+    for num_captures in (1, 2, 3):
+        assert torch.equal(static_text(model, ids), want)
+        assert model._decode_runner.num_captures == num_captures
+        model._decode_runner.forget()
+
+
 def test_two_models_on_two_streams() -> None:
     pairs = [pair(name) for name in NAMES]
     ids = prompt(2)
