@@ -27,7 +27,7 @@ constexpr size_t kOverreadBytes = size_t(kBlockRows) * kTileBytes;
 constexpr size_t kFetchBytes = 2048, kMaxFetchBytes = size_t(128) << 10;
 
 // Below this many elements, waking the threads costs more than gathering alone.
-constexpr int64_t kGatherAloneElements = 1 << 15;
+constexpr int64_t kGatherAloneElements = 1 << 13;
 
 int64_t id_at(const ForwardArgs& args, int64_t token, int64_t k) {
   const int64_t at = token * args.ids_row_stride + k * args.ids_column_stride;
