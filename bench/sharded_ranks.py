@@ -53,7 +53,7 @@ from tests.distributed.ranks import run_ranks
 
 ROUTERS = (NO_SKEW, PAPER, PUBLISHED_CODE)
 DEADLINE_S = 600.0
-ROUND_BUDGET_S, MIN_ROUNDS, MAX_ROUNDS = 1.5, 5, 25
+ROUND_BUDGET_S, MIN_ROUNDS, MAX_ROUNDS = 1.5, 7, 40
 PADDED_ROUNDS = 2
 MAX_PADDED_ROWS = 13_000  # of a rank, 120 GFLOP: more would take minutes on a core
 # Sums of D and of F products, rounded in another order: errors grow with the root of their number; eight deviations.
