@@ -30,7 +30,9 @@ from monde.models.stored import (
 from monde.planning.budget import ModelSize
 from monde.planning.cost import ExpertShape
 from monde.planning.forecast import ModelOutline, MoeLayer
+from monde.planning.formats import format_of
 from monde.routing.heat import Heat
+from monde.weights.packing import TORCH_DTYPES
 
 _TOP_K = (
     "num_experts_per_tok",
@@ -137,7 +139,10 @@ def _normalised(count_E: NDArray[np.floating]) -> NDArray[np.float64]:
 
 
 def _shape(spec: ExpertSpec) -> ExpertShape:
-    return ExpertShape(spec.d_model, spec.d_ffn, spec.gated, weight_bits=8 * spec.dtype.itemsize_bytes)
+    weight_format = format_of(str(TORCH_DTYPES[spec.dtype]).removeprefix("torch."))
+    return ExpertShape(
+        spec.d_model, spec.d_ffn, spec.gated, weight_format.bits, weight_format=weight_format.name
+    )
 
 
 def _num_ahead(spec: ExpertSpec) -> int:

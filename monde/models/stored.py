@@ -64,10 +64,8 @@ def checkpoint_index(path_or_id: str) -> Index | None:
     record = json.loads(file.read_text())
     metadata = record.get("metadata")
     total_bytes = metadata.get("total_size") if isinstance(metadata, dict) else None
-    is_size = isinstance(total_bytes, int | float) and total_bytes > 0
-    return Index(
-        file.parent.name, len(shards), tuple(record["weight_map"]), int(total_bytes) if is_size else None
-    )
+    size = int(total_bytes) if isinstance(total_bytes, int | float) and total_bytes > 0 else None
+    return Index(file.parent.name, len(shards), tuple(record["weight_map"]), size)
 
 
 def checkpoint_files(path_or_id: str) -> list[Path]:

@@ -18,7 +18,7 @@ SplitPolicy = Callable[[Load, CostModel], ExpertSplit]
 def monde_rule(load: Load, cost: CostModel, alpha: float = 1.0) -> ExpertSplit:
     """MoNDE's published rule: the H most loaded go to the GPU, H = alpha BW_bus / (BW_bus + BW_host) E_active."""
     lanes = Lanes(load, cost)
-    bus, host = 1 / cost.gpu.h2d.s_per_unit, cost.profile.host_expert.bytes_per_s
+    bus, host = 1 / cost.gpu.h2d.s_per_unit, cost.host.bytes_per_s
     num_fetched = round(alpha * bus / (bus + host) * len(lanes.order))
     return lanes.split(min(num_fetched, len(lanes.order)))
 
