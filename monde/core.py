@@ -93,7 +93,10 @@ class Counters:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """How loading went. peak_host_bytes is the growth of resident host memory over its value at the start."""
+    """How loading went. peak_host_bytes is the growth of resident host memory over its value at the start.
+
+    Over ranks, of this rank: num_experts counts the experts, or slices of them, that it holds.
+    """
 
     seconds_s: float
     peak_host_bytes: int

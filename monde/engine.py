@@ -14,12 +14,14 @@ from torch import Tensor
 
 from hostcompute import ExpertBank, ExpertSpec
 from hostcompute.backends.select import BackendChoice
+from hostcompute.topology import ALL_CORES
 from monde.config import MondeConfig
 from monde.core import Counters, LoadReport, Placement
 from monde.executors.decode import DecodeExecutor, DecodeHub, why_not_decode
 from monde.executors.gpu import GpuExecutor
 from monde.executors.host import HostExecutor, HostTotals, host_pool
-from monde.layer import MoELayer
+from monde.executors.ranked_model import RankedModel
+from monde.layer import MoELayer, RankedLayer
 from monde.planning.budget import MemoryPlan
 from monde.planning.placement import best_experts
 from monde.residency import Residency
@@ -32,16 +34,24 @@ class Engine:
     """Owner of the experts of one model; `model.monde`.
 
     Built empty from the layers' specs and a plan that fits; experts arrive one by one, by `load_expert`.
+    Over ranks `specs` and `layers` are this rank's parts of the model's layers, as `ranked` cuts them. What modules
+    call are the `fronts`, one a layer of the model.
     """
 
     load_report: LoadReport
 
     def __init__(
-        self, config: MondeConfig, specs: Sequence[ExpertSpec], plan: MemoryPlan, device: torch.device
+        self,
+        config: MondeConfig,
+        specs: Sequence[ExpertSpec],
+        plan: MemoryPlan,
+        device: torch.device,
+        ranked: RankedModel | None = None,
     ) -> None:
         self.config, self.plan, self.device = config, plan, device
         self.staging = Staging(pinned=device.type == "cuda")
-        self.pool = host_pool(config.num_threads, device)
+        self.ranked = ranked
+        self.pool = host_pool(config.num_threads, device, ALL_CORES if ranked is None else ranked.ranks.cores)
         self._num_replays = 0
         self._hubs: dict[torch.dtype, DecodeHub] = {}
         self._decoders: dict[tuple[int, torch.dtype], DecodeExecutor] = {}
@@ -49,6 +59,9 @@ class Engine:
         banks = [ExpertBank(spec, config.cpu_backend, self.pool) for spec in specs]
         self.residency = Residency(banks, placements, plan.size.layers, device, plan.moves, heat)
         self.layers = [self._build_layer(layer_idx, bank) for layer_idx, bank in enumerate(banks)]
+        self.fronts: Sequence[MoELayer | RankedLayer] = self.layers
+        if ranked is not None:
+            self.fronts = [self._build_front(ranked, layer_idx) for layer_idx in range(len(ranked.whole))]
         self.why_not_decode = why_not_decode(self.device, self.host_choice)
         if self.device.type == "cuda" and self.why_not_decode:
             self._warn(f"decode steps wait for the host in Python: {self.why_not_decode}")
@@ -60,6 +73,10 @@ class Engine:
         host, decoder = HostExecutor(bank, self.staging), partial(self._decoder, layer_idx)
         device = None if slots is None else GpuExecutor(slots, table)
         return MoELayer(bank.spec, table, host, device, decoder, layer_idx, self.residency)
+
+    def _build_front(self, ranked: RankedModel, layer_idx: int) -> RankedLayer:
+        parts = [self.layers[held.part_idx] for held in ranked.held_LP[layer_idx]]
+        return RankedLayer(parts, ranked.executor(layer_idx, [part.compute for part in parts]))
 
     @staticmethod
     def _warn(what: str) -> None:
@@ -108,7 +125,29 @@ class Engine:
 
     # ---- weights ----
     def load_expert(self, layer_idx: int, expert_id: int, arrays: Mapping[str, Tensor]) -> None:
-        """Copy one expert to where the placement wants it. `arrays` are the keywords of ExpertBank.load."""
+        """Copy one expert to where the placement wants it. `arrays` are the keywords of ExpertBank.load.
+
+        Over ranks `arrays` is the whole expert, of which a rank takes what it holds, and whatever it likes if nothing.
+        """
+        if self.ranked is None:
+            self._load(layer_idx, expert_id, arrays)
+            return
+        for part_idx, local_id, part in self.ranked.parts_of(layer_idx, expert_id, arrays):
+            self._load(part_idx, local_id, part)
+
+    def holds(self, layer_idx: int, expert_id: int) -> bool:
+        """Whether this process needs the expert's weights."""
+        return self.ranked is None or self.ranked.holds(layer_idx, expert_id)
+
+    def loaded(self) -> None:
+        """All experts have arrived. Over ranks, measures what they take there; all ranks call it."""
+        if self.ranked is not None:
+            for layer_idx, held_P in enumerate(self.ranked.held_LP):
+                part = self.layers[held_P[0].part_idx]
+                self.ranked.measure(layer_idx, part.compute, self.device)
+            self.reset_counters()
+
+    def _load(self, layer_idx: int, expert_id: int, arrays: Mapping[str, Tensor]) -> None:
         layer = self.layers[layer_idx]
         slot = layer.table.placement.slot_of_expert_E[expert_id]
         if slot >= 0 and layer.device is not None:
@@ -118,7 +157,15 @@ class Engine:
             self.residency.loaded(layer_idx)
 
     def export_expert(self, layer_idx: int, expert_id: int) -> dict[str, Tensor]:
-        """One expert as `load_expert` took it, bit for bit, on the CPU."""
+        """One expert as `load_expert` took it, bit for bit, on the CPU. Over ranks all of them call it."""
+        if self.ranked is None:
+            return self._export(layer_idx, expert_id)
+        held = self.ranked.held_LP[layer_idx][0]
+        local_id = held.part.local_id(expert_id)
+        mine = {} if local_id is None else self._export(held.part_idx, local_id)
+        return self.ranked.join(layer_idx, mine)
+
+    def _export(self, layer_idx: int, expert_id: int) -> dict[str, Tensor]:
         layer = self.layers[layer_idx]
         slot = layer.table.placement.slot_of_expert_E[expert_id]
         if slot >= 0 and layer.device is not None and not self.residency.moves(layer_idx):

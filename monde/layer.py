@@ -2,13 +2,14 @@
 
     few tokens on a GPU    decode: GPU and host at once, the GPU decides and nobody waits in Python
     otherwise              split -> submit -> combine
+    over ranks             everybody's tokens or those for experts here come in, are computed as above, and go home
 
 Letters are explained in `monde.core`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -19,6 +20,7 @@ from monde.core import NOT_MINE, RoutedBatch, Split
 from monde.executors.decode import DecodeExecutor
 from monde.executors.gpu import GpuExecutor, slot_of
 from monde.executors.host import HostExecutor
+from monde.executors.ranked import RankedExecutor
 from monde.weights.table import SlotTable
 
 
@@ -56,25 +58,31 @@ class MoELayer:
 
     def forward(self, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
         """y_TD = sum over k of weight_Tk * expert[id_Tk](x_T), summed in fp32, rounded once to x's type."""
+        self.enter()
+        batch = RoutedBatch(x_TD, topk_ids_TK, topk_weights_TK)
+        decode = self.decoder(x_TD.dtype) if DecodeExecutor.takes(batch) else None
+        return self.compute(batch, x_TD.dtype) if decode is None else decode.forward(batch)
+
+    def enter(self) -> None:
+        """A call of this layer begins."""
         self.num_calls += 1
         if self.watch is not None:
             self.watch.enter(self.layer_idx)
-        batch = RoutedBatch(x_TD, topk_ids_TK, topk_weights_TK)
-        decode = self.decoder(x_TD.dtype) if DecodeExecutor.takes(batch) else None
-        if decode is not None:
-            return decode.forward(batch)
+
+    def compute(self, batch: RoutedBatch, y_dtype: torch.dtype) -> Tensor:
+        """y_TD of `batch`, rounded once to y_dtype: split -> submit -> combine."""
         if self.watch is not None:
             self.watch.count(self.layer_idx, batch)
         split = self.split(batch)
         parts = sum(share is not None for share in (split.host, split.device))
-        out_dtype = x_TD.dtype if parts == 1 else torch.float32
+        out_dtype = y_dtype if parts == 1 else torch.float32
         # The host computes when waited for: copies leave first, the device gets its work, the host starts.
         on_host = self.host.submit(split.host, out_dtype) if split.host is not None else None
         on_device = None
         if split.device is not None and self.device is not None:
             on_device = self.device.submit(split.device, out_dtype)
         ys = [pending.wait() for pending in (on_host, on_device) if pending is not None]
-        return ys[0] if parts == 1 else (ys[0] + ys[1]).to(x_TD.dtype)
+        return ys[0] if parts == 1 else (ys[0] + ys[1]).to(y_dtype)
 
     def split(self, batch: RoutedBatch) -> Split:
         """Resident experts to the device, the rest to the host; decided by the table alone."""
@@ -85,3 +93,18 @@ class MoELayer:
         resident_TK = slot_of(self.table.slot_of_expert_E1, batch.topk_ids_TK) >= 0
         host_ids_TK = batch.topk_ids_TK.masked_fill(resident_TK, NOT_MINE)
         return Split(device=batch, host=RoutedBatch(batch.x_TD, host_ids_TK, batch.topk_weights_TK))
+
+
+class RankedLayer:
+    """The experts of one layer over ranks. This rank's parts of them are layers of their own, with their own slots.
+
+    Decode kernels are left out: they round to the type of the activations, and what travels is fp32.
+    """
+
+    def __init__(self, parts: Sequence[MoELayer], executor: RankedExecutor) -> None:
+        self.parts, self.executor = parts, executor
+
+    def forward(self, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
+        """As MoELayer.forward, of this rank's tokens; every rank calls it. Errors: RankError."""
+        self.parts[0].enter()
+        return self.executor.forward(RoutedBatch(x_TD, topk_ids_TK, topk_weights_TK))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
@@ -21,6 +22,8 @@ from monde.cli.options import (
     LoadOptions,
     ModelArgument,
     OutputFormat,
+    ParallelName,
+    ParallelOption,
     ResidencyName,
     ResidencyOption,
     ThreadsOption,
@@ -72,6 +75,7 @@ def bench(
     threads: ThreadsOption = None,
     residency: ResidencyOption = ResidencyName.STATIC,
     heat: HeatOption = None,
+    parallel: ParallelOption = ParallelName.SHARDED,
 ) -> None:
     """Time prompts (pp512) and generation (tg128): tokens/s, TTFT, TPOT, bytes moved, memory speed.
 
@@ -85,6 +89,8 @@ def bench(
       monde bench MODEL -p 128,512 -n 64 -d 0,1024 -b 1,4 -r 3 -o json > result.json
 
       monde bench MODEL --baseline transformers:best --plot speed.png
+
+      torchrun --nproc-per-node 2 -m monde.cli bench MODEL -b 4     # each rank its own 4 sequences
     """
     tests = parse_tests(n_prompt, n_gen, n_depth, batch)
     from monde.cli.baselines import parse_baselines
@@ -95,20 +101,34 @@ def bench(
         from monde.cli.plot import check_plot
 
         check_plot(plot)
-    options = LoadOptions(
-        model,
-        gpu_memory,
-        host_memory,
-        device,
-        dtype,
-        backend,
-        threads,
-        max_context=max(CHECK_PROMPT_TOKENS + CHECK_STEPS, *(test.num_positions for test in tests)),
-        max_batch=max(test.batch for test in tests),
-        residency=residency,
-        heat_file=heat,
-    )
-    report = run(context.obj, options, tests, baselines, repetitions, text, random_tokens)
+    from monde.cli.ranks import torchrun_mesh
+
+    with torchrun_mesh(device) as mesh:
+        if mesh is not None and baselines:
+            raise ValueError(
+                "--baseline: transformers does not run over these ranks; bench it without torchrun"
+            )
+        options = LoadOptions(
+            model,
+            gpu_memory,
+            host_memory,
+            device,
+            dtype,
+            backend,
+            threads,
+            max_context=max(CHECK_PROMPT_TOKENS + CHECK_STEPS, *(test.num_positions for test in tests)),
+            max_batch=max(test.batch for test in tests),
+            residency=residency,
+            heat_file=heat,
+            mesh=mesh,
+            parallel=parallel,
+        )
+        command = context.obj
+        if mesh is not None:
+            command = f"torchrun --nproc-per-node {mesh.size()} -m monde.cli {command.removeprefix('monde ')}"
+        report = run(command, options, tests, baselines, repetitions, text, random_tokens)
+        if mesh is not None and mesh.get_local_rank() > 0:
+            return
     from monde.cli.report import render
 
     typer.echo(render(report, output))
@@ -143,12 +163,16 @@ def run(
     facts = model_facts(options)
     check_lengths(tests, facts)
     source = token_source(tokenizer, facts.vocab_size, text, random_tokens)
+    is_quiet = False
+    if options.mesh is not None:
+        rank, is_quiet = options.mesh.get_local_rank(), options.mesh.get_local_rank() > 0
+        source = replace(source, rank=rank, num_ranks=options.mesh.size())
     started = datetime.now(UTC).isoformat(timespec="seconds")
     runners = [load_monde(options)]
     if baselines:
         runners += load_transformers(options, facts, baselines)
     columns = (TextColumn("{task.description:<42}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True, quiet=is_quiet), transient=True) as bar:
         task = bar.add_task("", total=num_rounds(len(runners), len(tests), repetitions))
         results = measure(
             runners,

@@ -11,6 +11,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 
 from monde.config import MondeConfig
+from monde.models.mesh import loading_together
 
 _SETTINGS = frozenset(inspect.signature(MondeConfig).parameters) - {"quant_method"}
 
@@ -24,8 +25,13 @@ def from_pretrained(path_or_id: str, **kwargs: Any) -> PreTrainedModel:
     Errors: CheckpointError for damaged or incomplete checkpoints; UnsupportedModelError; BudgetError, before
     any weight is read; ValueError for pre-quantised checkpoints; OSError where the path or id does not exist.
     """
-    _check_arguments(path_or_id, kwargs)
     config = MondeConfig(**{name: kwargs.pop(name) for name in _SETTINGS & kwargs.keys()})
+    with loading_together(config):
+        _check_arguments(path_or_id, kwargs)
+        return _from_pretrained(path_or_id, config, kwargs)
+
+
+def _from_pretrained(path_or_id: str, config: MondeConfig, kwargs: dict[str, Any]) -> PreTrainedModel:
     hub = {
         name: kwargs[name]
         for name in ("revision", "token", "cache_dir", "trust_remote_code", "subfolder")
