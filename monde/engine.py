@@ -164,6 +164,7 @@ class Engine:
         if self.ranked is None:
             self._load(layer_idx, expert_id, arrays)
             return
+        self.ranked.note(arrays)
         for part_idx, local_id, part in self.ranked.parts_of(layer_idx, expert_id, arrays):
             self._load(part_idx, local_id, part)
 
@@ -176,7 +177,7 @@ class Engine:
         if self.ranked is not None:
             for layer_idx, held_P in enumerate(self.ranked.held_LP):
                 part = self.layers[held_P[0].part_idx]
-                self.ranked.measure(layer_idx, part.compute, self.device)
+                self.ranked.measure(layer_idx, part.compute_unwatched, self.device)
             self.reset_counters()
 
     def _load(self, layer_idx: int, expert_id: int, arrays: Mapping[str, Tensor]) -> None:

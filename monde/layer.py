@@ -71,9 +71,13 @@ class MoELayer:
             self.watch.enter(self.layer_idx)
 
     def compute(self, batch: RoutedBatch, y_dtype: torch.dtype) -> Tensor:
-        """y_TD of `batch`, rounded once to y_dtype: split -> submit -> combine."""
+        """y_TD of `batch`, rounded once to y_dtype."""
         if self.watch is not None:
             self.watch.count(self.layer_idx, batch)
+        return self.compute_unwatched(batch, y_dtype)
+
+    def compute_unwatched(self, batch: RoutedBatch, y_dtype: torch.dtype) -> Tensor:
+        """For batches that no router made, when this is timed: they heat no expert."""
         if self.device is not None:
             return self.device.forward(batch, y_dtype)
         return self.host.submit(batch, y_dtype).wait()

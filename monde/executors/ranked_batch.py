@@ -150,5 +150,5 @@ def _check(fields_WF: Tensor) -> None:
         if len(set(values)) > 1:
             raise RankError(
                 f"mesh: the ranks are in different calls, {name} by rank: {values}; every rank must call the same "
-                "model equally often (generate does, and dummy batches of no tokens are fine)"
+                "model equally often (generate does; a rank that has nothing to ask feeds one token)"
             )

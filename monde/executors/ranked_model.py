@@ -7,6 +7,7 @@ expert, or some experts whole, or both.
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -32,6 +33,7 @@ from monde.planning.sharding import (
 from monde.weights.packing import TORCH_DTYPES
 from monde.weights.parts import FfnSlice, Part, SomeExperts
 
+_SAMPLED_VALUES = 64
 _WAYS = {"sharded": (Way.SHARDED,), "peers": (Way.PEERS,), "auto": (Way.SHARDED, Way.PEERS)}
 
 
@@ -76,6 +78,7 @@ class RankedModel:
                 ]
             )
         self._cost_of: dict[ExpertSpec, RankedCost] = {}
+        self._digest = 0
 
     def _part(self, way: Way, layer_idx: int, spec: ExpertSpec) -> Part:
         rank = self.ranks.rank
@@ -102,6 +105,21 @@ class RankedModel:
 
     def holds(self, layer_idx: int, expert_id: int) -> bool:
         return any(held.part.local_id(expert_id) is not None for held in self.held_LP[layer_idx])
+
+    def note(self, arrays: Mapping[str, Tensor]) -> None:
+        """A whole expert came by: remember a little of each of its matrices, which one page has."""
+        for _, array in sorted(arrays.items()):
+            line = array if array.dim() == 1 else array[0] if array.stride(1) == 1 else array[:, 0]
+            sample = line[:_SAMPLED_VALUES].contiguous().view(torch.uint8)
+            self._digest = zlib.crc32(sample.numpy().tobytes(), self._digest)
+
+    def check_same_experts(self) -> None:
+        """After loading: whether slices are of one model's experts. Whole experts on peers have nothing to compare.
+
+        Errors: ValueError on all ranks if they are not.
+        """
+        if Way.SHARDED in self.ways:
+            self.ranks.agree_same({"experts (digest)": self._digest})
 
     def join(self, layer_idx: int, mine: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A whole expert from what each rank has of it in its first part; all ranks call it. Errors: RankError."""

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hostcompute import env
+from hostcompute.topology import choose_cores
 from monde.config import MondeConfig
 from monde.engine import Engine
 from monde.executors.ranks import RankGroup, ranks_of_mesh
@@ -33,16 +35,27 @@ def loading_together(config: MondeConfig) -> Iterator[RankGroup | None]:
         yield ranks
 
 
+def check_same_weights(model: nn.Module, engine: Engine) -> None:
+    """When all are there: ranks with other weights would give an answer of neither model.
+
+    Errors: ValueError on all ranks where a sample of every parameter or of an expert's matrices differs.
+    """
+    if engine.ranked is not None:
+        engine.ranked.ranks.agree_same({"dense weights (digest)": _digest(model)})
+        engine.ranked.check_same_experts()
+
+
 def run_over_ranks(model: Any, engine: Engine, ranks: RankGroup) -> None:
     """What remains to be done when all weights are there; all ranks are here. A step's graph cannot hold exchanges."""
-    _check_dense(ranks, model)
-    ranks.agree()
+    if engine.device.type == "cpu":
+        # torchrun gives torch one thread, other launchers one for every core of the machine.
+        threads = engine.config.num_threads or env.num_threads()
+        torch.set_num_threads(len(choose_cores(threads, ranks.cores)))
     engine.loaded()
     _step_together(model, ranks)
 
 
-def _check_dense(ranks: RankGroup, model: nn.Module) -> None:
-    """All ranks run the same dense weights, to judge by a sample of each. Errors: ValueError on all if they do not."""
+def _digest(model: nn.Module) -> int:
     total = 0
     for name, param in sorted(model.named_parameters()):
         words = param.detach().contiguous().view(-1).view(torch.uint8)
@@ -51,7 +64,7 @@ def _check_dense(ranks: RankGroup, model: nn.Module) -> None:
             torch.arange(1, len(words) + 1, device=words.device) % 65521
         )  # values in another order are others
         total = (total * 31 + int((words * place).sum()) + len(name)) % 2**61
-    ranks.agree_same({"dense weights (digest)": total})
+    return total
 
 
 def _step_together(model: Any, ranks: RankGroup) -> None:

@@ -15,7 +15,7 @@ from monde.models.experts import find_experts
 from monde.models.fill import ProgressBar, fill_layer, load_report
 from monde.models.hand_over import hand_over
 from monde.models.memory import PeakMemory
-from monde.models.mesh import loading_together
+from monde.models.mesh import check_same_weights, loading_together
 from monde.models.sizing import plan_for, resolve_device
 
 
@@ -50,10 +50,9 @@ def _offload(model: Any, config: MondeConfig, ranks: RankGroup | None) -> PreTra
                 fill_layer(engine, layer_idx, module, module, bar)
                 if ranks is None:
                     module.take_parameters()
-            if (
-                ranks is not None
-            ):  # a part does not give the whole back, so all ranks succeed before anything is taken
-                ranks.agree()
+            if ranks is not None:
+                # A part does not give the whole back, so all ranks succeed before anything is taken.
+                check_same_weights(model, engine)
                 for module in modules:
                     module.take_parameters()
         except Exception:

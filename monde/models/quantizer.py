@@ -29,7 +29,7 @@ from monde.models.experts import ExpertsModule, find_experts
 from monde.models.fill import ProgressBar, fill_layer, load_report
 from monde.models.hand_over import hand_over
 from monde.models.memory import PeakMemory
-from monde.models.mesh import loading_together
+from monde.models.mesh import check_same_weights, loading_together
 from monde.models.sizing import plan_for, resolve_device
 from monde.models.sources import ModuleSource, find_sources
 from monde.weights.checkpoint import Checkpoint, CheckpointError
@@ -124,6 +124,7 @@ class MondeQuantizer(HfQuantizer):
                     loading.checkpoint.drop_pages()
                     module.attach(engine, layer_idx)
             bar.close()
+            check_same_weights(model, engine)
             hand_over(model, engine, loading.modules)
             seconds_s = time.perf_counter() - loading.start_s
             peak_bytes = max(loading.peak.stop(), _held_bytes(model, engine))
