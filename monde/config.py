@@ -40,6 +40,7 @@ class MondeConfig(QuantizationConfigMixin):
 
     gpu_memory, host_memory: "16GiB", "500MB" or bytes. gpu_memory covers dense weights, KV cache, workspace
         and resident experts; host_memory the experts on the host. Default: what is free when loading starts.
+        Over ranks both are of each rank.
     max_memory: accelerate's form of the same, {0: "10GiB", "cpu": "60GiB"}; give one form or the other.
     device: where the dense weights run, "cuda:0" or "cpu"; default the first GPU, else the CPU. On "cpu" a
         gpu_memory above 0 makes the CPU a stand-in for the GPU: resident experts take the GPU's code path.
@@ -53,7 +54,7 @@ class MondeConfig(QuantizationConfigMixin):
     heat_file: written by Engine.save_heat: the hottest experts start resident. Default: the first ones.
     mesh: a 1-D DeviceMesh, of torchrun's processes for example: its ranks hold the experts together. Each runs the
         dense part of the model on inputs of its own, or on the same ones; every rank must call the model equally
-        often. mesh["name"] is one dimension of a larger mesh.
+        often, which generate sees to. mesh["name"] is one dimension of a larger mesh.
     parallel: "sharded", the default, cuts every expert along F over the ranks; "peers" spreads whole experts; "auto"
         holds both and chooses per batch by measured costs, at twice the memory for experts.
     mesh_shares: how much of every expert each rank holds, where devices are unequal; by default equally much.

@@ -1,4 +1,4 @@
-"""`monde bench` under torchrun: one table on rank 0, tokens of all ranks; one line for what cannot be."""
+"""`monde bench` and `generate` under torchrun: one table or text on rank 0, tokens of all ranks; one line for what cannot be."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pytest
 MODEL = Path(__file__).resolve().parents[2] / "assets" / "moe-3m"
 
 
-def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def torchrun(*arguments: object, command: str = "bench") -> subprocess.CompletedProcess[str]:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.run(
-        [*command, "-m", "monde.cli", "bench", str(MODEL), *map(str, arguments)],
+        [*launch, "-m", "monde.cli", command, str(MODEL), *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=240,
@@ -39,3 +39,18 @@ def test_a_baseline_has_no_ranks() -> None:
     assert done.returncode != 0
     assert "error: --baseline measures one process; leave it out, or run monde bench without" in done.stderr
     assert done.stdout == ""
+
+
+def test_one_text_the_same_as_of_one_process() -> None:
+    arguments = ("It is a truth", "-n", 12, "--temperature", 0.8, "--seed", 5)
+    over_ranks = torchrun(*arguments, command="generate")
+    assert over_ranks.returncode == 0, over_ranks.stderr
+    alone = subprocess.run(
+        [sys.executable, "-m", "monde.cli", "generate", str(MODEL), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert over_ranks.stdout == alone.stdout != ""
+    assert over_ranks.stderr.count("monde: first token after") == 1
