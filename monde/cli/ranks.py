@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,4 +40,6 @@ def torchrun_command(command: str, mesh: Any) -> str:
     """What was typed, as the context has it, with what started this rank."""
     if mesh is None:
         return command
-    return f"torchrun --nproc-per-node {mesh.size()} -m monde.cli {command.removeprefix('monde ')}"
+    num_here = int(os.environ["LOCAL_WORLD_SIZE"])  # as torchrun sets it
+    nodes = f"--nnodes {mesh.size() // num_here} " if num_here < mesh.size() else ""
+    return f"torchrun {nodes}--nproc-per-node {num_here} -m monde.cli {command.removeprefix('monde ')}"

@@ -91,7 +91,7 @@ def check(cases: list[tuple[str, dict[str, Any]]], folder: Path) -> list[Checked
         model = monde.from_pretrained(
             str(folder / name), device="cpu", mesh=mesh_of_all(), mesh_timeout_s=60, **settings
         )
-        original, bounds = tiny.build(name), []
+        original, bounds = tiny.build(name, settings.get("dtype", torch.float32)), []
         for ids in (tiny.prompt(rank + 1, 4 + 3 * rank), tiny.prompt(2, 20)):
             want = tiny.expected(original, ids)
             with torch.no_grad():
@@ -105,14 +105,14 @@ def check(cases: list[tuple[str, dict[str, Any]]], folder: Path) -> list[Checked
     return checked
 
 
-HALF_RESIDENT = {
-    "gpu_memory": 60_000
-}  # hot slices on the device, for which the CPU stands in, cold ones on the host
+# Hot slices on the device, for which the CPU stands in, cold ones on the host.
+HALF_RESIDENT = {"gpu_memory": 60_000}
 CASES = {
     2: [
         ("qwen3_moe", {"parallel": "auto"}),
         ("deepseek_v3", {"mesh_shares": (2, 1)}),
         ("mixtral", HALF_RESIDENT),
+        ("gpt_oss", {"dtype": torch.bfloat16, "gpu_memory": 45_000}),
     ],
     4: [("gpt_oss", {}), ("mixtral", {"parallel": "peers", "cpu_backend": "numba"})],
 }
@@ -126,8 +126,10 @@ def test_from_checkpoint(tmp_path: Path, num_ranks: int) -> None:
         for case, one in zip(CASES[num_ranks], checked, strict=True):
             assert one.bounds <= 1, (case, one)
             assert one.shared_bounds <= 1, (case, one)
-            assert one.same_tokens, case
-            assert (0 < one.resident < 1) == (case[1] is HALF_RESIDENT), (case, one)
+            assert one.same_tokens or "dtype" in case[1], (
+                case
+            )  # in bf16 the likeliest two may be one rounding apart
+            assert (0 < one.resident < 1) == ("gpu_memory" in case[1]), (case, one)
 
 
 def stop_early() -> tuple[int, int]:
