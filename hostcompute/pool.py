@@ -6,7 +6,7 @@ import threading
 from typing import Any
 
 from hostcompute import env
-from hostcompute.topology import choose_cores
+from hostcompute.topology import ALL_CORES, CoreShare, choose_cores
 
 # How long threads look for the next layer's work, yielding their core, before they sleep. Waking a sleeping thread
 # cost 50 to 300 us on virtual machines; a decode step comes back per layer within a millisecond or two.
@@ -16,14 +16,14 @@ _shared: Any = None
 _guard = threading.Lock()
 
 
-def make_pool(num_threads: int | None = None) -> Any:
-    """A native pool of pinned threads (default: one for every core this process may use).
+def make_pool(num_threads: int | None = None, share: CoreShare = ALL_CORES) -> Any:
+    """A native pool of pinned threads (default: one for every core of this process's share).
 
     Errors: ValueError for an impossible number of threads, ImportError without the native module.
     """
     from hostcompute import _native
 
-    cores = choose_cores(num_threads)
+    cores = choose_cores(num_threads, share)
     return _native.Pool([core.cpu_id for core in cores], [core.node_id for core in cores], SPIN_S)
 
 

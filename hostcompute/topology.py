@@ -22,6 +22,17 @@ class Core:
     node_id: int
 
 
+@dataclass(frozen=True)
+class CoreShare:
+    """One of num_processes that divide the cores they may all use, as ranks of one machine do."""
+
+    process_idx: int
+    num_processes: int
+
+
+ALL_CORES = CoreShare(0, 1)
+
+
 def parse_cpu_list(text: str) -> list[int]:
     """'0-3,8' -> [0, 1, 2, 3, 8], as the kernel writes CPU lists."""
     cpus: list[int] = []
@@ -57,16 +68,19 @@ def quota_cpus() -> float:
     return math.inf if quota == "max" else int(quota) / int(period)
 
 
-def choose_cores(num_threads: int | None) -> list[Core]:
+def choose_cores(num_threads: int | None, share: CoreShare = ALL_CORES) -> list[Core]:
     """One core a thread: all that are allowed and paid for, or `num_threads` spread evenly over the nodes.
+
+    Of those cores a share is a run of neighbours; where there are fewer cores than processes, one core each, in turn.
 
     Errors: ValueError for fewer than one thread or more than there are cores.
     """
     cores = allowed_cores()
+    num_paid = math.ceil(quota_cpus()) if quota_cpus() < math.inf else len(cores)
+    i, n = share.process_idx, share.num_processes
+    cores = cores[i * len(cores) // n : (i + 1) * len(cores) // n] or [cores[i % len(cores)]]
     if num_threads is None:
-        num_threads = max(
-            1, min(len(cores), math.ceil(quota_cpus())) if quota_cpus() < math.inf else len(cores)
-        )
+        num_threads = max(1, min(len(cores), num_paid // n))
     if not 1 <= num_threads <= len(cores):
         raise ValueError(
             f"num_threads: expected 1..{len(cores)} (the cores this process may use), got {num_threads}"

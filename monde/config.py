@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.device_mesh import DeviceMesh
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hostcompute.topology import machine_memory_bytes
@@ -16,6 +17,7 @@ QUANT_METHOD = "monde"
 CPU_BACKENDS = ("auto", "native", "numba", "reference")
 MOVING = ("dynamic", "lru")
 RESIDENCIES = (*MOVING, "static", "uniform")
+PARALLELS = ("sharded", "peers", "auto")
 
 Size = int | str | None
 
@@ -38,6 +40,7 @@ class MondeConfig(QuantizationConfigMixin):
 
     gpu_memory, host_memory: "16GiB", "500MB" or bytes. gpu_memory covers dense weights, KV cache, workspace
         and resident experts; host_memory the experts on the host. Default: what is free when loading starts.
+        Over ranks both are of each rank.
     max_memory: accelerate's form of the same, {0: "10GiB", "cpu": "60GiB"}; give one form or the other.
     device: where the dense weights run, "cuda:0" or "cpu"; default the first GPU, else the CPU. On "cpu" a
         gpu_memory above 0 makes the CPU a stand-in for the GPU: resident experts take the GPU's code path.
@@ -49,6 +52,13 @@ class MondeConfig(QuantizationConfigMixin):
         host_memory must hold the residents too, else it is static; "lru" does so too, but every step, for those used
         last; "static" keeps what it starts with; "uniform" as well, with slots spread evenly over the layers.
     heat_file: written by Engine.save_heat: the hottest experts start resident. Default: the first ones.
+    mesh: a 1-D DeviceMesh, of torchrun's processes for example: its ranks hold the experts together. Each runs the
+        dense part of the model on inputs of its own, or on the same ones; every rank must call the model equally
+        often, which generate sees to. mesh["name"] is one dimension of a larger mesh.
+    parallel: "sharded", the default, cuts every expert along F over the ranks; "peers" spreads whole experts; "auto"
+        holds both and chooses per batch by measured costs, at twice the memory for experts.
+    mesh_shares: how much of every expert each rank holds, where devices are unequal; by default equally much.
+    mesh_timeout_s: how long a rank waits for the others before it gives up with an error.
     max_context, max_batch: the longest sequence and largest batch that gpu_memory must leave room for.
 
     Errors: ValueError with the remedy for sizes that cannot be read, are negative or exceed the machine.
@@ -67,6 +77,10 @@ class MondeConfig(QuantizationConfigMixin):
         nllb_upstream_routing: bool = False,
         residency: str = "dynamic",
         heat_file: str | Path | None = None,
+        mesh: Any = None,
+        parallel: str = "sharded",
+        mesh_shares: Sequence[float] | None = None,
+        mesh_timeout_s: float = 300.0,
         quant_method: str = QUANT_METHOD,
     ) -> None:
         self.quant_method = quant_method  # type: ignore[assignment]
@@ -86,6 +100,20 @@ class MondeConfig(QuantizationConfigMixin):
         self.residency = residency
         self.heat_file = None if heat_file is None else str(heat_file)
         self.num_threads = _positive("num_threads", num_threads) if num_threads is not None else None
+        self.mesh = None if mesh is None else _one_dim(mesh)
+        if parallel not in PARALLELS:
+            raise ValueError(f"parallel: expected one of {', '.join(PARALLELS)}, got {parallel!r}")
+        self.parallel = parallel
+        self.mesh_shares = None if mesh_shares is None else _shares(mesh, mesh_shares)
+        if not mesh_timeout_s > 0:
+            raise ValueError(f"mesh_timeout_s: expected seconds above 0, got {mesh_timeout_s!r}")
+        self.mesh_timeout_s = float(mesh_timeout_s)
+        if mesh is None and parallel != "sharded":
+            raise ValueError(f"parallel: {parallel} needs ranks; give mesh=, as in docs/sharding.md")
+        if self.heat_file is not None and parallel != "sharded":
+            raise ValueError(
+                f'heat_file: ranks with parallel="{parallel}" hold other experts than it names; leave it'
+            )
         self.max_context = _positive("max_context", max_context)
         self.max_batch = _positive("max_batch", max_batch)
         self.nllb_upstream_routing = nllb_upstream_routing
@@ -99,7 +127,12 @@ class MondeConfig(QuantizationConfigMixin):
         return f"device {self.device or 'auto'}; {self.budget.explain()}; host backend {self.cpu_backend}"
 
     def to_dict(self) -> dict[str, Any]:
-        return dict(self.__dict__)
+        """What can be written down: of the mesh, its description."""
+        return self.__dict__ | {"mesh": None if self.mesh is None else str(self.mesh)}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MondeConfig:
+        """transformers copies configurations; a mesh cannot be, and none of this changes."""
+        return self
 
 
 def _from_max_memory(max_memory: Mapping[int | str, int | str], gpu: Size, host: Size) -> tuple[Size, Size]:
@@ -109,6 +142,34 @@ def _from_max_memory(max_memory: Mapping[int | str, int | str], gpu: Size, host:
     if unknown:
         raise ValueError(f'max_memory: expected the keys 0 (the GPU) and "cpu", got {unknown}')
     return max_memory.get(0, max_memory.get("0")), max_memory.get("cpu")
+
+
+def _one_dim(mesh: Any) -> DeviceMesh:
+    if not isinstance(mesh, DeviceMesh):
+        raise ValueError(
+            'mesh: expected a DeviceMesh, as torch.distributed.device_mesh.init_device_mesh("cpu", (2,)) makes under '
+            f"torchrun, got {mesh!r}"
+        )
+    if mesh.ndim != 1:
+        names = mesh.mesh_dim_names
+        first = f'mesh["{names[-1]}"]' if names else "one with mesh_dim_names, and of that mesh[name]"
+        raise ValueError(f"mesh: expected one dimension, got shape {tuple(mesh.shape)}; give {first}")
+    if mesh.device_type not in ("cpu", "cuda"):
+        raise ValueError(f"mesh: expected a mesh of cpu or cuda, got {mesh.device_type}")
+    if mesh.get_coordinate() is None:
+        raise ValueError("mesh: this process is none of its ranks; load the model on those alone")
+    return mesh
+
+
+def _shares(mesh: DeviceMesh | None, shares: Sequence[float]) -> tuple[float, ...]:
+    if mesh is None:
+        raise ValueError("mesh_shares: there are no ranks to share; give mesh= too")
+    numbers = tuple(float(share) for share in shares)
+    if len(numbers) != mesh.size() or not all(0 < share < float("inf") for share in numbers):
+        raise ValueError(
+            f"mesh_shares: expected {mesh.size()} numbers above 0, one for each rank, got {list(shares)}"
+        )
+    return numbers
 
 
 def _positive(name: str, value: int) -> int:

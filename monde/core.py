@@ -87,6 +87,7 @@ class LoadReport:
 
     peak_host_bytes is the growth of resident host memory over its value at the start, at its worst; after
     from_pretrained at least what the model holds, though some of it is read from the checkpoint at the first step.
+    Over ranks, of this rank: num_experts counts the experts, or slices of them, that it holds.
     """
 
     seconds_s: float

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hostcompute import ExpertBank, ExpertSpec
 from hostcompute.backends.select import BackendChoice
+from hostcompute.topology import ALL_CORES
 from monde.config import MOVING, MondeConfig
 from monde.core import Counters, LoadReport, Placement
 from monde.executors.decode import MAX_DECODE_TOPK, DecodeExecutor, DecodeHub, why_not_decode
@@ -21,8 +22,9 @@ from monde.executors.host import HostExecutor, HostTotals, host_pool
 from monde.executors.prefill import PrefillExecutor
 from monde.executors.prefill_hub import PrefillHub
 from monde.executors.prefill_size import PrefillSize
+from monde.executors.ranked_model import RankedModel
 from monde.executors.zero_copy import first_share
-from monde.layer import MoELayer
+from monde.layer import MoELayer, RankedLayer
 from monde.planning.budget import MemoryPlan
 from monde.planning.placement import best_experts
 from monde.profile_store import profile_of, this_machine
@@ -36,16 +38,24 @@ class Engine:
     """Owner of the experts of one model; `model.monde`.
 
     Built empty from the layers' specs and a plan that fits; experts arrive one by one, by `load_expert`.
+    Over ranks `specs` and `layers` are this rank's parts of the model's layers, as `ranked` cuts them. What modules
+    call are the `fronts`, one a layer of the model.
     """
 
     load_report: LoadReport
 
     def __init__(
-        self, config: MondeConfig, specs: Sequence[ExpertSpec], plan: MemoryPlan, device: torch.device
+        self,
+        config: MondeConfig,
+        specs: Sequence[ExpertSpec],
+        plan: MemoryPlan,
+        device: torch.device,
+        ranked: RankedModel | None = None,
     ) -> None:
         self.config, self.plan, self.device = config, plan, device
         self.staging = Staging(pinned=device.type == "cuda")
-        self.pool = host_pool(config.num_threads, device)
+        self.ranked = ranked
+        self.pool = host_pool(config.num_threads, device, ALL_CORES if ranked is None else ranked.ranks.cores)
         self._num_replays = 0
         self._hubs: dict[torch.dtype, DecodeHub] = {}
         self._decoders: dict[tuple[int, torch.dtype], DecodeExecutor] = {}
@@ -55,6 +65,9 @@ class Engine:
         self.residency = Residency(banks, placements, plan.size.layers, device, plan.moves, policy, heat)
         self.prefill = self._prefill_hub(specs)
         self.layers = [self._build_layer(layer_idx, bank) for layer_idx, bank in enumerate(banks)]
+        self.fronts: Sequence[MoELayer | RankedLayer] = self.layers
+        if ranked is not None:
+            self.fronts = [self._build_front(ranked, layer_idx) for layer_idx in range(len(ranked.whole))]
         self.why_not_decode = why_not_decode(self.device, self.host_choice)
         if self.device.type == "cuda" and self.why_not_decode:
             self._warn(f"decode steps wait for the host in Python: {self.why_not_decode}")
@@ -70,6 +83,10 @@ class Engine:
             device = PrefillExecutor(layer_idx, bank, slots, table, self.prefill, blobs)
         return MoELayer(bank.spec, table, host, device, decoder, layer_idx, self.residency)
 
+    def _build_front(self, ranked: RankedModel, layer_idx: int) -> RankedLayer:
+        parts = [self.layers[held.part_idx] for held in ranked.held_LP[layer_idx]]
+        return RankedLayer(parts, ranked.executor(layer_idx, [part.compute for part in parts]))
+
     def _prefill_hub(self, specs: Sequence[ExpertSpec]) -> PrefillHub | None:
         """None where all experts are on the host and the host is all there is."""
         if self.device.type != "cuda" and not any(self.plan.num_resident_L):
@@ -81,7 +98,7 @@ class Engine:
                 f"prompts are planned with the figures of {profile.machine.name} ({profile.source}) until they have "
                 "been timed; run `monde calibrate` to measure this machine"
             )
-        num_tokens = self.plan.size.num_tokens
+        num_tokens = self.plan.size.num_tokens * (1 if self.ranked is None else self.ranked.ranks.size)
         size = PrefillSize.of(specs, torch.float32.itemsize, num_tokens, MAX_DECODE_TOPK)
         return PrefillHub(self.device, size, profile)
 
@@ -140,7 +157,30 @@ class Engine:
 
     # ---- weights ----
     def load_expert(self, layer_idx: int, expert_id: int, arrays: Mapping[str, Tensor]) -> None:
-        """Copy one expert to where the placement wants it. `arrays` are the keywords of ExpertBank.load."""
+        """Copy one expert to where the placement wants it. `arrays` are the keywords of ExpertBank.load.
+
+        Over ranks `arrays` is the whole expert, of which a rank takes what it holds, and whatever it likes if nothing.
+        """
+        if self.ranked is None:
+            self._load(layer_idx, expert_id, arrays)
+            return
+        self.ranked.note(arrays)
+        for part_idx, local_id, part in self.ranked.parts_of(layer_idx, expert_id, arrays):
+            self._load(part_idx, local_id, part)
+
+    def holds(self, layer_idx: int, expert_id: int) -> bool:
+        """Whether this process needs the expert's weights."""
+        return self.ranked is None or self.ranked.holds(layer_idx, expert_id)
+
+    def loaded(self) -> None:
+        """All experts have arrived. Over ranks, measures what they take there; all ranks call it."""
+        if self.ranked is not None:
+            for layer_idx, held_P in enumerate(self.ranked.held_LP):
+                part = self.layers[held_P[0].part_idx]
+                self.ranked.measure(layer_idx, part.compute_unwatched, self.device)
+            self.reset_counters()
+
+    def _load(self, layer_idx: int, expert_id: int, arrays: Mapping[str, Tensor]) -> None:
         layer = self.layers[layer_idx]
         slot = layer.table.placement.slot_of_expert_E[expert_id]
         if self.prefill is not None:
@@ -153,7 +193,15 @@ class Engine:
             self.residency.loaded(layer_idx)
 
     def export_expert(self, layer_idx: int, expert_id: int) -> dict[str, Tensor]:
-        """One expert as `load_expert` took it, bit for bit, on the CPU."""
+        """One expert as `load_expert` took it, bit for bit, on the CPU. Over ranks all of them call it."""
+        if self.ranked is None:
+            return self._export(layer_idx, expert_id)
+        held = self.ranked.held_LP[layer_idx][0]
+        local_id = held.part.local_id(expert_id)
+        mine = {} if local_id is None else self._export(held.part_idx, local_id)
+        return self.ranked.join(layer_idx, mine)
+
+    def _export(self, layer_idx: int, expert_id: int) -> dict[str, Tensor]:
         layer = self.layers[layer_idx]
         slot = layer.table.placement.slot_of_expert_E[expert_id]
         slots = self.residency.slots[layer_idx]

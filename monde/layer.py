@@ -9,7 +9,7 @@ Letters are explained in `monde.core`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -20,6 +20,7 @@ from monde.core import RoutedBatch
 from monde.executors.decode import DecodeExecutor
 from monde.executors.host import HostExecutor
 from monde.executors.prefill import PrefillExecutor
+from monde.executors.ranked import RankedExecutor
 from monde.weights.table import SlotTable
 
 
@@ -58,15 +59,40 @@ class MoELayer:
 
     def forward(self, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
         """y_TD = sum over k of weight_Tk * expert[id_Tk](x_T), summed in fp32, rounded once to x's type."""
+        self.enter()
+        batch = RoutedBatch(x_TD, topk_ids_TK, topk_weights_TK)
+        decode = self.decoder(x_TD.dtype) if DecodeExecutor.takes(batch) else None
+        return self.compute(batch, x_TD.dtype) if decode is None else decode.forward(batch)
+
+    def enter(self) -> None:
+        """A call of this layer begins."""
         self.num_calls += 1
         if self.watch is not None:
             self.watch.enter(self.layer_idx)
-        batch = RoutedBatch(x_TD, topk_ids_TK, topk_weights_TK)
-        decode = self.decoder(x_TD.dtype) if DecodeExecutor.takes(batch) else None
-        if decode is not None:
-            return decode.forward(batch)
+
+    def compute(self, batch: RoutedBatch, y_dtype: torch.dtype) -> Tensor:
+        """y_TD of `batch`, rounded once to y_dtype."""
         if self.watch is not None:
             self.watch.count(self.layer_idx, batch)
+        return self.compute_unwatched(batch, y_dtype)
+
+    def compute_unwatched(self, batch: RoutedBatch, y_dtype: torch.dtype) -> Tensor:
+        """For batches that no router made, when this is timed: they heat no expert."""
         if self.device is not None:
-            return self.device.forward(batch)
-        return self.host.submit(batch, x_TD.dtype).wait()
+            return self.device.forward(batch, y_dtype)
+        return self.host.submit(batch, y_dtype).wait()
+
+
+class RankedLayer:
+    """The experts of one layer over ranks. This rank's parts of them are layers of their own, with their own slots.
+
+    Decode kernels are left out: they round to the type of the activations, and what travels is fp32.
+    """
+
+    def __init__(self, parts: Sequence[MoELayer], executor: RankedExecutor) -> None:
+        self.parts, self.executor = parts, executor
+
+    def forward(self, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
+        """As MoELayer.forward, of this rank's tokens; every rank calls it. Errors: RankError."""
+        self.parts[0].enter()
+        return self.executor.forward(RoutedBatch(x_TD, topk_ids_TK, topk_weights_TK))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
@@ -21,6 +22,8 @@ from monde.cli.options import (
     LoadOptions,
     ModelArgument,
     OutputFormat,
+    ParallelName,
+    ParallelOption,
     ResidencyName,
     ResidencyOption,
     ThreadsOption,
@@ -79,6 +82,7 @@ def bench(
     threads: ThreadsOption = None,
     residency: ResidencyOption = ResidencyName.DYNAMIC,
     heat: HeatOption = None,
+    parallel: ParallelOption = ParallelName.SHARDED,
 ) -> None:
     """Time prompts (pp512) and generation (tg128): tokens/s, TTFT, TPOT, bytes moved, memory speed.
 
@@ -94,6 +98,8 @@ def bench(
       monde bench MODEL --baseline transformers:best --plot speed.png
 
       monde bench MODEL -p 512 -n 32 -r 1 --trace timeline.json
+
+      torchrun --nproc-per-node 2 -m monde.cli bench MODEL -b 4     # each rank its own 4 sequences
     """
     tests = parse_tests(n_prompt, n_gen, n_depth, batch)
     from monde.cli.baselines import parse_baselines
@@ -108,20 +114,31 @@ def bench(
         from monde.cli.timeline import check_trace
 
         check_trace(trace)
-    options = LoadOptions(
-        model,
-        gpu_memory,
-        host_memory,
-        device,
-        dtype,
-        backend,
-        threads,
-        max_context=max(CHECK_PROMPT_TOKENS + CHECK_STEPS, *(test.num_positions for test in tests)),
-        max_batch=max(test.batch for test in tests),
-        residency=residency,
-        heat_file=heat,
-    )
-    report = run(context.obj, options, tests, baselines, repetitions, text, random_tokens, trace)
+    from monde.cli.ranks import refuse_over_ranks, torchrun_command, torchrun_mesh
+
+    with torchrun_mesh(device) as mesh:
+        if mesh is not None:
+            refuse_over_ranks("--baseline", baselines)
+            refuse_over_ranks("--trace", trace)
+        options = LoadOptions(
+            model,
+            gpu_memory,
+            host_memory,
+            device,
+            dtype,
+            backend,
+            threads,
+            max_context=max(CHECK_PROMPT_TOKENS + CHECK_STEPS, *(test.num_positions for test in tests)),
+            max_batch=max(test.batch for test in tests),
+            residency=residency,
+            heat_file=heat,
+            mesh=mesh,
+            parallel=parallel,
+        )
+        command = torchrun_command(context.obj, mesh)
+        report = run(command, options, tests, baselines, repetitions, text, random_tokens, trace)
+        if mesh is not None and mesh.get_local_rank() > 0:
+            return
     from monde.cli.report import render
 
     typer.echo(render(report, output))
@@ -159,12 +176,16 @@ def run(
     facts = model_facts(options)
     check_lengths(tests, facts)
     source = token_source(tokenizer, facts.vocab_size, text, random_tokens)
+    is_quiet = False
+    if options.mesh is not None:
+        rank, is_quiet = options.mesh.get_local_rank(), options.mesh.get_local_rank() > 0
+        source = replace(source, rank=rank, num_ranks=options.mesh.size())
     started = datetime.now(UTC).isoformat(timespec="seconds")
     runners = [load_monde(options)]
     if baselines:
         runners += load_transformers(options, facts, baselines)
     columns = (TextColumn("{task.description:<42}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True, quiet=is_quiet), transient=True) as bar:
         task = bar.add_task("", total=num_rounds(len(runners), len(tests), repetitions))
         results = measure(
             runners,

@@ -18,6 +18,8 @@ from monde.cli.options import (
     HostMemoryOption,
     LoadOptions,
     ModelArgument,
+    ParallelName,
+    ParallelOption,
     ThreadsOption,
     load_tokenizer,
 )
@@ -48,6 +50,7 @@ def generate(
     dtype: DTypeOption = DTypeName.AUTO,
     backend: BackendOption = BackendName.AUTO,
     threads: ThreadsOption = None,
+    parallel: ParallelOption = ParallelName.SHARDED,
 ) -> None:
     """Continue PROMPT, word by word on standard output.
 
@@ -60,6 +63,8 @@ def generate(
       monde generate Qwen/Qwen3-30B-A3B "The moon" --gpu-memory 16GiB -n 64 --temperature 0.7 --seed 1
 
       monde generate ./my-model - --device cpu < prompt.txt
+
+      torchrun --nproc-per-node 2 -m monde.cli generate MODEL "The moon"     # the experts lie on both ranks
     """
     tokenizer = load_tokenizer(model)
     if tokenizer is None:
@@ -70,28 +75,37 @@ def generate(
     num_tokens = inputs["input_ids"].shape[1]
     if num_tokens == 0:
         raise ValueError("PROMPT is empty; give at least one word to continue")
-    options = LoadOptions(
-        model,
-        gpu_memory,
-        host_memory,
-        device,
-        dtype,
-        backend,
-        threads,
-        max_context=num_tokens + max_new_tokens,
-    )
     check_positions(model, num_tokens, max_new_tokens)
 
     from transformers import set_seed
 
-    loaded: Any = options.load_with_monde()
-    set_seed(seed)
+    from monde.cli.ranks import torchrun_mesh
+
     sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     )
-    streamer = timed_streamer(tokenizer)
-    loaded.generate(**inputs.to(loaded.device), max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
-    typer.echo(_summary(streamer.token_times_s, loaded.monde), err=True)
+    with torchrun_mesh(device) as mesh:
+        options = LoadOptions(
+            model,
+            gpu_memory,
+            host_memory,
+            device,
+            dtype,
+            backend,
+            threads,
+            max_context=num_tokens + max_new_tokens,
+            mesh=mesh,
+            parallel=parallel,
+        )
+        loaded: Any = options.load_with_monde()
+        set_seed(seed)  # the same on all ranks, which go on with the same token
+        is_first = mesh is None or mesh.get_local_rank() == 0
+        streamer = timed_streamer(tokenizer) if is_first else None
+        loaded.generate(
+            **inputs.to(loaded.device), max_new_tokens=max_new_tokens, streamer=streamer, **sampling
+        )
+        if streamer is not None:
+            typer.echo(_summary(streamer.token_times_s, loaded.monde), err=True)
 
 
 def read_prompt(prompt: str) -> str:

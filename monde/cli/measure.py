@@ -117,7 +117,7 @@ def _sample(runner: Runner, test: BenchTest, tokens: Tensor) -> Sample:
             decoder.step(tokens[:, test.depth : end])
         for position in range(test.depth, test.depth + test.num_generated):
             decoder.step(tokens[:, position : position + 1])
-        duration_s = time.perf_counter() - start_s
+        duration_s = runner.slowest_s(time.perf_counter() - start_s)
     return Sample(duration_s, runner.counters() if runner.counters else None)
 
 

@@ -34,6 +34,12 @@ class ResidencyName(StrEnum):
     UNIFORM = "uniform"
 
 
+class ParallelName(StrEnum):
+    SHARDED = "sharded"
+    PEERS = "peers"
+    AUTO = "auto"
+
+
 class OutputFormat(StrEnum):
     MD = "md"
     CSV = "csv"
@@ -69,6 +75,12 @@ ResidencyOption = Annotated[
 HeatOption = Annotated[
     Path | None, typer.Option(help="A heat file: who is resident at first.", show_default="first experts")
 ]
+ParallelOption = Annotated[
+    ParallelName,
+    typer.Option(
+        help="Under torchrun: cut every expert, spread whole ones, or hold both and choose per batch."
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -86,6 +98,8 @@ class LoadOptions:
     max_batch: int | None = None
     residency: ResidencyName = ResidencyName.DYNAMIC
     heat_file: Path | None = None
+    mesh: Any = None  # ranks that hold the experts together
+    parallel: ParallelName = ParallelName.SHARDED
 
     def torch_dtype(self) -> Any:
         """What from_pretrained takes as `dtype`."""
@@ -113,6 +127,8 @@ class LoadOptions:
             num_threads=self.num_threads,
             residency=self.residency.value,
             heat_file=self.heat_file,
+            mesh=self.mesh,
+            parallel=self.parallel.value,
             dtype=self.torch_dtype(),
         )
 

@@ -69,6 +69,7 @@ class RunnerFacts:
     device: str
     num_threads: int
     loading: Loading
+    num_ranks: int = 1  # each with a batch of its own; counters and memory are those of the first
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class TestResult:
 
     @property
     def tokens_per_s(self) -> float:
-        """Mean over the repetitions, as llama-bench has it."""
+        """Mean over the repetitions, as llama-bench has it; of all ranks together."""
         return statistics.fmean(self._speeds())
 
     @property
@@ -136,7 +137,8 @@ class TestResult:
         return None if not busy_s else (self._sum("host_weight_bytes") or 0) / busy_s
 
     def _speeds(self) -> list[float]:
-        return [self.test.num_tokens / sample.duration_s for sample in self.samples]
+        num_tokens = self.test.num_tokens * self.runner.num_ranks
+        return [num_tokens / sample.duration_s for sample in self.samples]
 
     def _sum(self, counter: str) -> float | None:
         values = [getattr(sample.counters, counter) for sample in self.samples if sample.counters is not None]

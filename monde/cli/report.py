@@ -57,7 +57,7 @@ def flat_record(report: BenchReport, result: TestResult) -> dict[str, Any]:
             "peak_host_bytes": result.peak_host_bytes,
             "peak_gpu_bytes": result.peak_gpu_bytes,
             "samples_ns": [round(s * 1e9) for s in durations_s],
-            "samples_ts": [test.num_tokens / s for s in durations_s],
+            "samples_ts": [test.num_tokens * runner.num_ranks / s for s in durations_s],
         }
     return {
         "build_commit": machine.commit,
@@ -80,6 +80,7 @@ def flat_record(report: BenchReport, result: TestResult) -> dict[str, Any]:
         "backends": runner.backend,
         "device": runner.device,
         "n_threads": runner.num_threads,
+        "n_ranks": runner.num_ranks,
         "load_s": runner.loading.duration_s,
         "test": test.name,
         "n_prompt": test.num_prompt,
@@ -113,7 +114,7 @@ _COLUMNS: dict[str, Cell] = {
     "dtype": lambda report, r: report.model.dtype,
     "runner": lambda report, r: r.runner.label,
     "experts by": lambda report, r: r.runner.backend,
-    "batch": lambda report, r: str(r.test.batch),
+    "batch": lambda report, r: _batch(r),
     "test": lambda report, r: r.test.name,
     "t/s": lambda report, r: f"{r.tokens_per_s:.2f} ± {r.tokens_per_s_std:.2f}",
     "vs best baseline": lambda report, r: _format(report.speedup(r), "{:.2f}x"),
@@ -183,6 +184,11 @@ def _link_bytes_per_token(result: TestResult) -> float | None:
 
 def _format(value: float | None, pattern: str, scale: float = 1.0) -> str:
     return "" if value is None else pattern.format(value * scale)
+
+
+def _batch(result: TestResult) -> str:
+    ranks = f" on each of {result.runner.num_ranks} ranks" if result.runner.num_ranks > 1 else ""
+    return f"{result.test.batch}{ranks}"
 
 
 def _count(number: int) -> str:

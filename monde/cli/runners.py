@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -31,6 +31,7 @@ class Runner:
     activate: Callable[[], None] = field(default=lambda: None)
     counters: Callable[[], Counters] | None = None
     reset_counters: Callable[[], None] = field(default=lambda: None)
+    slowest_s: Callable[[float], float] = field(default=lambda duration_s: duration_s)  # of all ranks
     why_not: Callable[[BenchTest], str] = field(default=lambda test: "")  # a reason to skip a test, or ""
 
 
@@ -73,8 +74,22 @@ def load_monde(options: LoadOptions) -> Runner:
     report, backend = engine.load_report, f"{engine.host_choice.name}/{engine.host_choice.isa}"
     if report.num_resident_experts:
         backend += f", {report.num_resident_experts}/{report.num_experts} experts on the GPU"
+    if engine.ranked is not None:
+        return _over_ranks(engine, backend, model, loading)
     facts = runner_facts("monde", backend, model, loading)
     return Runner(facts, model, counters=engine.counters, reset_counters=engine.reset_counters)
+
+
+def _over_ranks(engine: Any, backend: str, model: PreTrainedModel, loading: Loading) -> Runner:
+    ranks = engine.ranked.ranks
+    facts = runner_facts("monde", f"{backend}, {engine.config.parallel}", model, loading)
+    return Runner(
+        replace(facts, num_ranks=ranks.size),
+        model,
+        counters=engine.counters,
+        reset_counters=engine.reset_counters,
+        slowest_s=lambda duration_s: float(max(ranks.agree(duration_s))),
+    )
 
 
 def watched(load: Callable[[], PreTrainedModel]) -> tuple[PreTrainedModel, Loading]:

@@ -18,13 +18,16 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class TokenSource:
-    """A long row of token ids, and where they come from in words."""
+    """A long row of token ids, and where they come from in words. Each of num_ranks ranks has windows of its own."""
 
     tokens_N: Tensor
     origin: str
+    rank: int = 0
+    num_ranks: int = 1
 
     def window(self, index: int, batch: int, length: int) -> Tensor:
         """Batch `index`: int64 [batch, length], sequences from far apart in the text; it wraps at the end."""
+        index = index * self.num_ranks + self.rank
         num_tokens = self.tokens_N.numel()
         starts_B = (
             (torch.arange(batch) + batch * index) * 9973 * 7

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hostcompute import ExpertBank, env, make_pool
-from hostcompute.topology import choose_cores
+from hostcompute.topology import ALL_CORES, CoreShare, choose_cores
 from monde.core import RoutedBatch
 from monde.weights.staging import Staging
 
@@ -92,13 +92,15 @@ def _weights(topk_weights_TK: Tensor) -> Tensor:
     return topk_weights_TK.contiguous()
 
 
-def host_pool(num_threads: int | None, device: torch.device) -> Any:
+def host_pool(num_threads: int | None, device: torch.device, share: CoreShare = ALL_CORES) -> Any:
     """The host kernels' threads; None for the process's own pool."""
     if num_threads is not None:
-        return make_pool(num_threads)
-    return make_pool(host_threads()) if device.type == "cuda" else None
+        return make_pool(num_threads, share)
+    if device.type == "cuda":
+        return make_pool(host_threads(share), share)
+    return make_pool(env.num_threads(), share) if share.num_processes > 1 else None
 
 
-def host_threads() -> int:
+def host_threads(share: CoreShare = ALL_CORES) -> int:
     """Threads of the host kernels next to a GPU: one core stays with who launches steps and spins for them."""
-    return max(1, len(choose_cores(env.num_threads())) - 1)
+    return max(1, len(choose_cores(env.num_threads(), share)) - 1)

@@ -84,30 +84,31 @@ class PrefillExecutor:
         self.num_resident_pairs = self.num_fetched_pairs = 0
         self.phases = Phases()
 
-    def forward(self, batch: RoutedBatch) -> Tensor:
-        """y_TD like x_TD, every pair computed, summed in fp32, rounded once.
+    def forward(self, batch: RoutedBatch, y_dtype: torch.dtype | None = None) -> Tensor:
+        """y_TD, every pair computed, summed in fp32, rounded once: to fp32 where that is asked for, else as x_TD.
 
         Errors: RuntimeError naming the layer when the host fails or is late; the next call works.
         """
         num_tokens, num_topk = batch.topk_ids_TK.shape
         step = self.hub.size.chunk_tokens(num_topk)
         chunks = [slice(i, i + step) for i in range(0, num_tokens, step)]
-        ys = [self._chunk(_part(batch, rows), rows is not chunks[-1]) for rows in chunks]
+        y_dtype = y_dtype or batch.x_TD.dtype
+        ys = [self._chunk(_part(batch, rows), y_dtype, rows is not chunks[-1]) for rows in chunks]
         if len(ys) == 1:
             return ys[0]
-        return torch.cat(ys) if ys else torch.zeros_like(batch.x_TD)
+        return torch.cat(ys) if ys else torch.zeros_like(batch.x_TD, dtype=y_dtype)
 
-    def _chunk(self, batch: RoutedBatch, more: bool) -> Tensor:
+    def _chunk(self, batch: RoutedBatch, y_dtype: torch.dtype, more: bool) -> Tensor:
         self.hub.enter()
         try:
-            return self._streamed(batch, more)
+            return self._streamed(batch, y_dtype, more)
         except BaseException:
             self.hub.recover()
             raise
         finally:
             self.hub.leave()
 
-    def _streamed(self, batch: RoutedBatch, more: bool) -> Tensor:
+    def _streamed(self, batch: RoutedBatch, y_dtype: torch.dtype, more: bool) -> Tensor:
         hub, lanes, times = self.hub, self.hub.lanes, [time.perf_counter()]
         num_tokens, num_topk = batch.topk_ids_TK.shape
         # ---- count ----
@@ -165,7 +166,7 @@ class PrefillExecutor:
             *self._resident_waves(resident, slot_E, order, x_TD.dtype),
             *(self._arriving(pieces, order) for pieces in sends),
         ]
-        rows, tiles = self._rows(order, waves, ids_TK, x_TD)
+        rows, tiles = self._rows(order, waves, ids_TK, x_TD, y_dtype)
         for i, wave in enumerate(waves):
             if i < len(staged):
                 self._arrived(staged[i], wave, tiles[i], rows, blobs)
@@ -192,7 +193,7 @@ class PrefillExecutor:
         hub.copied(split.copy_s - bus_busy_s, list(arriving))
         if posted is not None:
             posted.there.order()  # what was read may be freed only after that
-        y_TD = self._combined(rows, weights_TK, y_TD, x_TD)
+        y_TD = self._combined(rows, weights_TK, y_TD, x_TD, y_dtype)
         # The host's sum has the bus for itself: a layer waits for it, and for nothing that is fetched ahead.
         hub.prefetch(ahead, None if pending is None else lanes.mark())
         times.append(time.perf_counter())
@@ -226,7 +227,7 @@ class PrefillExecutor:
 
     # ---- the device's rows ----
     def _rows(
-        self, order: Order, waves: Sequence[Wave], ids_TK: Tensor, x_TD: Tensor
+        self, order: Order, waves: Sequence[Wave], ids_TK: Tensor, x_TD: Tensor, y_dtype: torch.dtype
     ) -> tuple[Rows, list[Tensor]]:
         """And the tiles of every wave; all that the device must be told goes up at once."""
         E, (tiles_n4, num_tiles) = len(order.begin_E), tiles_of(waves)
@@ -234,7 +235,7 @@ class PrefillExecutor:
         begin_E, tiles = told[:E], told[E:].view(-1, 4).split(num_tiles)
         position_TK, tokens_N = _place(self.hub.kernels(x_TD.dtype, self.spec), begin_E, order, ids_TK)
         dtype = torch.promote_types(x_TD.dtype, TORCH_DTYPES[self.spec.dtype])
-        v_dtype = x_TD.dtype if self.is_whole and dtype == x_TD.dtype else torch.float32
+        v_dtype = x_TD.dtype if self.is_whole and dtype == x_TD.dtype == y_dtype else torch.float32
         v_ND = torch.empty(order.num_rows + 1, self.spec.d_model, dtype=v_dtype, device=x_TD.device)
         v_ND[-1].zero_()
         h_NF = None
@@ -243,14 +244,16 @@ class PrefillExecutor:
             h_NF = x_TD.new_empty(order.num_rows, f_pad_k)
         return Rows(x_TD, tokens_N, position_TK, v_ND, h_NF), list(tiles)
 
-    def _combined(self, rows: Rows, weights_TK: Tensor, y_TD: Tensor | None, x_TD: Tensor) -> Tensor:
-        kernels = self.hub.kernels(x_TD.dtype, self.spec)
+    def _combined(
+        self, rows: Rows, weights_TK: Tensor, y_TD: Tensor | None, x_TD: Tensor, y_dtype: torch.dtype
+    ) -> Tensor:
+        kernels = self.hub.kernels(y_dtype, self.spec)  # rows of fp32 where the result is
         if (
             kernels is not None
         ):  # which read the host's sum where it lies, in no queue behind copies of experts
             return kernels.combine(rows.v_ND[:-1], rows.position_TK, weights_TK, y_TD)
         y_TD = None if y_TD is None else y_TD.to(x_TD.device, non_blocking=True)
-        return combine(rows.v_ND, rows.position_TK, weights_TK, y_TD).to(x_TD.dtype)
+        return combine(rows.v_ND, rows.position_TK, weights_TK, y_TD).to(y_dtype)
 
     def _products(self, x_dtype: torch.dtype) -> Products:
         if x_dtype not in self._products_of:

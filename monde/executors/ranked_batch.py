@@ -8,6 +8,7 @@ so that a decode step needs no exchange of its own for that. Everybody sees ever
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -15,25 +16,30 @@ from torch import Tensor
 from monde.core import RoutedBatch
 from monde.executors.ranks import RankError, RankGroup
 from monde.executors.rows import gather_rows
-from monde.planning.sharding import RankedCounts
+from monde.planning.sharding import ROUTING_WORDS, RankedCounts
 
-FIELDS = ("layer", "tokens", "top-k", "model dim", "element type")
+FIELDS = ("layer", "tokens", "top-k", "model dim", "element type", "digest", "digest")
 _SAME = {
     "layer": 0,
     "top-k": 2,
     "model dim": 3,
     "element type": 4,
 }  # what ranks must agree on, and where it is
-ROUTING_WORDS = 1024  # 4 KiB a rank: a Gloo exchange takes as long with as without
+_DIGEST = slice(5, 7)
+# From here on ranks with one and the same batch divide its tokens; fewer are bound by reading weights, and one more
+# exchange would take longer than computing them on every rank.
+DIVIDED_TOKENS = 32
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
 @dataclass(frozen=True)
 class RankedBatch:
     """This rank's part of a batch; routing is packed as words_TM, M = 2 K: ids, then weights as fp32 bits.
 
-    words_of_all: everybody's, where it travelled with the header.
+    words_of_all, x_of_all: everybody's, rank by rank, where they are here already. is_divided: all ranks were asked
+    for one batch, of which each has a part now; all of them want the whole answer.
     """
 
     mine: RoutedBatch
@@ -41,6 +47,8 @@ class RankedBatch:
     words_TM: Tensor
     home_TK: Tensor  # the rank of every pair's expert, W for pairs that compute nothing
     words_of_all: Tensor | None
+    x_of_all: Tensor | None = None
+    is_divided: bool = False
 
     def all_words(self, ranks: RankGroup) -> Tensor:
         """Everybody's routing, rank by rank, on the device of the batch."""
@@ -71,18 +79,22 @@ def exchange_batch(
     goes_TW = torch.zeros((len(x_TD), ranks.size + 1), dtype=torch.bool, device=x_TD.device)
     goes_TW.scatter_(1, home_TK, True)
     pairs_E = torch.bincount(ids_TK.flatten(), minlength=num_experts + 1)[:num_experts]
-    counted = torch.cat((goes_TW.sum(dim=0)[: ranks.size], pairs_E)).int().cpu()
+    counted = torch.cat((goes_TW.sum(dim=0)[: ranks.size], pairs_E)).int()
+    counted = torch.cat((_digest(x_TD, words_TM), counted)).cpu()
 
     num_counts = len(FIELDS) + ranks.size + num_experts
     header_H = torch.zeros(num_counts + ROUTING_WORDS, dtype=torch.int32)
     fields = (layer_idx, len(x_TD), ids_TK.shape[1], x_TD.shape[1], _DTYPES.index(x_TD.dtype))
-    header_H[: len(FIELDS)] = torch.tensor(fields)
-    header_H[len(FIELDS) : num_counts] = counted
+    header_H[: len(fields)] = torch.tensor(fields)
+    header_H[len(fields) : num_counts] = counted
     if words_TM.numel() <= ROUTING_WORDS:
         header_H[num_counts : num_counts + words_TM.numel()] = words_TM.flatten()
     header_WH = ranks.exchange(header_H)
     _check(header_WH[:, : len(FIELDS)])
 
+    here = RoutedBatch(x_TD, ids_TK, weights_TK)
+    if len(x_TD) >= DIVIDED_TOKENS and len(header_WH[:, [1, 5, 6]].unique(dim=0)) == 1:
+        return _divided(ranks, here, words_TM, home_TK, goes_TW, tuple(pairs_E.tolist()))
     counts = RankedCounts(
         num_tokens_W=tuple(header_WH[:, 1].tolist()),
         rows_WW=tuple(map(tuple, header_WH[:, len(FIELDS) : len(FIELDS) + ranks.size].tolist())),
@@ -90,13 +102,46 @@ def exchange_batch(
         num_topk=ids_TK.shape[1],
     )
     words_of_all = None
-    if max(counts.num_tokens_W) * words_TM.shape[1] <= ROUTING_WORDS:
+    if counts.routing_fits_header:
         parts = [
             words[num_counts : num_counts + num_tokens * words_TM.shape[1]]
             for words, num_tokens in zip(header_WH, counts.num_tokens_W, strict=True)
         ]
         words_of_all = torch.cat(parts).view(-1, words_TM.shape[1]).to(x_TD.device)
-    return RankedBatch(RoutedBatch(x_TD, ids_TK, weights_TK), counts, words_TM, home_TK, words_of_all)
+    return RankedBatch(here, counts, words_TM, home_TK, words_of_all)
+
+
+def _divided(
+    ranks: RankGroup,
+    whole: RoutedBatch,
+    words_TM: Tensor,
+    home_TK: Tensor,
+    goes_TW: Tensor,
+    pairs_E: tuple[int, ...],
+) -> RankedBatch:
+    """This rank's part of a batch that all ranks have: sizes follow without asking."""
+    bounds = [len(whole.x_TD) * w // ranks.size for w in range(ranks.size + 1)]
+    rows_WW = torch.stack([goes_TW[start:end, : ranks.size].sum(dim=0) for start, end in pairwise(bounds)])
+    counts = RankedCounts(
+        num_tokens_W=tuple(end - start for start, end in pairwise(bounds)),
+        rows_WW=tuple(map(tuple, rows_WW.tolist())),
+        pairs_E=pairs_E,
+        num_topk=home_TK.shape[1],
+        is_everywhere=True,
+    )
+    part = slice(bounds[ranks.rank], bounds[ranks.rank + 1])
+    mine = RoutedBatch(whole.x_TD[part], whole.topk_ids_TK[part], whole.topk_weights_TK[part])
+    return RankedBatch(mine, counts, words_TM[part], home_TK[part], words_TM, whole.x_TD, is_divided=True)
+
+
+def _digest(x_TD: Tensor, words_TM: Tensor) -> Tensor:
+    """64 bits as two int32: the same batch has the same, another one hardly ever. 0 for batches that stay whole."""
+    if len(x_TD) < DIVIDED_TOKENS:
+        return torch.zeros(2, dtype=torch.int32, device=x_TD.device)
+    place_M = torch.arange(1, words_TM.shape[1] + 1, device=x_TD.device) * 0x9E3779B1
+    rows_T = x_TD.view(_BITS[x_TD.dtype]).sum(dim=1, dtype=torch.int64) + (words_TM * place_M).sum(dim=1)
+    place_T = torch.arange(1, len(x_TD) + 1, device=x_TD.device) * 0x85EBCA77
+    return (rows_T * (place_T | 1)).sum().view(1).view(torch.int32)
 
 
 def _check(fields_WF: Tensor) -> None:
@@ -105,5 +150,5 @@ def _check(fields_WF: Tensor) -> None:
         if len(set(values)) > 1:
             raise RankError(
                 f"mesh: the ranks are in different calls, {name} by rank: {values}; every rank must call the same "
-                "model equally often (generate does, and dummy batches of no tokens are fine)"
+                "model equally often (generate does; a rank that has nothing to ask feeds one token)"
             )

@@ -8,14 +8,19 @@ Every wait has one deadline, and what ends it is a RankError that says what to d
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+
+from hostcompute.topology import CoreShare
 
 T = TypeVar("T")
 
@@ -29,7 +34,8 @@ class RankError(RuntimeError):
 class RankGroup:
     """This process among the ranks of a 1-D mesh. Making one, and every method but `check`, is for all of them.
 
-    timeout_s: how long a rank waits for the others, anywhere. After a RankError the group is of no more use.
+    timeout_s: how long a rank waits for the others, anywhere. Ranks that have lost each other stay so.
+    cores: this rank's share of the cores that it and others on the machine may use.
     """
 
     def __init__(self, mesh: DeviceMesh, timeout_s: float) -> None:
@@ -49,6 +55,9 @@ class RankGroup:
             return tuple(map(group, ("gloo", BACKENDS[mesh.device_type], BACKENDS[mesh.device_type])))
 
         self.control, self.inward, self.outward = self.guarded(groups)
+        here = (socket.gethostname(), _boot_id(), tuple(sorted(os.sched_getaffinity(0))))
+        neighbours = [rank for rank, there in enumerate(self.agree(here)) if there == here]
+        self.cores = CoreShare(neighbours.index(self.rank), len(neighbours))
 
     # ---- agreements, at loading ----
     def agree(self, value: Any = None) -> list[Any]:
@@ -56,7 +65,10 @@ class RankGroup:
         return self._exchange_objects(None, value)
 
     def fail(self, error: BaseException) -> None:
-        """Tell the others, who are or will be in `agree`, that this rank gives up."""
+        """Tell the others, who are or will be in `agree`, that this rank gives up. Telling once is enough."""
+        if hasattr(error, "_told_ranks"):
+            return
+        error._told_ranks = True  # type: ignore[attr-defined]
         with contextlib.suppress(RankError):
             self._exchange_objects(" ".join(str(error).split()) or type(error).__name__, None)
 
@@ -80,10 +92,19 @@ class RankGroup:
             raise RankError("mesh: " + "; ".join(failed))
         return [answer[1] for answer in answers]
 
+    def agree_same(self, settings: Mapping[str, Any]) -> None:
+        """Errors: ValueError on all ranks where some have other settings, naming the first that differs."""
+        by_rank = self.agree(dict(settings))
+        for name in settings:
+            values = [str(theirs.get(name)) for theirs in by_rank]
+            if len(set(values)) > 1:
+                told = ", ".join(f"rank {rank} {value}" for rank, value in enumerate(values))
+                raise ValueError(f"mesh: ranks differ in {name}: {told}; give all of them the same")
+
     # ---- at every layer ----
     def exchange(self, header_H: Tensor) -> Tensor:
         """header_WH: everybody's words, int32 on the CPU, of one length everywhere."""
-        header_WH = torch.empty((self.size, len(header_H)), dtype=header_H.dtype)
+        header_WH = torch.empty((self.size, len(header_H)), dtype=header_H.dtype, device="cpu")
         self.guarded(lambda: dist.all_gather(list(header_WH), header_H, group=self.control))
         return header_WH
 
@@ -107,11 +128,26 @@ class RankGroup:
             )
             raise RankError(self._lost) from error
 
-    def close(self) -> None:
-        """Leave the groups. Closing twice is fine."""
-        for name in ("control", "inward", "outward"):
-            group = self.__dict__.pop(name, None)
-            if group is not None and dist.is_initialized():
-                with contextlib.suppress(RuntimeError, ValueError):
-                    dist.destroy_process_group(group)
-        self._lost = self._lost or "mesh: this model was closed; load it again"
+
+_made: dict[tuple[object, ...], tuple[Any, RankGroup]] = {}
+
+
+def ranks_of_mesh(mesh: DeviceMesh, timeout_s: float) -> RankGroup:
+    """The one group of these ranks with this timeout, made at the first call, as long as torch's process groups live.
+
+    Not one a model: torch names a group after its ranks, and a name used again finds the addresses of the group before.
+    Errors: RankError.
+    """
+    world = dist.group.WORLD
+    key = (tuple(dist.get_process_group_ranks(mesh.get_group())), mesh.device_type, timeout_s)
+    if key not in _made or _made[key][0] is not world:
+        _made[key] = (world, RankGroup(mesh, timeout_s))
+    return _made[key][1]
+
+
+def _boot_id() -> str:
+    """Tells machines of one name apart."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""

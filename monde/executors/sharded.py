@@ -59,12 +59,12 @@ class ShardedExecutor:
         """y_TD of this rank's tokens, rounded once. All ranks call it, with one num_chunks. Errors: RankError."""
         ranks, x_TD = self.ranks, batch.mine.x_TD
         chunks = list(chunks_of(batch.counts.num_tokens_W, num_chunks))
-        arriving = deque(self._gather(x_TD, chunk) for chunk in chunks[:1])
+        arriving = deque(self._gather(batch, chunk) for chunk in chunks[:1])
         words_NM = batch.all_words(ranks)
         leaving: deque[tuple[Chunk, PendingSum]] = deque()
         y_TD = torch.empty_like(x_TD)
         for c, chunk in enumerate(chunks):
-            arriving.extend(self._gather(x_TD, following) for following in chunks[c + 1 : c + 2])
+            arriving.extend(self._gather(batch, following) for following in chunks[c + 1 : c + 2])
             ids_NK, weights_NK = unpack_routing(_rows_of(words_NM, batch.counts.num_tokens_W, chunk))
             x_ND = arriving.popleft().wait()
             partial_ND = self.compute(RoutedBatch(x_ND, ids_NK, weights_NK), torch.float32)
@@ -75,8 +75,11 @@ class ShardedExecutor:
             self._arrive(y_TD, *pending)
         return y_TD
 
-    def _gather(self, x_TD: Tensor, chunk: Chunk) -> PendingRows:
-        return gather_rows(self.ranks, self._own(x_TD, chunk), chunk.counts_W)
+    def _gather(self, batch: RankedBatch, chunk: Chunk) -> PendingRows:
+        if batch.x_of_all is not None:
+            here_ND = _rows_of(batch.x_of_all, batch.counts.num_tokens_W, chunk)
+            return PendingRows(self.ranks, here_ND, works=[])
+        return gather_rows(self.ranks, self._own(batch.mine.x_TD, chunk), chunk.counts_W)
 
     def _own(self, x_TD: Tensor, chunk: Chunk) -> Tensor:
         return x_TD[chunk.start_W[self.ranks.rank] : chunk.end_W[self.ranks.rank]]

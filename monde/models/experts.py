@@ -98,7 +98,7 @@ class ExpertsModule:
         adapter = self.adapter.configured(engine.config)
         hook = _StateDictHook(self, engine, layer_idx)
         for _, module in self._places():
-            adapter.attach(module, ExpertsHandle(engine.layers[layer_idx]))
+            adapter.attach(module, ExpertsHandle(engine.fronts[layer_idx]))
             module.register_state_dict_post_hook(hook)
             module.register_load_state_dict_pre_hook(_refuse_state_dict)
 

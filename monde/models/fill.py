@@ -11,7 +11,6 @@ from transformers.utils import logging
 from monde.core import LoadReport
 from monde.engine import Engine
 from monde.models.experts import ExpertsModule
-from monde.planning.budget import MemoryPlan
 
 
 class ExpertArrays(Protocol):
@@ -24,8 +23,13 @@ class ProgressBar:
     """transformers' own bar, so that `disable_progress_bar` and the verbosity settings hold."""
 
     def __init__(self, engine: Engine) -> None:
-        num_experts = sum(layer.spec.num_experts for layer in engine.layers)
-        self._bar = logging.tqdm(total=num_experts, desc="Loading experts", unit="expert")
+        ranked = engine.ranked
+        specs = [layer.spec for layer in engine.layers] if ranked is None else ranked.whole
+        quiet = ranked is not None and ranked.ranks.rank > 0  # one bar on a terminal that ranks share
+        num_experts = 0 if quiet else sum(spec.num_experts for spec in specs)
+        self._bar = logging.tqdm(
+            total=num_experts, desc="Loading experts", unit="expert", disable=quiet or None
+        )
 
     def step(self) -> None:
         self._bar.update(1)
@@ -39,6 +43,9 @@ def fill_layer(
 ) -> None:
     """Load every expert of one layer. Errors: ValueError naming layer and expert, e.g. for NaN in weights."""
     for expert_id in range(module.spec.num_experts):
+        if not engine.holds(layer_idx, expert_id):
+            bar.step()
+            continue
         arrays = {role: array.cpu() for role, array in source.arrays(expert_id).items()}
         try:
             engine.load_expert(layer_idx, expert_id, arrays)
@@ -47,13 +54,14 @@ def fill_layer(
         bar.step()
 
 
-def load_report(plan: MemoryPlan, seconds_s: float, peak_host_bytes: int) -> LoadReport:
+def load_report(engine: Engine, seconds_s: float, peak_host_bytes: int) -> LoadReport:
+    plan = engine.plan
     return LoadReport(
         seconds_s=seconds_s,
         peak_host_bytes=peak_host_bytes,
         dense_bytes=plan.size.dense_bytes,
         expert_bytes=plan.size.expert_bytes,
-        num_moe_layers=len(plan.size.layers),
+        num_moe_layers=len(engine.fronts),
         num_experts=sum(layer.num_experts for layer in plan.size.layers),
         num_resident_experts=sum(plan.num_resident_L),
     )

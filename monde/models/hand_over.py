@@ -13,6 +13,7 @@ from torch import Tensor
 from monde.engine import Engine
 from monde.models.decode_graph import install_on_gpu
 from monde.models.experts import ExpertsModule
+from monde.models.mesh import run_over_ranks
 from monde.models.norms import fuse_norms
 from monde.models.on_cpu import speed_up_on_cpu
 
@@ -22,7 +23,10 @@ _RUNS_IN = (torch.float32, torch.bfloat16, torch.float16)
 def hand_over(model: Any, engine: Engine, modules: Sequence[ExpertsModule]) -> None:
     """Make `model`, whose experts are in `engine`, ready to run; `modules` have given up their parameters."""
     model.monde = engine
-    install_on_gpu(model, engine)
+    if engine.ranked is None:
+        install_on_gpu(model, engine)
+    else:
+        run_over_ranks(model, engine, engine.ranked.ranks)
     fuse_norms(model)
     speed_up_on_cpu(model, engine.device, engine.pool)
     taken = [param for module in modules for param in module.taken.values()]

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from monde.config import MondeConfig
 from monde.models.configuration import HUB_SETTINGS, read_configuration
+from monde.models.mesh import loading_together
 from monde.models.stored import checkpoint_files
 from monde.weights.checkpoint import CheckpointError
 
@@ -30,10 +31,14 @@ def from_pretrained(path_or_id: str | Path, **kwargs: Any) -> PreTrainedModel:
     any weight is read; ValueError for pre-quantised checkpoints; FileNotFoundError where neither a folder nor the
     hub has the model.
     """
-    _check_arguments(path_or_id, kwargs)
     config = MondeConfig(**{name: kwargs.pop(name) for name in _SETTINGS & kwargs.keys()})
+    with loading_together(config):
+        _check_arguments(path_or_id, kwargs)
+        return _from_pretrained(os.path.expanduser(path_or_id), config, kwargs)
+
+
+def _from_pretrained(path_or_id: str, config: MondeConfig, kwargs: dict[str, Any]) -> PreTrainedModel:
     hub = {name: kwargs[name] for name in HUB_SETTINGS if name in kwargs}
-    path_or_id = os.path.expanduser(path_or_id)
     model_config = kwargs.pop("config", None) or read_configuration(path_or_id, **hub)
     checkpoint_files(path_or_id)  # before transformers, which has no words for a damaged index
     quantised = getattr(model_config, "quantization_config", None)

@@ -9,10 +9,13 @@ from transformers import PreTrainedModel
 
 from monde.config import MondeConfig
 from monde.engine import Engine
+from monde.executors.ranked_model import RankedModel
+from monde.executors.ranks import RankGroup
 from monde.models.experts import find_experts
 from monde.models.fill import ProgressBar, fill_layer, load_report
 from monde.models.hand_over import hand_over
 from monde.models.memory import PeakMemory
+from monde.models.mesh import check_same_weights, loading_together
 from monde.models.sizing import plan_for, resolve_device
 
 
@@ -28,17 +31,30 @@ def offload(model: PreTrainedModel, config: MondeConfig | None = None, **setting
     """
     config = _config(config, settings)
     _check_offloadable(model)
+    with loading_together(config) as ranks:
+        return _offload(model, config, ranks)
+
+
+def _offload(model: Any, config: MondeConfig, ranks: RankGroup | None) -> PreTrainedModel:
     start_s = time.perf_counter()
     modules = find_experts(model)
     device = resolve_device(config)
-    plan = plan_for(model, modules, config, device)
+    specs = [module.spec for module in modules]
+    ranked = None if ranks is None else RankedModel(ranks, config, specs)
+    plan = plan_for(model, modules, config, device, ranked)
     with PeakMemory() as peak:
-        engine = Engine(config, [module.spec for module in modules], plan, device)
+        engine = Engine(config, specs if ranked is None else ranked.specs, plan, device, ranked)
         bar = ProgressBar(engine)
         try:
             for layer_idx, module in enumerate(modules):
                 fill_layer(engine, layer_idx, module, module, bar)
-                module.take_parameters()
+                if ranks is None:
+                    module.take_parameters()
+            if ranks is not None:
+                # A part does not give the whole back, so all ranks succeed before anything is taken.
+                check_same_weights(model, engine)
+                for module in modules:
+                    module.take_parameters()
         except Exception:
             for layer_idx, module in enumerate(modules):
                 if module.taken:
@@ -49,11 +65,11 @@ def offload(model: PreTrainedModel, config: MondeConfig | None = None, **setting
             bar.close()
         for layer_idx, module in enumerate(modules):
             module.attach(engine, layer_idx)
-        model.to(device)  # type: ignore[arg-type]
+        model.to(device)
         model.eval()
         hand_over(model, engine, modules)
-        engine.load_report = load_report(plan, time.perf_counter() - start_s, peak.stop())
-    return model
+        engine.load_report = load_report(engine, time.perf_counter() - start_s, peak.stop())
+    return model  # type: ignore[no-any-return]
 
 
 def _config(config: MondeConfig | None, settings: dict[str, Any]) -> MondeConfig:

@@ -9,13 +9,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from monde.layer import MoELayer
+from monde.layer import MoELayer, RankedLayer
 
 _NO_GRADIENT = (
     "monde runs experts for inference only: no gradient flows through them; "
     "use torch.no_grad(), or train the original model without monde"
 )
-_layers: weakref.WeakValueDictionary[int, MoELayer] = weakref.WeakValueDictionary()
+_layers: weakref.WeakValueDictionary[int, MoELayer | RankedLayer] = weakref.WeakValueDictionary()
 _next_layer_id = itertools.count()
 
 
@@ -25,7 +25,7 @@ class ExpertsHandle:
     A copied module shares the experts of the original; pickling is refused.
     """
 
-    def __init__(self, layer: MoELayer) -> None:
+    def __init__(self, layer: MoELayer | RankedLayer) -> None:
         self.layer = layer
         self.layer_id = next(_next_layer_id)
         _layers[self.layer_id] = layer
@@ -51,7 +51,7 @@ class _ForwardOnly(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, layer: MoELayer
+        ctx: Any, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, layer: MoELayer | RankedLayer
     ) -> Tensor:
         return layer.forward(x_TD, topk_ids_TK, topk_weights_TK)
 

@@ -7,6 +7,7 @@ loading it. Nothing is quantised: once loaded, the model is a plain one with `mo
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from dataclasses import dataclass
@@ -22,10 +23,13 @@ from transformers.quantizers.base import HfQuantizer
 
 from monde.config import QUANT_METHOD, MondeConfig
 from monde.engine import Engine
+from monde.executors.ranked_model import RankedModel
+from monde.executors.ranks import RankGroup
 from monde.models.experts import ExpertsModule, find_experts
 from monde.models.fill import ProgressBar, fill_layer, load_report
 from monde.models.hand_over import hand_over
 from monde.models.memory import PeakMemory
+from monde.models.mesh import check_same_weights, loading_together
 from monde.models.sizing import plan_for, resolve_device
 from monde.models.sources import ModuleSource, find_sources
 from monde.weights.checkpoint import Checkpoint, CheckpointError
@@ -72,6 +76,10 @@ class MondeQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Any = None, **kwargs: Any
     ) -> None:
+        with loading_together(self.quantization_config) as ranks:
+            self._prepare(model, checkpoint_files, ranks)
+
+    def _prepare(self, model: Any, checkpoint_files: Any, ranks: RankGroup | None) -> None:
         start_s, config = time.perf_counter(), self.quantization_config
         if checkpoint_files is None:
             raise ValueError(
@@ -79,11 +87,13 @@ class MondeQuantizer(HfQuantizer):
             )
         modules = find_experts(model)
         device = resolve_device(config)
-        plan = plan_for(model, modules, config, device)
+        specs = [module.spec for module in modules]
+        ranked = None if ranks is None else RankedModel(ranks, config, specs)
+        plan = plan_for(model, modules, config, device, ranked)
         checkpoint = Checkpoint(checkpoint_files)
         sources = find_sources(model, modules, checkpoint)
         peak = PeakMemory()
-        engine = Engine(config, [module.spec for module in modules], plan, device)
+        engine = Engine(config, specs if ranked is None else ranked.specs, plan, device, ranked)
         for module in modules:
             module.take_parameters()
             for submodule in module.module.modules():
@@ -99,6 +109,12 @@ class MondeQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         loading, self._loading = self._loading, None
         assert loading is not None
+        ranked = loading.engine.ranked
+        with ranked.ranks.together() if ranked is not None else contextlib.nullcontext():
+            self._finish(model, loading)
+        return model
+
+    def _finish(self, model: Any, loading: _Loading) -> None:
         engine, bar = loading.engine, ProgressBar(loading.engine)
         with loading.peak:
             _check_shapes(model, loading.shapes)
@@ -108,15 +124,15 @@ class MondeQuantizer(HfQuantizer):
                     loading.checkpoint.drop_pages()
                     module.attach(engine, layer_idx)
             bar.close()
+            check_same_weights(model, engine)
             hand_over(model, engine, loading.modules)
             seconds_s = time.perf_counter() - loading.start_s
             peak_bytes = max(loading.peak.stop(), _held_bytes(model, engine))
-            engine.load_report = load_report(engine.plan, seconds_s, peak_bytes)
+            engine.load_report = load_report(engine, seconds_s, peak_bytes)
         self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
         for module in model.modules():
             if hasattr(getattr(module, "config", None), "_is_quantized"):
                 module.config._is_quantized = False
-        return model
 
     def is_serializable(self) -> bool:
         return True

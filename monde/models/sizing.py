@@ -12,6 +12,7 @@ import numpy as np
 import psutil
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from hostcompute import ExpertSpec
 from hostcompute.backends.select import choose
@@ -20,6 +21,7 @@ from monde.config import MOVING, MondeConfig
 from monde.device.mailbox import DecodeSize
 from monde.executors.decode import MAX_DECODE_TOKENS, MAX_DECODE_TOPK
 from monde.executors.prefill_size import PrefillSize
+from monde.executors.ranked_model import RankedModel
 from monde.models.experts import ExpertsModule
 from monde.planning.budget import LayerSize, MemoryPlan, ModelSize, Spread, plan_memory
 from monde.planning.placement import place
@@ -42,6 +44,8 @@ _GPU_SHARE = 0.9  # of what is free: the rest covers the CUDA context's growth a
 
 def resolve_device(config: MondeConfig) -> torch.device:
     """The device of the dense weights. Errors: ValueError when it is absent."""
+    if config.device is None and config.mesh is not None:
+        return _device_of(config.mesh)
     if config.device is None:
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     try:
@@ -56,13 +60,34 @@ def resolve_device(config: MondeConfig) -> torch.device:
                 f'device: {config.device} was asked for and this machine has no usable GPU; use device="cpu"'
             )
         device = torch.device("cuda", device.index or 0)
+    if config.mesh is not None and config.mesh.device_type != device.type:
+        raise ValueError(
+            f"mesh: it is one of {config.mesh.device_type} and dense weights are asked to run on {device}; leave "
+            f'device out, or make the mesh with init_device_mesh("{device.type}", ...)'
+        )
     return device
 
 
+def _device_of(mesh: DeviceMesh) -> torch.device:
+    """Making a mesh of GPUs has set each rank's own as current."""
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if mesh.device_type == "cuda"
+        else torch.device("cpu")
+    )
+
+
 def plan_for(
-    model: nn.Module, modules: Sequence[ExpertsModule], config: MondeConfig, device: torch.device
+    model: nn.Module,
+    modules: Sequence[ExpertsModule],
+    config: MondeConfig,
+    device: torch.device,
+    ranked: RankedModel | None = None,
 ) -> MemoryPlan:
-    """What goes where under the budget. Errors: BudgetError, ValueError for a budget above the machine."""
+    """What goes where under the budget, of this rank where there are several.
+
+    Errors: BudgetError, ValueError for a budget above the machine.
+    """
     on_gpu = device.type == "cuda"
     held_bytes = {"cuda": 0, "cpu": 0, "meta": 0}
     for tensor in (*model.parameters(), *model.buffers()):
@@ -86,7 +111,9 @@ def plan_for(
     host_bytes = config.host_memory
     if host_bytes is None:
         host_bytes = int(psutil.virtual_memory().available) + held_bytes["cpu"]
-    size = model_size(model, modules, config, on_gpu)
+        if ranked is not None:
+            host_bytes //= ranked.ranks.cores.num_processes
+    size = model_size(model, modules, config, on_gpu, ranked)
     wants_moves = config.residency in MOVING
     if wants_moves and gpu_bytes and choose(config.cpu_backend).name != "native":
         wants_moves = False
@@ -118,9 +145,13 @@ def _spread_by_heat(config: MondeConfig) -> Spread | None:
 
 
 def model_size(
-    model: nn.Module, modules: Sequence[ExpertsModule], config: MondeConfig, on_gpu: bool
+    model: nn.Module,
+    modules: Sequence[ExpertsModule],
+    config: MondeConfig,
+    on_gpu: bool,
+    ranked: RankedModel | None = None,
 ) -> ModelSize:
-    """The sizes of `model` at the longest context and largest batch of `config`."""
+    """The sizes of `model` at the longest context and largest batch of `config`; all ranks have such batches."""
     expert_names = {module.full_name(param) for module in modules for param in module.param_names()}
     dense = [p for name, p in model.named_parameters() if name not in expert_names]
     dense_bytes = sum(t.nbytes for t in (*dense, *model.buffers()))
@@ -129,33 +160,38 @@ def model_size(
     d_model = max(module.spec.d_model for module in modules)
     d_hidden = max(_first(text_config, "intermediate_size"), *(module.spec.d_ffn for module in modules))
     num_tokens = config.max_context * config.max_batch
+    specs = [module.spec for module in modules] if ranked is None else ranked.specs
+    num_ranks = 1 if ranked is None else ranked.ranks.size
+    # Over ranks, rows of all of them arrive, and partial sums in fp32 leave and arrive.
+    gathered_bytes = 0 if ranked is None else num_ranks * (itemsize_bytes + 4 + 4) * d_model
+    x_bytes = itemsize_bytes if ranked is None else 4  # sums of a part are fp32
     return ModelSize(
         dense_bytes=dense_bytes,
         kv_bytes_per_token=_kv_values_per_token(text_config) * itemsize_bytes,
-        act_bytes_per_token=4 * (_LIVE_VECTORS * d_model + _LIVE_HIDDEN_VECTORS * d_hidden),
+        act_bytes_per_token=4 * (_LIVE_VECTORS * d_model + _LIVE_HIDDEN_VECTORS * d_hidden) + gathered_bytes,
         logits_bytes=4 * config.max_batch * (getattr(text_config, "vocab_size", None) or 0),
-        staging_bytes_per_token=(itemsize_bytes + 4) * d_model,
+        staging_bytes_per_token=num_ranks * (itemsize_bytes + 4) * d_model,
         num_tokens=num_tokens,
-        layers=tuple(_layer_size(module.spec) for module in modules),
+        layers=tuple(map(_layer_size, specs)),
         library_bytes=_LIBRARY_BYTES
-        + _decode_bytes(modules)
-        + _prefill_bytes(modules, itemsize_bytes, num_tokens, 4 * _LIVE_HIDDEN_VECTORS * d_hidden)
+        + _decode_bytes(specs)
+        + _prefill_bytes(specs, x_bytes, num_ranks * num_tokens, 4 * _LIVE_HIDDEN_VECTORS * d_hidden)
         if on_gpu
         else 0,
     )
 
 
-def _decode_bytes(modules: Sequence[ExpertsModule]) -> int:
+def _decode_bytes(specs: Sequence[ExpertSpec]) -> int:
     """Scratch of the decode kernels, and the memory of captured steps besides what they compute in."""
-    size = DecodeSize.of([module.spec for module in modules], MAX_DECODE_TOKENS, MAX_DECODE_TOPK)
+    size = DecodeSize.of(specs, MAX_DECODE_TOKENS, MAX_DECODE_TOPK)
     return size.scratch_bytes + _GRAPH_BYTES
 
 
 def _prefill_bytes(
-    modules: Sequence[ExpertsModule], x_bytes: int, num_tokens: int, hidden_bytes_per_token: int
+    specs: Sequence[ExpertSpec], x_bytes: int, num_tokens: int, hidden_bytes_per_token: int
 ) -> int:
     """Staging, scratch and what a chunk of a prompt takes beyond what a dense layer's hidden values would."""
-    size = PrefillSize.of([module.spec for module in modules], x_bytes, num_tokens, MAX_DECODE_TOPK)
+    size = PrefillSize.of(specs, x_bytes, num_tokens, MAX_DECODE_TOPK)
     return size.fixed_bytes + max(0, size.workspace_bytes - num_tokens * hidden_bytes_per_token)
 
 

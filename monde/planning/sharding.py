@@ -7,14 +7,17 @@
     x of a chunk = max over ranks of share_W * sum over E of expert(pairs_E / C): no rank has more than its share of F
     of the peers   = max over ranks of sum over its own experts of expert(pairs_E): the skew decides
 
-Everything is computed from sizes that every rank knows, so all decide alike. W ranks, E experts, C chunks.
+Everything is computed from sizes that every rank knows, and sums over experts are rounded once (fsum), so that ranks
+with other processors, which would add in another order, decide alike. W ranks, E experts, C chunks.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +28,7 @@ from monde.planning.profile import Overlap
 
 PANEL = 16  # rows of F that the kernels take at once: a cut elsewhere pads both sides
 NUM_CHUNKS = (1, 2, 4, 8, 16)
+ROUTING_WORDS = 1024  # 4 KiB a rank with the sizes: a Gloo exchange takes as long with as without
 _FP32_BYTES = 4
 
 
@@ -38,13 +42,19 @@ class RankedCounts:
     """Sizes of one layer's batch on all ranks: the same record on each of them.
 
     rows_WW[w][v]: tokens of rank w with an expert of rank v, were whole experts spread over the ranks.
-    pairs_E: routed pairs of all ranks by expert. num_topk K.
+    pairs_E: routed pairs of all ranks by expert. num_topk K. is_everywhere: every rank has the rows of all already.
     """
 
     num_tokens_W: tuple[int, ...]
     rows_WW: tuple[tuple[int, ...], ...]
     pairs_E: tuple[int, ...]
     num_topk: int
+    is_everywhere: bool = False
+
+    @property
+    def routing_fits_header(self) -> bool:
+        """Whether ids and weights travel with the sizes."""
+        return max(self.num_tokens_W) * 2 * self.num_topk <= ROUTING_WORDS
 
 
 @dataclass(frozen=True)
@@ -118,11 +128,20 @@ def sharded_s(counts: RankedCounts, cost: RankedCost, num_chunks: int) -> float:
     tokens_W = np.asarray(counts.num_tokens_W, np.float64) / num_chunks
     # What comes in is everybody else's rows; what goes out, its own to everybody else. Sums go the other way.
     busiest = float(max((tokens_W.sum() - tokens_W).max(), (tokens_W * (len(tokens_W) - 1)).max()))
-    g = float(cost.gather.seconds(busiest * cost.d_model * cost.act_bytes_per_value))
+    g = 0.0
+    if not counts.is_everywhere:
+        g = float(cost.gather.seconds(busiest * cost.d_model * cost.act_bytes_per_value))
     s = float(cost.sum.seconds(busiest * cost.d_model * _FP32_BYTES))
-    x = max(cost.share_W) * float(_experts_s(np.asarray(counts.pairs_E) / num_chunks, cost.expert).sum())
-    routing_s = float(cost.gather.seconds(busiest * num_chunks * 2 * counts.num_topk * _FP32_BYTES))
-    return routing_s + g + (num_chunks - 1) * float(overlapped_s(x, g + s, cost.computing)) + x + s
+    x = max(cost.share_W) * math.fsum(_experts_s(np.asarray(counts.pairs_E) / num_chunks, cost.expert))
+    routing_s = 0.0
+    if not (counts.is_everywhere or counts.routing_fits_header):
+        routing_s = float(cost.gather.seconds(busiest * num_chunks * 2 * counts.num_topk * _FP32_BYTES))
+    return routing_s + pipeline_s(g, x, s, num_chunks, cost.computing)
+
+
+def pipeline_s(g: float, x: float, s: float, num_chunks: int, computing: Overlap) -> float:
+    """Chunks that arrive in g, are computed in x and leave in s, g and s on one link."""
+    return g + (num_chunks - 1) * float(overlapped_s(x, g + s, computing)) + x + s
 
 
 def peers_s(counts: RankedCounts, cost: RankedCost) -> float:
@@ -134,13 +153,13 @@ def peers_s(counts: RankedCounts, cost: RankedCost) -> float:
     routing_bytes = busiest * 2 * counts.num_topk * _FP32_BYTES
     moved_s = cost.swap.seconds(there_bytes) + cost.swap.seconds(routing_bytes)
     moved_s += cost.swap.seconds(busiest * cost.d_model * _FP32_BYTES)
-    return float(moved_s) + float(_by_rank(_experts_s(np.asarray(counts.pairs_E), cost.expert), cost).max())
+    return float(moved_s) + max(_by_rank(_experts_s(np.asarray(counts.pairs_E), cost.expert), cost))
 
 
 def rank_imbalance(counts: RankedCounts, cost: RankedCost) -> float:
     """rho: pairs of the fullest rank over the mean; 1 for a batch of none."""
     pairs_W = _by_rank(np.asarray(counts.pairs_E, np.float64), cost)
-    return float(pairs_W.max() / pairs_W.mean()) if pairs_W.any() else 1.0
+    return max(pairs_W) / (sum(pairs_W) / len(pairs_W)) if any(pairs_W) else 1.0
 
 
 def _experts_s(pairs_E: NDArray[np.float64], expert: AlphaBeta) -> NDArray[np.float64]:
@@ -148,6 +167,5 @@ def _experts_s(pairs_E: NDArray[np.float64], expert: AlphaBeta) -> NDArray[np.fl
     return expert.alpha_s * np.minimum(pairs_E, 1) + expert.s_per_unit * pairs_E
 
 
-def _by_rank(values_E: NDArray[np.float64], cost: RankedCost) -> NDArray[np.float64]:
-    ends = np.concatenate(([0.0], np.cumsum(values_E)))
-    return np.diff(ends[list(cost.first_expert_W1)])
+def _by_rank(values_E: NDArray[np.float64], cost: RankedCost) -> list[float]:
+    return [math.fsum(values_E[first:end]) for first, end in pairwise(cost.first_expert_W1)]

@@ -36,6 +36,7 @@ class Case:
     skew: float = 0.0
     seed: int = 0
     num_chunks: int = 1
+    same: bool = False  # whether all ranks ask for rank 0's batch
 
     @property
     def backend(self) -> str:
@@ -65,6 +66,7 @@ class Case:
 
     def batch(self, rank: int) -> RoutedBatch:
         """Ids from -2 to E + 1, so that some name no expert and some repeat in a row; a fifth of the weights are 0."""
+        rank = 0 if self.same else rank
         generator = torch.Generator().manual_seed(1000 * self.seed + rank + 1)
         T, K, E = self.num_tokens_W[rank], self.num_topk, self.spec.num_experts
         ids_TK = torch.randint(-2, E + 2, (T, K), generator=generator)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from hostcompute import Activation, ActivationKind, DType, ExpertSpec
 from monde.executors.peers import PeersExecutor
-from monde.executors.ranked_batch import exchange_batch
+from monde.executors.ranked import RankedExecutor
+from monde.executors.ranked_batch import DIVIDED_TOKENS
 from monde.executors.ranks import RankGroup
 from monde.executors.sharded import ShardedExecutor, chunks_of
-from monde.planning.sharding import assign_experts, cut_ffn
+from monde.planning.sharding import BatchPlan, RankedCounts, Way, assign_experts, cut_ffn
 from tests.distributed.moe import Case, compute_of, expected, shares, slices
 from tests.distributed.ranks import run_ranks
 from tests.hostcompute.bounds import F64, assert_within
@@ -51,6 +53,11 @@ def random_cases(num_ranks: int, seed: int) -> list[Case]:
     # Nobody has a token; one rank has many, so that routing does not fit the header.
     big = ExpertSpec(4, 32, 48, DType.F32)
     cases += [Case(big, (0,) * num_ranks, 2), Case(big, (700,) + (0,) * (num_ranks - 1), 3, num_chunks=4)]
+    # All ranks ask for one batch: its tokens are divided, or there are too few for that.
+    cases += [
+        Case(big, (n,) * num_ranks, 2, x_dtype, num_chunks=2, same=True)
+        for n, x_dtype in ((45, "bf16"), (7, "f32"))
+    ]
     return cases
 
 
@@ -62,21 +69,25 @@ def answers(cases: list[Case], shares_W: tuple[float, ...]) -> list[tuple[F64, F
     for case in cases:
         experts = case.experts()
         home_W1 = assign_experts(case.spec.num_experts, ranks.size)
-        home_E1 = torch.bucketize(
-            torch.arange(case.spec.num_experts + 1), torch.tensor(home_W1[1:]), right=True
-        )
         own = slices(case.spec, cut_ffn(case.spec.d_ffn, shares_W))[ranks.rank]
         whole = shares(case.spec, home_W1)[ranks.rank]
         sharded = ShardedExecutor(ranks, compute_of(own, experts, case.backend))
         peers = PeersExecutor(ranks, compute_of(whole, experts, case.backend), home_W1[ranks.rank])
-        batch = case.batch(ranks.rank)
-        ranked = exchange_batch(ranks, 0, batch, home_E1, case.spec.num_experts)
-        assert ranked.counts.num_tokens_W == case.num_tokens_W
-        y_sharded = sharded.forward(ranked, case.num_chunks)
-        y_peers = peers.forward(exchange_batch(ranks, 0, batch, home_E1, case.spec.num_experts))
+        batch, seen = case.batch(ranks.rank), []
+
+        def plan(way: Way, counts: RankedCounts, case: Case = case, seen: Any = seen) -> BatchPlan:
+            seen.append(counts)
+            return BatchPlan(way, case.num_chunks, 0, 0, 1)
+
+        y_sharded, y_peers = (
+            RankedExecutor(ranks, 0, home_W1, partial(plan, way), sharded, peers).forward(batch)
+            for way in (Way.SHARDED, Way.PEERS)
+        )
+        is_divided = case.same and case.num_tokens_W[0] >= DIVIDED_TOKENS
+        assert [counts.is_everywhere for counts in seen] == [is_divided] * 2
+        assert is_divided or seen[0].num_tokens_W == case.num_tokens_W
         assert y_sharded.dtype == y_peers.dtype == batch.x_TD.dtype
         found.append((y_sharded.double().numpy(), y_peers.double().numpy()))
-    ranks.close()
     return found
 
 

@@ -16,7 +16,7 @@ from hostcompute import Activation, ActivationKind, DType, ExpertSpec, make_pool
 from monde.executors.prefill_size import PrefillSize
 from tests.hostcompute.cases import make_batch
 from tests.monde import tiny
-from tests.monde.prefill_layers import POLICIES, Layers, build, check, library_bound, routed
+from tests.monde.prefill_layers import POLICIES, Layers, build, check, check_wide, library_bound, routed
 
 pytestmark = [
     pytest.mark.gpu,
@@ -92,6 +92,17 @@ def test_experts_larger_than_a_buffer_come_in_pieces(policy: str, x_dtype: str, 
         assert layers.executors[0].size.piece_rows < 330
         for _ in range(3):
             check(layers, 0, make_batch(rng, spec, 100, 2, x_dtype), x_dtype, f"{policy}, gated={gated}")
+        layers.close()
+
+
+@pytest.mark.parametrize("policy", list(POLICIES))
+@pytest.mark.parametrize("x_dtype", ["bf16", "f16"])
+def test_sums_can_stay_in_fp32(policy: str, x_dtype: str, pool: Any) -> None:
+    rng = np.random.default_rng(13)
+    for dtype in (DType.BF16, DType.F32):
+        spec = ExpertSpec(9, 64, 96, dtype, has_bias=True)
+        layers = build([spec], [[7, 0]], GPU, POLICIES[policy], pool=pool)
+        check_wide(layers, make_batch(rng, spec, 130, 3, x_dtype), x_dtype, f"{policy}, {spec}")
         layers.close()
 
 

@@ -65,8 +65,8 @@ def ask(model: Any, animal: Animal, inputs: dict[str, Tensor]) -> Answers:
     return Answers(prefill, torch.stack(generated.logits, dim=1), generated.sequences)
 
 
-def examine(animal: Animal) -> Specimen:
-    model, inputs = build(animal), example_inputs(animal)
+def examine(animal: Animal, input_seed: int = 1) -> Specimen:
+    model, inputs = build(animal), example_inputs(animal, input_seed)
     if animal.family == "nllb_moe":
         correct_nllb_routing(model)
     experts = [module for module in model.modules() if adapter_of(module) is not None]

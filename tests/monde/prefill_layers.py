@@ -130,6 +130,15 @@ def check(
     assert_within(y_TD.float().cpu().numpy(), expected, what)
 
 
+def check_wide(layers: Layers, batch: Batch, x_dtype: str, what: str) -> None:
+    """Sums that stay in fp32, as ranks exchange them: within the bound, and not rounded to x's type."""
+    y_TD = layers.executors[0].forward(routed(batch, layers.hub.lanes.device), torch.float32)
+    assert y_TD.dtype == torch.float32
+    assert (y_TD != y_TD.to(TORCH[x_dtype]).float()).any(), what
+    expected = library_bound(layers.specs[0], layers.experts[0], batch, x_dtype)
+    assert_within(y_TD.cpu().numpy(), expected, what)
+
+
 def library_bound(spec: ExpertSpec, experts: dict[int, Any], batch: Batch, x_dtype: str) -> Expected:
     """tests.hostcompute.bounds, with what the libraries' products round besides.
 

@@ -45,6 +45,11 @@ def test_unreadable_sizes(size: Any) -> None:
         ({"num_threads": 0}, "num_threads: expected a whole number of at least 1"),
         ({"max_context": "4k"}, "max_context: expected a whole number"),
         ({"max_batch": -2}, "max_batch: expected a whole number"),
+        ({"mesh": 4}, "mesh: expected a DeviceMesh"),
+        ({"parallel": "tensor"}, "parallel: expected one of sharded, peers, auto"),
+        ({"parallel": "peers"}, "parallel: peers needs ranks; give mesh="),
+        ({"mesh_shares": (1, 2)}, "mesh_shares: there are no ranks to share; give mesh= too"),
+        ({"mesh_timeout_s": 0}, "mesh_timeout_s: expected seconds above 0"),
     ],
 )
 def test_refused_settings(settings: dict[str, Any], message: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from hostcompute import Activation, ActivationKind, DType, ExpertSpec
 from monde.planning.split import Where
 from tests.hostcompute.cases import make_batch
-from tests.monde.prefill_layers import POLICIES, build, check, routed
+from tests.monde.prefill_layers import POLICIES, build, check, check_wide, routed
 
 pytest.importorskip("hostcompute._native")
 
@@ -38,6 +38,17 @@ def test_any_plan_gives_the_same_answer(policy: str, x_dtype: str, dtype: DType,
         for num_tokens, top_k in ((1, 1), (17, 5), (130, 3)):
             batch = make_batch(rng, spec, num_tokens, top_k, x_dtype)
             check(layers, 0, batch, x_dtype, f"{spec}, {policy}, {resident}, T={num_tokens}, K={top_k}")
+        layers.close()
+
+
+@pytest.mark.parametrize("policy", list(POLICIES))
+@pytest.mark.parametrize("x_dtype", ["bf16", "f16"])
+def test_sums_can_stay_in_fp32(policy: str, x_dtype: str) -> None:
+    rng = np.random.default_rng(13)
+    for dtype in (DType.BF16, DType.F32):
+        spec = ExpertSpec(9, 64, 96, dtype, has_bias=True)
+        layers = build([spec], [[7, 0]], CPU, POLICIES[policy])
+        check_wide(layers, make_batch(rng, spec, 130, 3, x_dtype), x_dtype, f"{policy}, {spec}")
         layers.close()
 
 
