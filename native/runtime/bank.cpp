@@ -381,8 +381,9 @@ ForwardCounts Bank::forward_chunk(const ForwardArgs& args, int64_t token_begin, 
   plan.segments = segments;
   plan.num_segments =
       schedule_gate_up(layout_, groups, num_groups, rows_at_once, {num_threads, nodes}, segments, ranges);
-  plan.down_panels_per_unit = down_panels_per_unit(layout_, num_rows, num_groups, num_threads);
-  plan.num_slices = plan.down_panels_per_unit > 1 ? 1 : down_slices(layout_, num_tokens, num_groups);
+  const DownUnits down = cut_down(layout_, num_tokens, num_rows, num_groups, num_threads);
+  plan.down_panels_per_unit = down.panels_per_unit;
+  plan.num_slices = down.num_slices;
   const int num_down_panels = (layout_.num_d_panels + plan.down_panels_per_unit - 1) / plan.down_panels_per_unit;
   const int num_down_units = num_down_panels * plan.num_slices;
   plan.y_stride = size_t(num_tokens) * kLanes * plan.down_panels_per_unit;

@@ -33,12 +33,14 @@ int64_t max_segments(int num_groups, int64_t num_rows, int rows_at_once, int num
 // Which segment holds `unit`.
 const Segment& segment_of(const Segment* segments, int num_segments, int unit);
 
-// Column panels a down unit takes. Every unit reads all hidden rows once, so wide units save traffic when rows are
-// many.
-int down_panels_per_unit(const ExpertLayout& layout, int num_rows, int num_groups, int num_threads);
+// A down unit: so many column panels, of one of so many slices of the groups.
+struct DownUnits {
+  int panels_per_unit, num_slices;
+};
 
-// Slices of the groups that down units of one panel are cut into, so that the last unit of a step is a short one.
-// Depends on shapes alone: sums are added in the same order on any number of threads.
-int down_slices(const ExpertLayout& layout, int num_tokens, int num_groups);
+// Many rows: every unit reads all hidden rows once, so wide units save traffic. Few rows: wide units read longer
+// stretches of each expert in one go, and slices make up for their width, so that the last unit of a step is a short
+// one. Slices depend on shapes alone: sums are added in the same order on any number of threads.
+DownUnits cut_down(const ExpertLayout& layout, int num_tokens, int num_rows, int num_groups, int num_threads);
 
 }  // namespace monde

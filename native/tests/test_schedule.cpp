@@ -110,13 +110,18 @@ TEST(split_evenly_is_even) {
   CHECK(begin[1] == 1073741823, "large counts do not overflow");
 }
 
-TEST(down_units_are_never_empty) {
+TEST(down_units_are_never_empty_and_slices_know_no_threads) {
   Random random(2);
   for (int round = 0; round < 1000; ++round) {
     const ExpertLayout layout = make_layout(1 + random.below(8000), 64, true, DType::kF32);
-    const int groups = 1 + random.below(64), rows = groups * (1 + random.below(100));
-    const int panels = down_panels_per_unit(layout, rows, groups, 1 + random.below(64));
-    CHECK(panels >= 1 && panels <= 8, std::to_string(panels));
+    const int tokens = 1 + random.below(300), groups = random.below(64);
+    const int rows = groups * (1 + random.below(random.below(2) ? 4 : 100)), threads = 1 + random.below(64);
+    const DownUnits cut = cut_down(layout, tokens, rows, groups, threads);
+    const std::string what = std::to_string(cut.panels_per_unit) + " panels, " + std::to_string(cut.num_slices) +
+                             " slices of " + std::to_string(groups) + " groups";
+    CHECK(cut.panels_per_unit >= 1 && cut.panels_per_unit <= 8, what);
+    CHECK(cut.num_slices >= 1 && cut.num_slices <= std::max(1, groups), what);
+    CHECK(cut.num_slices == cut_down(layout, tokens, rows, groups, 1).num_slices, what);
   }
 }
 
