@@ -4,7 +4,8 @@ Three parts, every contender of a row timed in turn (bench.rounds), correctness 
     decode    1, 2, 4 tokens per expert: weight bytes per second as a share of a plain read test
     prefill   16 .. 512 tokens per expert: operations per second as a share of a multiply-add peak in L1
     peers     2048x768, 128 experts, top-8, two layers, random routing: milliseconds per layer
-The bound of a row is max(weight bytes / read bandwidth, operations / peak). The read test goes through all of the
+Ours are timed where native callers call them, as the peers' harnesses time theirs; the row "from Python" has the call
+of `ExpertBank.forward` in it as well. The bound of a row is max(weight bytes / read bandwidth, operations / peak). The read test goes through all of the
 experts' memory, in turn with the contenders. Letters as in bench.host_layers.
 """
 
@@ -24,7 +25,7 @@ import torch
 
 import hostcompute
 from bench import artefact, host_layers, peers
-from bench.rounds import Summary, interleave, ratio, repeated
+from bench.rounds import Measure, Summary, interleave, ratio, repeated
 from hostcompute import ExpertSpec
 from hostcompute.backends.select import choose
 from hostcompute.probe import read_bandwidth_of
@@ -114,10 +115,9 @@ def run_shape(spec: ExpertSpec, parts: Sequence[str], options: Options) -> list[
         for num_tokens in tokens.get(part, ()):
             routings = host_layers.rotating(spec, num_active, num_tokens)
             x_TD = torch.randn(num_tokens, spec.d_model).bfloat16()
-            contenders = {name: host_layers.bank_step(of, x_TD, routings) for name, of in banks.items()}
-            contenders["torch"] = host_layers.torch_step([layer], x_TD, routings, options.num_threads)
+            measures = our_measures(banks, x_TD, routings)
+            measures["torch"] = repeated(host_layers.torch_step([layer], x_TD, routings, options.num_threads))
             case = f"{spec.d_model}x{spec.d_ffn}, {num_active} experts, {num_tokens} tokens each"
-            measures = {name: repeated(step) for name, step in contenders.items()}
             rows += run_case(part, case, measures, reader, work_of(spec, routings), options)
     for of in banks.values():
         of[0].close()
@@ -133,7 +133,7 @@ def run_peers(options: Options) -> list[Row]:
     for batch in (1, 16, 128) if options.quick else (1, 4, 16, 128):
         routings = host_layers.random_routings(PEER_SPEC, PEER_TOP_K, batch, num_routings=64)
         x_TD = torch.randn(batch, PEER_SPEC.d_model).bfloat16()
-        measures = {name: repeated(host_layers.bank_step(of, x_TD, routings)) for name, of in banks.items()}
+        measures = our_measures(banks, x_TD, routings)
         measures["torch"] = repeated(host_layers.torch_step(layers, x_TD, routings, options.num_threads))
         measures |= {peer.name: peer.measure(batch, options.num_threads) for peer in options.peers}
         rows += run_case("peers", f"batch {batch}", measures, reader, work_of(PEER_SPEC, routings), options)
@@ -150,6 +150,18 @@ def our_banks(
         error = host_layers.check(banks[name][0], layers[0])
         print(f"{name}: relative error {error:.2g} against the oracle")
     return banks
+
+
+def our_measures(
+    banks: dict[str, list[hostcompute.ExpertBank]],
+    x_TD: torch.Tensor,
+    routings: Sequence[host_layers.Routing],
+) -> dict[str, Measure]:
+    steps = {name: host_layers.bank_step(of, x_TD, routings) for name, of in banks.items()}
+    natives = {name: of for name, of in banks.items() if of[0].choice.name == "native"}
+    measures = {name: host_layers.native_measure(of, x_TD, routings) for name, of in natives.items()}
+    measures["from Python"] = repeated(steps[next(iter(natives))])
+    return measures | {name: repeated(step) for name, step in steps.items() if name not in natives}
 
 
 def work_of(spec: ExpertSpec, routings: Sequence[host_layers.Routing]) -> Work:

@@ -5,6 +5,7 @@ Letters: L layers, T tokens, E experts, K top-k, A active experts, D model dim, 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from bench.rounds import Measure
 from hostcompute import DType, ExpertBank, ExpertSpec, make_pool
 
 Routing = npt.NDArray[np.int64]
@@ -73,6 +75,27 @@ def bank_step(
         banks[i % len(banks)].forward(x_TD, routings[i % len(routings)], weights_TK, out=out_TD)
 
     return step
+
+
+def native_measure(banks: Sequence[ExpertBank], x_TD: torch.Tensor, routings: Sequence[Routing]) -> Measure:
+    """bank_step in the seconds that the forward takes where native callers, a GPU's doorbell among them, call it."""
+    out_TD = torch.empty_like(x_TD)
+    weights_TK = np.full(routings[0].shape, 1 / routings[0].shape[1], np.float32)
+    count = 0
+
+    def measure(seconds_s: float) -> list[float]:
+        nonlocal count
+        samples: list[float] = []
+        end = time.perf_counter() + seconds_s
+        while len(samples) < 4 or time.perf_counter() < end:
+            count += 1
+            ids_TK = routings[count % len(routings)]
+            pending = banks[count % len(banks)].submit(x_TD, ids_TK, weights_TK, out=out_TD)
+            pending.wait()
+            samples.append(pending.busy_s)
+        return samples[1:]  # the first one wakes the threads
+
+    return measure
 
 
 def torch_step(

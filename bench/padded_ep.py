@@ -1,57 +1,59 @@
-"""Expert parallelism with padded capacities, as DeepSpeed-MoE lays it out, in plain torch.distributed: a baseline.
+"""Expert parallelism with padded capacities, laid out as DeepSpeed-MoE lays it out: a baseline, reimplemented.
 
-Every rank sends every expert a buffer of C rows, filled or not; experts compute all rows; what does not fit is dropped.
-This is not DeepSpeed: tokens are placed by index where DeepSpeed multiplies with a one-hot [T, E, C] mask, so it is the
-faster of the two. W ranks, T tokens of this rank, E experts, C rows an expert and rank, D model dim, F hidden dim.
+Every rank sends every expert a buffer of C rows, filled or not, in two equal all-to-alls; every row of every buffer is
+computed; what does not fit is dropped. Rows are placed by index (DeepSpeed with Tutel's sparse dispatch, not with its
+one-hot [T, E, C] products, which are slower), and the experts run on the same kernels as every other contender.
+W ranks, T tokens of this rank, E experts, e of this rank, C rows of an expert and rank, D model dim.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from monde.core import RoutedBatch
+from monde.executors.ranks import RankGroup
+from monde.executors.sharded import Compute
 
-def capacity(num_tokens: int, num_experts: int, factor: float) -> int:
-    """C of top-1: DeepSpeed's ceil(T / E * factor), at least its min_capacity of 4."""
-    return max(4, math.ceil(num_tokens / num_experts * factor))
 
+@dataclass(frozen=True)
+class Padded:
+    """y_TD, zero for dropped tokens, and how many tokens of this rank those are."""
 
-def paper_factor(num_experts: int) -> int:
-    """What MoEShard's evaluation gives DeepSpeed so that hardly a token is dropped."""
-    return min(num_experts, 50)
+    y_TD: Tensor
+    num_dropped: int
 
 
 class PaddedExperts:
-    """Top-1 ReLU experts; this rank has E / W of them, keywords of ExpertBank.load. E is a multiple of W."""
+    """`compute` works on the E / W whole experts of this rank, ids from 0. Top-1; E is a multiple of W."""
 
-    def __init__(self, mine: Sequence[Mapping[str, Tensor]], num_experts: int, factor: float) -> None:
-        self.up_eDF = torch.stack([expert["up"].t() for expert in mine])
-        self.down_eFD = torch.stack([expert["down"].t() for expert in mine])
-        self.num_experts, self.factor = num_experts, factor
-        self.num_dropped = 0
+    def __init__(self, ranks: RankGroup, compute: Compute, num_experts: int) -> None:
+        assert num_experts % ranks.size == 0, "equal all-to-alls need as many experts on every rank"
+        self.ranks, self.compute, self.num_experts = ranks, compute, num_experts
 
-    def forward(self, x_TD: Tensor, ids_T1: Tensor, weights_T1: Tensor) -> Tensor:
-        (T, D), E, W = x_TD.shape, self.num_experts, dist.get_world_size()
-        C = capacity(T, E, self.factor)
-        ids_T = ids_T1[:, 0]
+    def forward(self, batch: RoutedBatch, capacity: int) -> Padded:
+        """capacity C is the same on all ranks; weights multiply the rows that come back, as in DeepSpeed."""
+        x_TD, ids_T = batch.x_TD, batch.topk_ids_TK[:, 0]
+        E, W, C, D = self.num_experts, self.ranks.size, capacity, x_TD.shape[1]
         one_hot_TE = torch.nn.functional.one_hot(ids_T, E)
         place_T = (one_hot_TE.cumsum(0) * one_hot_TE).sum(1) - 1
         fits_T = place_T < C
-        self.num_dropped = int((~fits_T).sum())
         row_T = (ids_T * C + place_T)[fits_T]
-        out_ECD = x_TD.new_zeros((E * C, D))
-        out_ECD[row_T] = x_TD[fits_T]
-        in_WeCD = torch.empty_like(out_ECD)
-        dist.all_to_all_single(in_WeCD, out_ECD)
-        in_eND = in_WeCD.view(W, E // W, C, D).transpose(0, 1).reshape(E // W, W * C, D)
-        y_eND = torch.bmm(torch.bmm(in_eND, self.up_eDF).relu_(), self.down_eFD)
-        y_WeCD = y_eND.view(E // W, W, C, D).transpose(0, 1).contiguous().view(E * C, D)
-        back_ECD = torch.empty_like(y_WeCD)
-        dist.all_to_all_single(back_ECD, y_WeCD)
+        sent_RD = x_TD.new_zeros((E * C, D))
+        sent_RD[row_T] = x_TD[fits_T]
+        # Rank by rank, then expert by expert: C rows each, also after the exchange.
+        local_ids_R1 = torch.arange(E // W).repeat_interleave(C).repeat(W)[:, None]
+        ones_R1 = torch.ones(local_ids_R1.shape)
+        y_RD = self.compute(RoutedBatch(self._swapped(sent_RD), local_ids_R1, ones_R1), x_TD.dtype)
+        back_RD = self._swapped(y_RD)
         y_TD = torch.zeros_like(x_TD)
-        y_TD[fits_T] = back_ECD[row_T] * weights_T1[fits_T]
-        return y_TD
+        y_TD[fits_T] = back_RD[row_T] * batch.topk_weights_TK[fits_T].to(x_TD.dtype)
+        return Padded(y_TD, len(ids_T) - len(row_T))
+
+    def _swapped(self, rows_RD: Tensor) -> Tensor:
+        out_RD = torch.empty_like(rows_RD)
+        dist.all_to_all_single(out_RD, rows_RD, group=self.ranks.inward)
+        return out_RD

@@ -17,7 +17,7 @@ from hostcompute.spec import DType
 
 @dataclass(frozen=True)
 class MailboxAddresses:
-    """Where the mailbox's parts lie. rung, answered, error and cut are 64-bit words, each on its own cache line.
+    """Where the mailbox's parts lie. rung, answered and cut are 64-bit words, each on its own cache line.
 
     x: [T, D] of the model's activations; ids: int32 [T, K]; weights: float [T, K]; out: float [T, D].
     cut: panels of 16 rows of F that whoever rings computes itself, of every expert; an even number below all.
@@ -25,7 +25,6 @@ class MailboxAddresses:
 
     rung: int
     answered: int
-    error: int
     x: int
     ids: int
     weights: int

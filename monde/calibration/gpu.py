@@ -6,7 +6,7 @@ Letters: T tokens, A active experts of one call, S slots, D model dim.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -74,7 +74,7 @@ class GpuProbes:
         of_prefill = [layer.alpha_s for t, layer in zip(TOKENS, layers, strict=True) if t > _MAX_DECODE]
         return GpuProfile(
             memory_bytes=torch.cuda.get_device_properties(self.device).total_memory,
-            expert=rate_of(self.spec, tuple(layer.s_per_unit for layer in layers)),
+            expert=rate_of(self.spec, expert_s([layer.s_per_unit for layer in layers])),
             h2d=self.copies.fit("h2d", samples),
             d2h=self.copies.fit("d2h", samples),
             zero_copy_bytes_per_s=self.copies.zero_copy_bytes_per_s(samples),
@@ -169,15 +169,26 @@ def _batch(ids_TA: Tensor, d_model: int, device: torch.device) -> RoutedBatch:
 
 
 def layer_of(num_tokens: int, samples: dict[str, Samples]) -> AlphaBeta:
-    """Seconds of a layer over its active experts. Errors: ValueError where more of them took no longer."""
+    """Seconds of a layer over its active experts."""
     timed = [(a, s) for a in (_FEW, _MANY) for s in samples[_layer_name(num_tokens, a)].all_s]
-    fit = fit_alpha_beta([a for a, _ in timed], [s for _, s in timed])
-    if fit.s_per_unit == 0:
+    return fit_alpha_beta([a for a, _ in timed], [s for _, s in timed])
+
+
+def expert_s(slopes: Sequence[float]) -> tuple[float, ...]:
+    """Seconds of an expert by tokens, ascending, from what one more of them cost.
+
+    Where launching a layer takes longer than its experts, more of them cost nothing that shows: those take at most
+    what they take with the next larger number of tokens. Errors: ValueError where the largest number shows nothing.
+    """
+    if slopes[-1] <= 0:
         raise ValueError(
-            f"calibrate: {_MANY} experts of {num_tokens} tokens on the GPU took no longer than {_FEW}; measure again "
+            f"calibrate: {_MANY} experts of {TOKENS[-1]} tokens on the GPU took no longer than {_FEW}; measure again "
             "when nothing else uses the GPU"
         )
-    return fit
+    seconds = list(slopes)
+    for i in reversed(range(len(seconds) - 1)):
+        seconds[i] = seconds[i] if seconds[i] > 0 else seconds[i + 1]
+    return tuple(seconds)
 
 
 def _layer_name(num_tokens: int, num_active: int) -> str:

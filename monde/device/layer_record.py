@@ -1,4 +1,4 @@
-"""What a kernel knows of a layer: one record in device memory, so that a launch passes one pointer.
+"""What a kernel knows of a layer: one record, passed by value, so that kernels find it in constant memory.
 
 FIELDS is the agreement: the C struct and the bytes are both made from it. Addresses and numbers are 64 bits wide,
 the two constants of an activation doubles.
@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 # The layer's shape (hostcompute.layout); its residents, and its experts in the host's memory, 0 where those
 # cannot be read from here; scratch that the model's layers share; the mailbox, whose
@@ -20,7 +19,7 @@ layer_idx num_experts num_slots d_model d_ffn gated activation
 d_pad_k f_pad_k num_f_panels num_d_panels in_panel_bytes in_unit_bytes down_panel_bytes down_offset_bytes
 slot_of_expert_E blobs_SB blob_bytes host_blobs host_blob_bytes gate_bias_SF up_bias_SF down_bias_SD heat_E
 state x_TD slots_R num_groups group_slot_G group_first_G group_pairs_R h_RF v_RD
-mailbox_rung mailbox_answered mailbox_error mailbox_failed mailbox_x mailbox_ids mailbox_weights mailbox_out
+mailbox_rung mailbox_answered mailbox_failed mailbox_x mailbox_ids mailbox_weights mailbox_out
 mailbox_cut mailbox_gpu_ns
 """.split()  # noqa: SIM905 (one name a line would take a page)
 CONSTANTS = ("limit", "alpha")
@@ -34,11 +33,11 @@ def c_struct() -> str:
     return f"struct Layer {{ {numbers}{''.join(f'double {name}; ' for name in CONSTANTS)}}};\n"
 
 
-def layer_record(values: Mapping[str, int | float], device: torch.device) -> Tensor:
-    """The record as bytes on `device`. Errors: KeyError unless `values` has every field, and only those."""
-    record = np.zeros((), _DTYPE)
+def layer_record(values: Mapping[str, int | float]) -> NDArray[np.void]:
+    """The record [1], as CuPy passes it by value. Errors: KeyError unless `values` has every field, and only those."""
+    record = np.zeros(1, _DTYPE)
     if missing := set(_DTYPE.names or ()) ^ set(values):
         raise KeyError(f"layer record: fields that differ: {sorted(missing)}")
     for name, value in values.items():
         record[name] = value
-    return torch.from_numpy(np.frombuffer(record.tobytes(), np.uint8).copy()).to(device)
+    return record

@@ -21,7 +21,6 @@ _LINE_BYTES = 128
 _WORDS = (
     "rung",
     "answered",
-    "error",
     "failed",
     "cut",
     "gpu_ns",

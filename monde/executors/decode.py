@@ -156,7 +156,7 @@ class DecodeExecutor:
         if self._host is not None:
             hub.read_from_host(self.layout.num_f_panels)
         self._table, self._heat_E = table, heat_E
-        self._record = layer_record(self._fields(layer_idx), hub.device)
+        self._record = layer_record(self._fields(layer_idx))
         self._kernels: DecodeKernels = decode_kernels(hub.x_dtype, TORCH_DTYPES[spec.dtype])
 
     @staticmethod
@@ -182,7 +182,7 @@ class DecodeExecutor:
             self.hub.is_captured = True
         elif self.rings:
             self.hub.doorbell.expect(1)
-        record, block = self._record.data_ptr(), (_THREADS,)
+        record, block = self._record, (_THREADS,)
         ids, weights, x, y = (t.data_ptr() for t in (ids_TK, weights_TK, x_TD, y_TD))
         with current_stream(self.hub.device):
             self._kernels.route(

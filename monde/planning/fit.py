@@ -33,6 +33,8 @@ class AlphaBeta:
 
     def seconds(self, size: float | NDArray[np.floating]) -> float | NDArray[np.float64]:
         """Seconds for `size` units, elementwise; nothing takes no time."""
+        if isinstance(size, float | int):  # plans of a batch ask a dozen times, and arrays take 6 us each
+            return float(self.alpha_s + size * self.s_per_unit) if size > 0 else 0.0
         result: NDArray[np.float64] = np.where(
             np.asarray(size) > 0, self.alpha_s + np.asarray(size) * self.s_per_unit, 0.0
         )

@@ -111,6 +111,7 @@ nb::dict ring_layout() {
   layout["TOKENS_SHIFT"] = ring::kTokensShift;
   layout["TOPK_SHIFT"] = ring::kTopkShift;
   layout["WORK_SHIFT"] = ring::kWorkShift;
+  layout["FAILED_SHIFT"] = ring::kFailedShift;
   layout["MAX_LAYERS"] = ring::kMaxLayers;
   layout["MAX_TOKENS"] = ring::kMaxTokens;
   layout["MAX_TOPK"] = ring::kMaxTopk;
@@ -145,7 +146,7 @@ NB_MODULE(_native, m) {
 
   m.def("available_isas", &available_isa_names, "ISAs this machine can run, best first.");
   m.def("expert_layout", &expert_layout, "ExpertLayout of one expert, by field.");
-  m.def("ring_layout", &ring_layout, "Bits of the word that a GPU rings with.");
+  m.def("ring_layout", &ring_layout, "Bits of the words that a GPU rings with and is answered by.");
 
   nb::class_<Pool>(m, "Pool")
       .def(nb::init<std::vector<int>, std::vector<int>, double>(), nb::arg("cpus"), nb::arg("nodes"), nb::arg("spin_s"))
@@ -218,13 +219,13 @@ NB_MODULE(_native, m) {
       .def(
           "__init__",
           [](Doorbell* self, std::vector<std::shared_ptr<Bank>> banks, std::shared_ptr<Pool> pool, uintptr_t rung,
-             uintptr_t answered, uintptr_t error, uintptr_t x, uintptr_t ids, uintptr_t weights, uintptr_t out,
-             uintptr_t cut, const std::string& x_dtype, double deadline_s) {
-            const Mailbox mailbox{rung, answered, error, x, ids, weights, out, cut, dtype(x_dtype)};
+             uintptr_t answered, uintptr_t x, uintptr_t ids, uintptr_t weights, uintptr_t out, uintptr_t cut,
+             const std::string& x_dtype, double deadline_s) {
+            const Mailbox mailbox{rung, answered, x, ids, weights, out, cut, dtype(x_dtype)};
             new (self) Doorbell(std::move(banks), std::move(pool), mailbox, deadline_s);
           },
-          nb::arg("banks"), nb::arg("pool"), nb::arg("rung"), nb::arg("answered"), nb::arg("error"), nb::arg("x"),
-          nb::arg("ids"), nb::arg("weights"), nb::arg("out"), nb::arg("cut"), nb::arg("x_dtype"), nb::arg("deadline_s"))
+          nb::arg("banks"), nb::arg("pool"), nb::arg("rung"), nb::arg("answered"), nb::arg("x"), nb::arg("ids"),
+          nb::arg("weights"), nb::arg("out"), nb::arg("cut"), nb::arg("x_dtype"), nb::arg("deadline_s"))
       .def("expect", &Doorbell::expect)
       .def("reset", &Doorbell::reset, nb::call_guard<nb::gil_scoped_release>())
       .def("reset_totals", &Doorbell::reset_totals)

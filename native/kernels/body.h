@@ -46,10 +46,10 @@ inline void store_first(unsigned char* base, ptrdiff_t index, DType dtype, Vec v
 inline void store_activation(float* p, Vec v) { store(p, v); }
 inline void store_activation(uint16_t* p, Vec v) { store_bf16(p, v); }
 
-// Where the block that begins at routed row `row` lies. Blocks before it are full, so rows simply add up.
+// Where the block that begins at `row` lies. A group's blocks before its last are full, so rows simply add up.
 template <class A>
-inline A* block_at(unsigned char* blocks, const ExpertGroup& group, int row, int k_pad) {
-  return reinterpret_cast<A*>(blocks) + ptrdiff_t(group.first_row + row) * k_pad;
+inline A* block_at(unsigned char* blocks, int row, int k_pad) {
+  return reinterpret_cast<A*>(blocks) + ptrdiff_t(row) * k_pad;
 }
 
 // ---- the three tasks ----
@@ -60,7 +60,7 @@ void gather(const ExpertLayout& layout, const Batch& batch, const ExpertGroup& g
   const int D = layout.d_model;
   for (int row = row_begin; row < row_end; row += kBlockRows) {
     const int rows = min_int(kBlockRows, group.num_rows - row);
-    A* block = block_at<A>(batch.x_blocks, group, row, layout.d_pad_k);
+    A* block = block_at<A>(batch.x_blocks, group.x_row + row, layout.d_pad_k);
     for (int r = 0; r < rows; ++r) {
       const ptrdiff_t x_row = batch.row_token[group.first_row + row + r] * batch.x_row_stride;
       for (int k = 0; k < layout.d_pad_k; k += 16) {
@@ -78,7 +78,7 @@ inline A* hidden_at(const ExpertLayout& layout, const Batch& batch, const Expert
   const int block_row = row / kBlockRows * kBlockRows;
   const int block_rows = min_int(kBlockRows, group.num_rows - block_row);
   const int k = panel * kLanes;
-  return block_at<A>(batch.h_blocks, group, block_row, layout.f_pad_k) +
+  return block_at<A>(batch.h_blocks, group.first_row + block_row, layout.f_pad_k) +
          (ptrdiff_t(k / kTileK) * block_rows + row - block_row) * kTileK + k % kTileK;
 }
 
@@ -105,7 +105,7 @@ void gate_up(const ExpertLayout& layout, const monde::Activation& activation, co
     const Vec gate_bias = group.gate_bias ? load(group.gate_bias + panel * kLanes) : splat(0.f);
     for (int row = row_begin; row < row_end; row += kChunk) {
       const int rows = min_int(kChunk, row_end - row);
-      const A* x = block_at<A>(batch.x_blocks, group, row, layout.d_pad_k);
+      const A* x = block_at<A>(batch.x_blocks, group.x_row + row, layout.d_pad_k);
       const Pass pass = {(row - row_begin) / kChunk, num_passes};
       if (layout.gated)
         Multiply::template run<2>(rows, x, depth, pair, next, pass, sum_of);
@@ -142,7 +142,7 @@ void down_rows(const ExpertLayout& layout, const Batch& batch, const ExpertGroup
     panels[p] = group.down_panels + layout.down_panel_bytes * (panel + p);
     bias[p] = group.down_bias && depth.begin == 0 ? load(group.down_bias + (panel + p) * kLanes) : splat(0.f);
   }
-  const A* h = block_at<A>(batch.h_blocks, group, row, layout.f_pad_k);
+  const A* h = block_at<A>(batch.h_blocks, group.first_row + row, layout.f_pad_k);
   Multiply::template run<kPanels>(rows, h, depth, panels, next, pass, sum_of);
   for (int r = 0; r < rows; ++r) {
     const int routed = group.first_row + row + r;
@@ -153,18 +153,22 @@ void down_rows(const ExpertLayout& layout, const Batch& batch, const ExpertGroup
   }
 }
 
-// Column panels [panel_begin, panel_end) of out, summed over every expert in order: no two tasks touch the same
-// output, so the result does not depend on the number of threads.
+// Column panels [panel_begin, panel_end) of y, summed over experts [group_begin, group_end) in order: no two tasks
+// touch the same sums, so the result does not depend on the number of threads.
 template <class Multiply>
-void down(const ExpertLayout& layout, const Batch& batch, int panel_begin, int panel_end, float* y) {
+void down(const ExpertLayout& layout, const Batch& batch, int group_begin, int group_end, int panel_begin,
+          int panel_end, float* y) {
   using A = typename Multiply::A;
   constexpr int kChunk = Multiply::kChunkRows;
   const int y_columns = (panel_end - panel_begin) * kLanes;
   const int num_tiles = layout.f_pad_k * int(sizeof(A)) / kTileBytes;
   for (ptrdiff_t i = 0; i < ptrdiff_t(batch.num_tokens) * y_columns; i += kLanes) store(y + i, splat(0.f));
-  for (int g = 0; g < batch.num_groups; ++g) {
+  for (int g = group_begin; g < group_end; ++g) {
     const ExpertGroup& group = batch.groups[g];
-    const ExpertGroup& following = batch.groups[min_int(g + 1, batch.num_groups - 1)];
+    // After the last expert (likely) this thread's next task begins with the first one's next panels.
+    const bool is_last = g + 1 == batch.num_groups;
+    const ExpertGroup& following = batch.groups[is_last ? 0 : g + 1];
+    const int following_panel = is_last && panel_end < layout.num_d_panels ? panel_end : panel_begin;
     const int num_passes = (group.num_rows + kChunk - 1) / kChunk;
     for (int row = 0; row < group.num_rows; row += kChunk) {
       const int rows = min_int(kChunk, group.num_rows - row);
@@ -178,7 +182,7 @@ void down(const ExpertLayout& layout, const Batch& batch, int panel_begin, int p
           // Read once: the task's next panels, and after its last ones the next expert's first. Read several times:
           // the same panels of the next expert.
           const bool in_order = num_passes == 1 && panel + 2 < panel_end;
-          const int next_panel = in_order ? panel + 2 : num_passes == 1 ? panel_begin : panel;
+          const int next_panel = in_order ? panel + 2 : num_passes == 1 ? following_panel : panel;
           const unsigned char* const after =
               (in_order ? group : following).down_panels + layout.down_panel_bytes * next_panel;
           const unsigned char* const next[2] = {after, after + layout.down_panel_bytes};
@@ -190,19 +194,26 @@ void down(const ExpertLayout& layout, const Batch& batch, int panel_begin, int p
       }
     }
   }
+  Multiply::finish();
+}
+
+inline void write(const ExpertLayout& layout, const Batch& batch, int panel_begin, int panel_end, const float* y,
+                  int num_sums) {
+  const ptrdiff_t y_columns = (panel_end - panel_begin) * kLanes, y_stride = batch.num_tokens * y_columns;
   for (int t = 0; t < batch.num_tokens; ++t)
     for (int panel = panel_begin; panel < panel_end; ++panel) {
       const int column = panel * kLanes;
-      store_first(batch.out, t * batch.out_row_stride + column, batch.out_dtype,
-                  load(y + ptrdiff_t(t) * y_columns + column - panel_begin * kLanes), layout.d_model - column);
+      const float* from = y + t * y_columns + column - panel_begin * kLanes;
+      Vec sum = load(from);
+      for (int i = 1; i < num_sums; ++i) sum = add(sum, load(from + i * y_stride));
+      store_first(batch.out, t * batch.out_row_stride + column, batch.out_dtype, sum, layout.d_model - column);
     }
-  Multiply::finish();
 }
 
 template <class Multiply>
 constexpr monde::Kernels kernels_of() {
   using A = typename Multiply::A;
-  return {int(sizeof(A)), &gather<A>, &gate_up<Multiply>, &down<Multiply>};
+  return {int(sizeof(A)), &gather<A>, &gate_up<Multiply>, &down<Multiply>, &write};
 }
 
 inline float read_bytes(const void* data, size_t num_bytes) { return read_all(data, num_bytes); }

@@ -33,7 +33,8 @@ struct ExpertGroup {
   const float* up_bias;
   const float* down_bias;
   int num_rows;
-  int first_row;  // into row_token, row_weight, and (times the padded K) into the activation blocks
+  int first_row;  // into row_token, row_weight, and (times the padded K) into h_blocks
+  int x_row;      // the same for x_blocks, where a token that is its experts' only row lies once for all of them
   // Panels of F before this one are somebody else's, and with panel 0 down_bias. A whole number of tiles of K.
   int first_panel = 0;
 };
@@ -51,7 +52,7 @@ struct Batch {
   const float* row_weight;  // router weight of each routed row
   const ExpertGroup* groups;
   int num_groups;
-  unsigned char* x_blocks;  // routed rows of x in blocks, K = D
+  unsigned char* x_blocks;  // rows of x in blocks, K = D
   unsigned char* h_blocks;  // hidden rows in blocks, K = F
 };
 
@@ -64,8 +65,12 @@ struct Kernels {
   // kBlockRows.
   void (*gate_up)(const ExpertLayout&, const Activation&, const Batch&, const ExpertGroup&, int row_begin, int row_end,
                   int panel_begin, int panel_end);
-  // out[:, columns of panels] = sum over groups, in order; y_scratch holds num_tokens * 16 * (end - begin) floats.
-  void (*down)(const ExpertLayout&, const Batch&, int panel_begin, int panel_end, float* y_scratch);
+  // y[:, columns of panels] = sum over groups [group_begin, group_end), in order; y holds num_tokens * 16 * (panel_end
+  // - panel_begin) floats.
+  void (*down)(const ExpertLayout&, const Batch&, int group_begin, int group_end, int panel_begin, int panel_end,
+               float* y);
+  // out[:, columns of panels] = sum of as many such y, in order, which lie one after another.
+  void (*write)(const ExpertLayout&, const Batch&, int panel_begin, int panel_end, const float* y, int num_sums);
 };
 
 // A dense layer: x [num_tokens, num_inputs] by weights [num_outputs, num_inputs], all bf16. Strides count elements.

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <limits>
+#include <new>
 #include <stdexcept>
 
 #include "schedule.h"
@@ -21,8 +22,12 @@ constexpr int64_t kMaxRowsPerChunk = 32768;
 // A matrix tile of the last, ragged block may read so far past its rows.
 constexpr size_t kOverreadBytes = size_t(kBlockRows) * kTileBytes;
 
+// What a waiting thread fetches between two looks at whether it still has to wait, and how much at most: the larger
+// part of an L2 cache would push out what the unit's first rows need.
+constexpr size_t kFetchBytes = 2048, kMaxFetchBytes = size_t(128) << 10;
+
 // Below this many elements, waking the threads costs more than gathering alone.
-constexpr int64_t kGatherAloneElements = 1 << 15;
+constexpr int64_t kGatherAloneElements = 1 << 13;
 
 int64_t id_at(const ForwardArgs& args, int64_t token, int64_t k) {
   const int64_t at = token * args.ids_row_stride + k * args.ids_column_stride;
@@ -149,6 +154,7 @@ void Bank::export_matrix(int expert, const std::string& name, unsigned char* to)
 }
 
 const float* Bank::bias(int expert, const std::string& name) const {
+  if (!shape_.has_bias) return nullptr;
   const std::vector<float>& biases = experts_[expert].biases;
   if (biases.empty()) return nullptr;
   const int f_pad = layout_.num_f_panels * kLanes;
@@ -171,11 +177,12 @@ struct Bank::Plan {
   Batch batch;
   const Segment* segments;
   int num_segments;
-  int down_panels_per_unit;
-  float* y_scratch;  // one block per thread
+  int down_panels_per_unit, num_slices;
+  float* y_scratch;  // one block per thread; sliced: per unit
   size_t y_stride;
-  int* gather_group;  // group of each gather unit
-  int* gather_row;    // and its first row
+  std::atomic<int>* slices_left;  // by panel
+  int* gather_group;              // group of each gather unit
+  int* gather_row;                // and its first row
 
   static void gather_unit(void* context, int unit, int) {
     const Plan& plan = *static_cast<const Plan*>(context);
@@ -191,13 +198,33 @@ struct Bank::Plan {
                           segment.row_begin, segment.row_end, panel,
                           std::min(panel + segment.panels_per_unit, segment.panel_end));
   }
+  // Units of a panel follow each other, one for each slice of the groups; whoever is last adds the slices up.
   static void down_unit(void* context, int unit, int thread) {
     const Plan& plan = *static_cast<const Plan*>(context);
-    const int panel = unit * plan.down_panels_per_unit;
-    plan.kernels->down(*plan.layout, plan.batch, panel,
-                       std::min(panel + plan.down_panels_per_unit, plan.layout->num_d_panels),
-                       plan.y_scratch + thread * plan.y_stride);
+    const int S = plan.num_slices, slice = unit % S, panel = unit / S * plan.down_panels_per_unit;
+    const int panel_end = std::min(panel + plan.down_panels_per_unit, plan.layout->num_d_panels);
+    float* const y = plan.y_scratch + (S == 1 ? thread : unit) * plan.y_stride;
+    plan.kernels->down(*plan.layout, plan.batch, plan.first_group(slice), plan.first_group(slice + 1), panel, panel_end,
+                       y);
+    if (S > 1 && plan.slices_left[unit / S].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+    plan.kernels->write(*plan.layout, plan.batch, panel, panel_end, y - slice * plan.y_stride, S);
   }
+  static bool fetch_down(void* context, int unit, int step) {
+    const Plan& plan = *static_cast<const Plan*>(context);
+    const ExpertLayout& layout = *plan.layout;
+    const int panel = unit / plan.num_slices * plan.down_panels_per_unit;
+    const size_t pieces = (layout.down_panel_bytes + kFetchBytes - 1) / kFetchBytes;
+    const int group = plan.first_group(unit % plan.num_slices) + int(step / pieces);
+    const size_t at = step % pieces * kFetchBytes;
+    if (group >= plan.first_group(unit % plan.num_slices + 1) || step * kFetchBytes >= kMaxFetchBytes) return false;
+    const ExpertGroup& from_group = plan.batch.groups[group];
+    const unsigned char* from = from_group.down_panels + panel * layout.down_panel_bytes;
+    const size_t others = layout.down_panel_bytes / layout.f_pad_k * kLanes * from_group.first_panel;  // not read here
+    for (size_t i = std::max(at, others); i < std::min(at + kFetchBytes, layout.down_panel_bytes); i += 64)
+      __builtin_prefetch(from + i, 0, 2);
+    return true;
+  }
+  int first_group(int slice) const { return int(int64_t(batch.num_groups) * slice / num_slices); }
 };
 
 // bf16 dot products only where activations are bf16 already: f32 activations keep their precision.
@@ -262,6 +289,8 @@ ForwardCounts Bank::forward_chunk(const ForwardArgs& args, int64_t token_begin, 
   const size_t at_group_of = reserve(E * sizeof(int)), at_groups = reserve(E * sizeof(ExpertGroup));
   const size_t at_token = reserve(max_rows * sizeof(int)), at_weight = reserve(max_rows * sizeof(float));
   const size_t at_segments = reserve(max_segments(E, max_rows, rows_at_once, pool_->num_nodes()) * sizeof(Segment));
+  const size_t at_token_row = reserve(num_tokens * sizeof(int)),
+               at_slices = reserve(layout_.num_d_panels * sizeof(int));
   const size_t at_gather_group = reserve(max_blocks * sizeof(int)), at_gather_row = reserve(max_blocks * sizeof(int));
   const size_t at_ranges = reserve(3 * (num_threads + 1) * sizeof(int)), at_nodes = reserve(num_threads * sizeof(int));
   unsigned char* index = lease.scratch(kIndexSlot, used);
@@ -270,6 +299,7 @@ ForwardCounts Bank::forward_chunk(const ForwardArgs& args, int64_t token_begin, 
   int* row_token = reinterpret_cast<int*>(index + at_token);
   float* row_weight = reinterpret_cast<float*>(index + at_weight);
   Segment* segments = reinterpret_cast<Segment*>(index + at_segments);
+  int* x_row_of_token = reinterpret_cast<int*>(index + at_token_row);
   int* gather_group = reinterpret_cast<int*>(index + at_gather_group);
   int* gather_row = reinterpret_cast<int*>(index + at_gather_row);
   int* ranges = reinterpret_cast<int*>(index + at_ranges);
@@ -287,7 +317,7 @@ ForwardCounts Bank::forward_chunk(const ForwardArgs& args, int64_t token_begin, 
       }
   };
   for_each_pair([&](int, int id, float) { ++counts[id]; });
-  int num_groups = 0, num_rows = 0, num_blocks = 0;
+  int num_groups = 0, num_rows = 0;
   int64_t weight_bytes = 0;
   for (int id = 0; id < E; ++id) {
     if (!counts[id]) continue;
@@ -299,13 +329,10 @@ ForwardCounts Bank::forward_chunk(const ForwardArgs& args, int64_t token_begin, 
                           bias(id, "down_bias"),
                           counts[id],
                           num_rows,
+                          0,
                           args.cut_expert == kAllExperts || id == args.cut_expert ? args.cut_panel : 0};
     weight_bytes +=
         int64_t(layout_.weight_bytes) * (layout_.num_f_panels - groups[num_groups].first_panel) / layout_.num_f_panels;
-    for (int row = 0; row < counts[id]; row += kBlockRows) {
-      gather_group[num_blocks] = num_groups;
-      gather_row[num_blocks++] = row;
-    }
     num_rows += counts[id];
     counts[id] = groups[num_groups++].first_row;  // from here on: where the expert's next row goes
   }
@@ -313,6 +340,25 @@ ForwardCounts Bank::forward_chunk(const ForwardArgs& args, int64_t token_begin, 
     row_token[counts[id]] = t;
     row_weight[counts[id]++] = weight;
   });
+
+  // What to gather: every group's blocks, and a token that comes alone to several experts once.
+  std::fill(x_row_of_token, x_row_of_token + num_tokens, -1);
+  int num_x_rows = 0, num_blocks = 0;
+  for (int g = 0; g < num_groups; ++g) {
+    ExpertGroup& group = groups[g];
+    int& x_row = x_row_of_token[row_token[group.first_row]];
+    if (group.num_rows == 1 && x_row >= 0) {
+      group.x_row = x_row;
+      continue;
+    }
+    group.x_row = num_x_rows;
+    if (group.num_rows == 1) x_row = num_x_rows;
+    num_x_rows += group.num_rows;
+    for (int row = 0; row < group.num_rows; row += kBlockRows) {
+      gather_group[num_blocks] = g;
+      gather_row[num_blocks++] = row;
+    }
+  }
 
   Plan plan{};
   plan.kernels = &kernels;
@@ -329,27 +375,33 @@ ForwardCounts Bank::forward_chunk(const ForwardArgs& args, int64_t token_begin, 
                 row_weight,
                 groups,
                 num_groups,
-                lease.scratch(kXSlot, size_t(num_rows) * layout_.d_pad_k * item_bytes + kOverreadBytes),
+                lease.scratch(kXSlot, size_t(num_x_rows) * layout_.d_pad_k * item_bytes + kOverreadBytes),
                 lease.scratch(kHSlot, size_t(num_rows) * layout_.f_pad_k * item_bytes + kOverreadBytes)};
   for (int i = 0; i < num_threads; ++i) nodes[i] = pool_->node_of_thread(i);
   plan.segments = segments;
   plan.num_segments =
       schedule_gate_up(layout_, groups, num_groups, rows_at_once, {num_threads, nodes}, segments, ranges);
   plan.down_panels_per_unit = down_panels_per_unit(layout_, num_rows, num_groups, num_threads);
+  plan.num_slices = plan.down_panels_per_unit > 1 ? 1 : down_slices(layout_, num_tokens, num_groups);
+  const int num_down_panels = (layout_.num_d_panels + plan.down_panels_per_unit - 1) / plan.down_panels_per_unit;
+  const int num_down_units = num_down_panels * plan.num_slices;
   plan.y_stride = size_t(num_tokens) * kLanes * plan.down_panels_per_unit;
-  plan.y_scratch = reinterpret_cast<float*>(lease.scratch(kYSlot, plan.y_stride * num_threads * sizeof(float)));
+  const int num_sums = plan.num_slices > 1 ? num_down_units : num_threads;
+  plan.y_scratch = reinterpret_cast<float*>(lease.scratch(kYSlot, plan.y_stride * num_sums * sizeof(float)));
+  plan.slices_left = reinterpret_cast<std::atomic<int>*>(index + at_slices);
+  for (int panel = 0; panel < num_down_panels; ++panel)
+    new (plan.slices_left + panel) std::atomic<int>(plan.num_slices);
   plan.gather_group = gather_group;
   plan.gather_row = gather_row;
 
   int* gather_ranges = ranges + num_threads + 1;
   int* down_ranges = gather_ranges + num_threads + 1;
-  const int num_down_units = (layout_.num_d_panels + plan.down_panels_per_unit - 1) / plan.down_panels_per_unit;
   split_evenly(num_blocks, num_threads, gather_ranges);
   split_evenly(num_down_units, num_threads, down_ranges);
   const Phase phases[] = {{&Plan::gather_unit, num_blocks, gather_ranges, "gather"},
                           {&Plan::gate_up_unit, ranges[num_threads], ranges, "gate_up"},
-                          {&Plan::down_unit, num_down_units, down_ranges, "down"}};
-  if (int64_t(num_rows) * layout_.d_model <= kGatherAloneElements) {
+                          {&Plan::down_unit, num_down_units, down_ranges, "down", &Plan::fetch_down}};
+  if (int64_t(num_x_rows) * layout_.d_model <= kGatherAloneElements) {
     for (int unit = 0; unit < num_blocks; ++unit) Plan::gather_unit(&plan, unit, 0);
     lease.run(phases + 1, 2, &plan);
   } else {

@@ -55,7 +55,6 @@ void Doorbell::reset() {
   forget();
   std::lock_guard<std::mutex> guard(mutex_);
   error_.clear();
-  word_at(mailbox_.error).store(0, std::memory_order_release);
 }
 
 std::string Doorbell::error() const {
@@ -111,6 +110,7 @@ void Doorbell::answer(uint64_t word) {
   const int64_t num_rings = uint32_t(number - last_ring_);
   last_ring_ = number;
   DoorbellTotals done{num_rings, 0, 0, 0};
+  uint64_t failed = 0;
   if (word >> ring::kWorkShift & 1) {
     const int layer = int(word >> ring::kLayerShift) & (ring::kMaxLayers - 1);
     const int num_tokens = int(word >> ring::kTokensShift) & ring::kMaxTokens;
@@ -143,15 +143,15 @@ void Doorbell::answer(uint64_t word) {
     } catch (const std::out_of_range& missing) {
       std::lock_guard<std::mutex> guard(mutex_);
       error_ = "layer " + std::to_string(layer) + ": expert " + missing.what() + " is not in host memory";
-      word_at(mailbox_.error).store(uint64_t(layer) + 1, std::memory_order_release);
+      failed = 1;
     } catch (const std::exception& problem) {
       std::lock_guard<std::mutex> guard(mutex_);
       error_ = "layer " + std::to_string(layer) + ": " + problem.what();
-      word_at(mailbox_.error).store(uint64_t(layer) + 1, std::memory_order_release);
+      failed = 1;
     }
     done.busy_s = seconds_since(start);
   }
-  word_at(mailbox_.answered).store(number, std::memory_order_release);
+  word_at(mailbox_.answered).store(number | failed << ring::kFailedShift, std::memory_order_release);
   computing_.store(false, std::memory_order_release);
   seen_.fetch_add(num_rings);
   std::lock_guard<std::mutex> guard(mutex_);

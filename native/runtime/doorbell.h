@@ -26,13 +26,14 @@ namespace monde {
 namespace ring {
 inline constexpr int kLayerShift = 32, kTokensShift = 44, kTopkShift = 56, kWorkShift = 63;
 inline constexpr int kMaxLayers = 1 << 12, kMaxTokens = (1 << 12) - 1, kMaxTopk = (1 << 7) - 1;
+// An answer: bits 0-31 number of the ring, bit 32 its forward raised.
+inline constexpr int kFailedShift = 32;
 }  // namespace ring
 
 // Addresses in memory that both sides see. Words are 64 bits, each on a cache line of its own.
 struct Mailbox {
   uintptr_t rung;      // written by the GPU
-  uintptr_t answered;  // number of the latest ring that was answered
-  uintptr_t error;     // 1 + layer whose forward raised; 0 if none did
+  uintptr_t answered;  // the answer to the latest ring
   uintptr_t x;         // [tokens, d_model] of x_dtype
   uintptr_t ids;       // [tokens, topk] int32; -1: not for the host
   uintptr_t weights;   // [tokens, topk] float

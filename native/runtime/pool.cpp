@@ -151,8 +151,18 @@ struct Pool::State {
       }
       if (done && start_ns) timeline::add({phase.name, start_ns, timeline::now_ns(), 0, thread, 0, 0, 0, done});
       if (done) completed[p].fetch_add(done, std::memory_order_acq_rel);
-      spin_until([&] { return completed[p].load(std::memory_order_acquire) >= phase.num_units; });
+      const auto is_over = [&] { return completed[p].load(std::memory_order_acquire) >= phase.num_units; };
+      if (p + 1 < num_phases) fetch_ahead(p + 1, thread, is_over);
+      spin_until(is_over);
     }
+  }
+
+  template <class IsOver>
+  void fetch_ahead(int phase, int thread, IsOver is_over) {
+    const Range& units = range(phase, thread);
+    const int first = units.next.load(std::memory_order_relaxed);
+    if (!phases[phase].fetch_ahead || first >= units.end) return;
+    for (int step = 0; !is_over() && phases[phase].fetch_ahead(context, first, step);) ++step;
   }
 
   int take_all(int phase, int owner, int thread) {

@@ -20,6 +20,9 @@ struct Phase {
   int num_units;
   const int* range_begin;     // [num_threads + 1] units owned by thread i: [range_begin[i], range_begin[i + 1])
   const char* name = "work";  // on timelines
+  // Fetches the step-th piece of what `unit` will read into the cache; false when there is no more. Threads that wait
+  // for the phase before do that for their first unit, as memory would idle. Null: nothing to fetch.
+  bool (*fetch_ahead)(void* context, int unit, int step) = nullptr;
 };
 
 inline constexpr int kMaxPhases = 4;

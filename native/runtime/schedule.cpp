@@ -11,6 +11,12 @@ constexpr int kMemoryBoundRows = 4;
 // Units per thread below which one slow thread would be felt at the end of a phase.
 constexpr int kUnitsPerThread = 8;
 
+// Weights that a sliced down unit reads: some microseconds of one core's memory bandwidth.
+constexpr size_t kDownUnitBytes = size_t(64) << 10;
+
+// Sums of slices wait in the caches for the last one of their panel.
+constexpr size_t kMaxSumsBytes = size_t(2) << 20;
+
 // A unit reads its activation rows once for all its panels: wide units save that traffic, narrow ones balance better.
 int panels_per_unit(int num_rows, int64_t total_panels, int num_threads) {
   const int by_reuse = num_rows <= kBlockRows ? 1 : num_rows <= 2 * kBlockRows ? 2 : num_rows <= 4 * kBlockRows ? 4 : 8;
@@ -85,6 +91,13 @@ int down_panels_per_unit(const ExpertLayout& layout, int num_rows, int num_group
   if (num_rows <= kMemoryBoundRows * num_groups) return 1;
   // Half the balance of gate-up units: every unit costs the same here.
   return std::clamp(layout.num_d_panels / (kUnitsPerThread / 4 * num_threads), 2, 8);
+}
+
+int down_slices(const ExpertLayout& layout, int num_tokens, int num_groups) {
+  const size_t by_bytes = (num_groups * layout.down_panel_bytes + kDownUnitBytes - 1) / kDownUnitBytes;
+  const size_t sums_bytes = size_t(num_tokens) * layout.num_d_panels * kLanes * sizeof(float);
+  const size_t by_sums = kMaxSumsBytes / std::max<size_t>(1, sums_bytes);
+  return int(std::max<size_t>(1, std::min({size_t(num_groups), by_bytes, by_sums})));
 }
 
 }  // namespace monde

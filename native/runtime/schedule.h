@@ -37,4 +37,8 @@ const Segment& segment_of(const Segment* segments, int num_segments, int unit);
 // many.
 int down_panels_per_unit(const ExpertLayout& layout, int num_rows, int num_groups, int num_threads);
 
+// Slices of the groups that down units of one panel are cut into, so that the last unit of a step is a short one.
+// Depends on shapes alone: sums are added in the same order on any number of threads.
+int down_slices(const ExpertLayout& layout, int num_tokens, int num_groups);
+
 }  // namespace monde

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from monde.calibration.gpu import layer_of
+from monde.calibration.gpu import expert_s, layer_of
 from monde.calibration.samples import Samples
 
 
@@ -27,6 +27,8 @@ def test_a_layer_takes_no_negative_time() -> None:
     assert layer_of(4, samples(10e-6, 50e-6)).alpha_s == 0
 
 
-def test_more_experts_for_nothing_are_not_believed() -> None:
+def test_experts_hidden_behind_the_launch_of_their_layer_take_at_most_what_larger_ones_do() -> None:
+    hidden = layer_of(4, samples(20e-6, 20e-6)).s_per_unit
+    assert expert_s([hidden, 2e-6, 0.0, 5e-6]) == (2e-6, 2e-6, 5e-6, 5e-6)
     with pytest.raises(ValueError, match="took no longer than 8; measure again"):
-        layer_of(4, samples(20e-6, 20e-6))
+        expert_s([2e-6, hidden])

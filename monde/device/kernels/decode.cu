@@ -98,8 +98,9 @@ __device__ int shared_panels(const Layer* layer, u64 share) {
 
 // x_TD [T, D] and ids_TK [T, K] contiguous; weights_TK of weights_type.
 extern "C" __global__ void __launch_bounds__(kThreads)
-    route(const Layer* layer, const XElement* x_TD, const i64* ids_TK, const void* weights_TK, int weights_type,
-          int num_tokens, int num_topk) {
+    route(const __grid_constant__ Layer record, const XElement* x_TD, const i64* ids_TK, const void* weights_TK,
+          int weights_type, int num_tokens, int num_topk) {
+  const Layer* const layer = &record;
   const int num_pairs = num_tokens * num_topk, D = int(layer->d_model), d_pad_k = int(layer->d_pad_k);
   u64* state = reinterpret_cast<u64*>(layer->state);
 
@@ -165,18 +166,25 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     }
   }
 
-  // The last block to get here rings: everything that is posted is visible to the host by then.
+  // The last block to get here rings: everything that is posted is visible to the host by then. One thread's fence
+  // covers what its block wrote before the barrier, and the release what came before the ticket.
   if (posted) {
-    __threadfence_system();
     __syncthreads();
-    if (threadIdx.x == 0 && atomicAdd(state + STATE_TICKET, 1ull) == gridDim.x - 1) {
-      state[STATE_TICKET] = 0;
-      const u64 cold = *reinterpret_cast<volatile u64*>(state + STATE_COLD);
-      const u64 number = (state[STATE_RING] + 1) & 0xffffffffull;
-      state[STATE_RING] = number;
-      store_release(reinterpret_cast<u64*>(layer->mailbox_rung),
-                    number | u64(layer->layer_idx) << RING_LAYER_SHIFT | u64(num_tokens) << RING_TOKENS_SHIFT |
-                        u64(num_topk) << RING_TOPK_SHIFT | u64(cold > 0) << RING_WORK_SHIFT);
+    if (threadIdx.x == 0) {
+      bool is_last = gridDim.x == 1;
+      if (!is_last) {
+        __threadfence_system();
+        is_last = atomicAdd(state + STATE_TICKET, 1ull) == gridDim.x - 1;
+        if (is_last) state[STATE_TICKET] = 0;
+      }
+      if (is_last) {
+        const u64 cold = *reinterpret_cast<volatile u64*>(state + STATE_COLD);
+        const u64 number = (state[STATE_RING] + 1) & 0xffffffffull;
+        state[STATE_RING] = number;
+        store_release(reinterpret_cast<u64*>(layer->mailbox_rung),
+                      number | u64(layer->layer_idx) << RING_LAYER_SHIFT | u64(num_tokens) << RING_TOKENS_SHIFT |
+                          u64(num_topk) << RING_TOPK_SHIFT | u64(cold > 0) << RING_WORK_SHIFT);
+      }
     }
   }
   if (blockIdx.x == 0 && (layer->num_slots > 0 || layer->host_blobs)) make_groups(layer, num_pairs);
@@ -201,7 +209,8 @@ __device__ Group group_at(const Layer* layer, int g) {
 }
 
 // Grid: (num_f_panels, or half of them where there is no gate; groups at most).
-extern "C" __global__ void __launch_bounds__(kThreads) gate_up(const Layer* layer, int num_topk) {
+extern "C" __global__ void __launch_bounds__(kThreads) gate_up(const __grid_constant__ Layer record, int num_topk) {
+  const Layer* const layer = &record;
   if (int(blockIdx.y) >= *reinterpret_cast<const int*>(layer->num_groups)) return;
   __shared__ Sums sums;
   __shared__ const XElement* rows[kRows];
@@ -244,7 +253,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) gate_up(const Layer* laye
 }
 
 // Grid: (half of num_d_panels, groups at most).
-extern "C" __global__ void __launch_bounds__(kThreads) down(const Layer* layer) {
+extern "C" __global__ void __launch_bounds__(kThreads) down(const __grid_constant__ Layer record) {
+  const Layer* const layer = &record;
   if (int(blockIdx.y) >= *reinterpret_cast<const int*>(layer->num_groups)) return;
   __shared__ Sums sums;
   __shared__ const HElement* rows[kRows];
@@ -277,30 +287,34 @@ extern "C" __global__ void __launch_bounds__(kThreads) down(const Layer* layer) 
 
 // ---- combine ----
 
-// Until the host has answered the latest ring. False when it failed or did not answer in time: then this layer, and
-// all after it, give NaN at once, so that the GPU is free again; the host's side of the program raises.
+// From here on this layer, and all after it, give NaN at once, so that the GPU is free again; the host's side of the
+// program raises.
+__device__ void fail(const Layer* layer) {
+  atomicExch(reinterpret_cast<u64*>(layer->state) + STATE_FAILED, u64(layer->layer_idx) + 1);
+  store_release(reinterpret_cast<u64*>(layer->mailbox_failed), u64(layer->layer_idx) + 1);
+}
+
+// Until the host has answered the latest ring. False when its forward raised, or when it did not answer in time.
 __device__ bool host_answered(const Layer* layer) {
   u64* state = reinterpret_cast<u64*>(layer->state);
   if (*reinterpret_cast<volatile u64*>(state + STATE_FAILED)) return false;
   const u32 number = u32(state[STATE_RING]);
-  const u64* answered = reinterpret_cast<const u64*>(layer->mailbox_answered);
-  const u64 start = nanoseconds();
-  while (int(u32(load_acquire(answered)) - number) < 0) {
-    if (nanoseconds() - start > state[STATE_DEADLINE_NS]) {
-      atomicExch(state + STATE_FAILED, u64(layer->layer_idx) + 1);
-      store_release(reinterpret_cast<u64*>(layer->mailbox_failed), u64(layer->layer_idx) + 1);
-      return false;
-    }
+  const u64 deadline_ns = state[STATE_DEADLINE_NS], start = nanoseconds();
+  for (;;) {
+    const u64 answered = load_acquire(reinterpret_cast<const u64*>(layer->mailbox_answered));
+    const bool in_time = nanoseconds() - start <= deadline_ns;
+    if (int(u32(answered) - number) < 0 && in_time) continue;
+    if (in_time && (answered >> RING_FAILED_SHIFT) == 0) return true;
+    fail(layer);
+    return false;
   }
-  if (load_acquire(reinterpret_cast<const u64*>(layer->mailbox_error)) == 0) return true;
-  atomicExch(state + STATE_FAILED, u64(layer->layer_idx) + 1);
-  store_release(reinterpret_cast<u64*>(layer->mailbox_failed), u64(layer->layer_idx) + 1);
-  return false;
 }
 
 // Grid: (enough for D, T).
 extern "C" __global__ void __launch_bounds__(kThreads)
-    combine(const Layer* layer, const void* weights_TK, int weights_type, XElement* y_TD, int num_topk) {
+    combine(const __grid_constant__ Layer record, const void* weights_TK, int weights_type, XElement* y_TD,
+            int num_topk) {
+  const Layer* const layer = &record;
   __shared__ bool ok;
   u64* state = reinterpret_cast<u64*>(layer->state);
   const bool waits = layer->mailbox_x && state[STATE_COLD] > 0;
