@@ -1,10 +1,12 @@
-"""The cost model against the host: predicted and measured seconds of random mixes of experts and tokens.
+"""The cost model against the machine: predicted and measured seconds of random mixes of experts and tokens.
 
-Each mix is one call of a bank: A of its experts, with token counts drawn apart (log-uniform, so that most are few).
-Predicted is the sum of CostModel.host_s over the experts, from this machine's calibrated profile; other shapes than
-the calibrated one test what the model carries over. Calls are interleaved, so a slow moment meets all mixes.
+Each mix is a layer of A experts with token counts drawn apart (log-uniform, so that most are few), of the calibrated
+shape and of two others, which test what the model carries over. On the host: one call of a bank, predicted as the sum
+of CostModel.host_s. With a GPU, besides, every way that its experts can go (bench/cost_model_gpu.py): resident, fetched,
+host beside the GPU, cut along F with all lanes at once, zero-copy alone and beside the host. By kind and over all: the
+median and the 95th percentile of the error. A kind that fails is told in the artefact, and the exit code is 1.
 
-python -m bench.cost_model [--machine profile.json] [--mixes 60] [--out results.json]
+python -m bench.cost_model [--machine profile.json] [--mixes 40] [--seconds 210] [--out results.json]
 
 Letters: T tokens, E experts, A active experts, D model dim, F expert hidden dim.
 """
@@ -14,31 +16,38 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
+import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bench import artefact
+from bench import artefact, cost_model_gpu
+from bench.cost_model_gpu import MAX_ACTIVE, MAX_TOKENS, Ran, random_mixes
+from bench.planned import this_profile
 from hostcompute import ExpertBank, ExpertSpec, make_pool
 from monde.calibration.host import fill
-from monde.cli.plan import find_profile
+from monde.device.pinned import PinnedRange
+from monde.executors.host import host_threads
 from monde.planning.cost import CostModel, ExpertShape
 from monde.planning.profile import HardwareProfile
+from monde.weights.host import HostBlobs
 
 # The calibrated shape, one of a third its bytes, and one of four times.
 SPECS = (ExpertSpec(96, 2048, 768), ExpertSpec(256, 1024, 512), ExpertSpec(24, 4096, 1536))
-MAX_TOKENS = 256
 NUM_REPEATS = 9
 
 
 @dataclass(frozen=True)
 class Mix:
-    """One call: tokens of each active expert; predicted and measured seconds."""
+    """One layer: where its experts were, tokens of each active one; predicted and measured seconds."""
 
+    kind: str
     d_model: int
     d_ffn: int
     tokens_A: list[int]
@@ -75,57 +84,111 @@ class Call:
         return time.perf_counter() - start_s
 
 
-def measure(spec: ExpertSpec, profile: HardwareProfile, num_mixes: int, pool: object) -> list[Mix]:
-    rng = np.random.default_rng(spec.d_ffn)
+@dataclass
+class Report:
+    """Everything measured, and what could not be: as much of it as there is becomes the artefact."""
+
+    mixes: list[Mix] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    def add(self, kind: str, spec: ExpertSpec, run: Callable[[], Iterable[Ran]]) -> None:
+        """Whatever goes wrong with one kind is kept; the others are measured all the same."""
+        name = f"{kind}, {spec.d_model}x{spec.d_ffn}"
+        try:
+            found = [Mix(ran[0], spec.d_model, spec.d_ffn, *ran[1:]) for ran in run()]
+        except Exception as error:
+            self.failures.append(f"{name}: {type(error).__name__}: {error}")
+            print(f"{name:<36} failed: {error}", flush=True)
+            return
+        self.mixes += found
+        if found:
+            print(errors_text(name, found), flush=True)
+
+    def by_kind(self) -> dict[str, list[Mix]]:
+        kinds = dict.fromkeys(mix.kind for mix in self.mixes)
+        return {kind: [mix for mix in self.mixes if mix.kind == kind] for kind in kinds}
+
+
+def on_host(bank: ExpertBank, cost: CostModel, num_mixes: int) -> Iterator[Ran]:
+    """Calls of the bank in turn, so that a slow moment meets all mixes."""
+    rng = np.random.default_rng(bank.spec.d_ffn)
+    calls = [Call(bank, tokens_A) for tokens_A in random_mixes(rng, num_mixes, MAX_TOKENS, MAX_ACTIVE)]
+    rounds = [[call.seconds() for call in calls] for _ in range(NUM_REPEATS + 1)][1:]
+    for i, call in enumerate(calls):
+        predicted_s = float(cost.host_s(call.tokens_A).sum())
+        yield "host", call.tokens_A.tolist(), predicted_s, [one[i] for one in rounds]
+
+
+def measure(spec: ExpertSpec, profile: HardwareProfile, options: argparse.Namespace, report: Report) -> None:
+    """All kinds of one shape; those whose turn comes after --seconds are failures."""
     cost = CostModel(profile, ExpertShape(spec.d_model, spec.d_ffn, spec.gated))
+    on_gpu = profile.gpu is not None
+    pool = make_pool(host_threads() if on_gpu else profile.machine.num_cores)
     with fill(ExpertBank(spec, "native", pool)) as bank:
-        draws = [2 ** rng.uniform(0, np.log2(MAX_TOKENS), rng.integers(1, 17)) for _ in range(num_mixes)]
-        calls = [Call(bank, np.rint(draw).astype(np.int64)) for draw in draws]
-        rounds = [[call.seconds() for call in calls] for _ in range(NUM_REPEATS + 1)][1:]
-    return [
-        Mix(
-            spec.d_model,
-            spec.d_ffn,
-            call.tokens_A.tolist(),
-            float(cost.host_s(call.tokens_A).sum()),
-            [one[i] for one in rounds],
-        )
-        for i, call in enumerate(calls)
-    ]
+        report.add("host", spec, partial(on_host, bank, cost, options.mixes))
+        if not on_gpu:
+            return
+        device, blobs = torch.device("cuda:0"), HostBlobs(bank)
+        pinned = PinnedRange(*blobs.range_of(0, spec.num_experts), blobs, device)
+        for kind, run in cost_model_gpu.run_kinds(bank, cost, pool, device, options.mixes):
+            if time.perf_counter() - options.started_s > options.seconds:
+                report.failures.append(f"{kind}, {spec.d_model}x{spec.d_ffn}: no time left; raise --seconds")
+                continue
+            report.add(kind, spec, run)
+        pinned.close()
+
+
+def errors_of(mixes: list[Mix]) -> tuple[float, float]:
+    """The median and the 95th percentile of the relative errors."""
+    errors = [mix.relative_error for mix in mixes]
+    return float(np.median(errors)), float(np.quantile(errors, 0.95))
+
+
+def errors_text(name: str, mixes: list[Mix]) -> str:
+    median, p95 = errors_of(mixes)
+    bias = statistics.median(mix.predicted_s / mix.measured_s for mix in mixes)
+    return f"{name:<36} error {median:6.1%} median, {p95:6.1%} p95 of {len(mixes)}; predicted / measured {bias:.2f}"
 
 
 def main() -> None:
+    started_s = time.perf_counter()
     parser = argparse.ArgumentParser(
         prog="python -m bench.cost_model",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--machine", help="file of a measured profile (default: this machine's)")
-    parser.add_argument("--mixes", type=int, default=60, help="mixes of each shape (default 60)")
+    parser.add_argument(
+        "--machine", help="file of a measured profile (default: this machine's, measured if need be)"
+    )
+    parser.add_argument("--mixes", type=int, default=40, help="mixes of each shape and kind (default 40)")
+    parser.add_argument("--seconds", type=float, default=210.0, help="no kind starts later (default 210)")
     parser.add_argument("--out", type=Path, help="where to write the artefact")
     options = parser.parse_args()
-    profile = find_profile(options.machine)
-    pool = make_pool(profile.machine.num_cores - (profile.gpu is not None))
-    mixes: list[Mix] = []
+    options.started_s = started_s
+    profile = this_profile(options.machine, on_gpu=torch.cuda.is_available())
+    report = Report()
     for spec in SPECS:
-        of_spec = measure(spec, profile, options.mixes, pool)
-        report(f"{spec.d_model}x{spec.d_ffn}", of_spec)
-        mixes += of_spec
-    median, p95 = report("all", mixes)
+        measure(spec, profile, options, report)
+    kinds = report.by_kind()
+    print()
+    for kind, mixes in kinds.items():
+        print(errors_text(kind, mixes))
+    if report.mixes:
+        print(errors_text("all", report.mixes))
+    for failure in report.failures:
+        print(f"failed: {failure}")
     configuration = {"mixes": options.mixes, "profile": dataclasses.asdict(profile)}
-    results = {"median": median, "p95": p95, "mixes": [dataclasses.asdict(mix) for mix in mixes]}
+    results = {
+        "errors": {
+            kind: dict(zip(("median", "p95"), errors_of(mixes), strict=True))
+            for kind, mixes in (kinds | ({"all": report.mixes} if report.mixes else {})).items()
+        },
+        "failures": report.failures,
+        "mixes": [dataclasses.asdict(mix) for mix in report.mixes],
+    }
     print(f"artefact: {artefact.write('cost_model', configuration, results, options.out)}")
-
-
-def report(name: str, mixes: list[Mix]) -> tuple[float, float]:
-    """Print and return the median and the 95th percentile of the relative errors."""
-    errors = [mix.relative_error for mix in mixes]
-    bias = statistics.median(mix.predicted_s / mix.measured_s for mix in mixes)
-    median, p95 = float(np.median(errors)), float(np.quantile(errors, 0.95))
-    print(
-        f"{name:<10} error {median:6.1%} median, {p95:6.1%} p95; predicted / measured {bias:.2f}", flush=True
-    )
-    return median, p95
+    print(f"done after {time.perf_counter() - started_s:.0f} s")
+    sys.exit(1 if report.failures else 0)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 MODEL is a folder, of a few GB for an answer in four minutes (bench/make_model.py OUT --layers 6 --experts 128: 7.6 GB).
 Budgets go from the smallest that works to all experts on the GPU, or 90% of the card. Residents are static and experts
 equally popular in the plan; the share of pairs that residents took is printed next to their share of the experts.
+A budget that fails, or whose turn comes after --seconds, is told in the artefact, and the exit code is 1.
 With --device cpu the CPU stands in for the GPU: what has a slot takes the GPU's way through the program, on the host.
 """
 
@@ -16,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,17 +25,18 @@ from typing import Any
 import numpy as np
 
 from bench import artefact
+from hostcompute.topology import machine_memory_bytes
 from monde import profile_store
 from monde.calibration.measure import calibrate
 from monde.cli.plan import find_profile
 from monde.cli.plan_forecast import Question
-from monde.config import machine_memory_bytes
 from monde.planning.budget import smallest_gpu_bytes
 from monde.planning.profile import HardwareProfile
 
 NUM_BUDGETS = 5
 CARD_SHARE = 0.9  # the rest is the CUDA context's and the allocator's
 HOST_SHARE = 0.9
+LIMIT_S = 120.0  # of one budget: whatever hangs must not take the others with it
 
 
 @dataclass(frozen=True)
@@ -88,9 +91,13 @@ def measured(model: str, gpu_bytes: int, options: argparse.Namespace) -> list[di
     command += ["--residency", "static", "-p", str(options.prompt), "-n", str(options.generate), "-o", "json"]
     command += ["-b", str(options.batch), "-r", str(options.repetitions)]
     command += ["--device", options.device] if options.device else []
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=LIMIT_S)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"monde bench did not end within {LIMIT_S:g} s") from error
     if done.returncode:
-        raise RuntimeError(f"monde bench failed: {done.stderr.strip().splitlines()[-1]}")
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise RuntimeError(f"monde bench failed: {last}")
     results: list[dict[str, Any]] = json.loads(done.stdout)
     return results
 
@@ -118,7 +125,37 @@ def compare(question: Question, gpu_bytes: int, options: argparse.Namespace) -> 
     return rows
 
 
+def compare_all(
+    question: Question, options: argparse.Namespace, started_s: float
+) -> tuple[list[Row], list[str]]:
+    """Rows of all budgets, and why some have none."""
+    rows: list[Row] = []
+    failures: list[str] = []
+    for gpu_bytes in budgets(question):
+        name = f"{gpu_bytes / 2**30:.2f} GiB"
+        if time.perf_counter() - started_s > options.seconds:
+            failures.append(f"{name}: no time left; raise --seconds")
+            continue
+        try:
+            found = compare(question, gpu_bytes, options)
+        except (RuntimeError, ValueError, KeyError) as error:
+            failures.append(f"{name}: {error}")
+            print(f"{name} failed: {error}", flush=True)
+            continue
+        rows += found
+        for row in found:
+            print(text_of(row), flush=True)
+    return rows, failures
+
+
+def worst_of(rows: list[Row]) -> dict[str, float]:
+    """The largest error of each phase that was measured."""
+    phases = dict.fromkeys(row.phase for row in rows)
+    return {phase: max(abs(row.error) for row in rows if row.phase == phase) for phase in phases}
+
+
 def main() -> None:
+    started_s = time.perf_counter()
     parser = argparse.ArgumentParser(
         prog="python -m bench.planned",
         description=__doc__,
@@ -131,6 +168,7 @@ def main() -> None:
     parser.add_argument("--generate", type=int, default=64)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=210.0, help="no budget starts later (default 210)")
     parser.add_argument("--out", type=Path, help="where to write the artefact")
     options = parser.parse_args()
     profile = this_profile(options.machine, on_gpu=options.device is None)
@@ -139,22 +177,20 @@ def main() -> None:
     host_bytes = int(machine_memory_bytes() * HOST_SHARE)
     context = max(options.prompt, options.generate)
     question = Question(options.model, profile, host_bytes, context, options.batch, options.prompt)
-    rows: list[Row] = []
-    for gpu_bytes in budgets(question):
-        for row in compare(question, gpu_bytes, options):
-            rows.append(row)
-            print(text_of(row), flush=True)
-    worst = {
-        phase: max(abs(row.error) for row in rows if row.phase == phase) for phase in ("prefill", "decode")
-    }
+    rows, failures = compare_all(question, options, started_s)
+    worst = worst_of(rows)
     print("; ".join(f"{phase}: at most {error:.0%} off" for phase, error in worst.items()))
+    for failure in failures:
+        print(f"failed: {failure}")
     configuration = {k: v for k, v in vars(options).items() if k != "out"}
     results = {
         "worst": worst,
+        "failures": failures,
         "profile": dataclasses.asdict(profile),
         "rows": [dataclasses.asdict(row) | {"error": row.error} for row in rows],
     }
     print(f"artefact: {artefact.write('planned', configuration, results, options.out)}")
+    sys.exit(1 if failures else 0)
 
 
 def text_of(row: Row) -> str:

@@ -5,6 +5,7 @@ bf16), as many layers as the machine has time for. Milliseconds a layer of
     monde    counts read back, the exact split: resident, fetched, host, one expert cut along F
     fetch    every cold expert over the bus, through the same staging
     host     every cold expert on the host, with the same kernels
+    monde-rule, fiddler, two-ended    the rules of MoNDE, Fiddler and HybriMoE, by --contenders
     bound    max(1 / (1 / h + 1 / c), the GPU's part): h and c are the cold experts' seconds on the host and over the
              bus, each measured while the other runs; the GPU's part is its operations at the rate of a large product
 Below each, what Python did a layer: count, wait for the counts, plan, launch, wait for the host, combine; and the
@@ -39,8 +40,8 @@ from monde.executors.prefill_size import PrefillSize
 from monde.executors.waves import PHASES
 from monde.planning.feedback import Feedback
 from monde.planning.profile import HardwareProfile
-from monde.planning.split import Where, best_split
-from monde.planning.split_policies import SplitPolicy, all_fetch, all_host
+from monde.planning.split import Where
+from monde.planning.split_policies import SPLIT_POLICIES, SplitPolicy
 from monde.weights.host import HostBlobs
 from monde.weights.slots import ExpertSlots
 from monde.weights.table import SlotTable
@@ -49,9 +50,10 @@ GPU = torch.device("cuda", 0)
 MODELS = {"qwen3": (ExpertSpec(128, 2048, 768), 8, 6), "mixtral": (ExpertSpec(8, 4096, 14336), 2, 3)}
 SHARES = {"none": 0.0, "quarter": 0.25, "half": 0.5, "all": 1.0}
 CONTENDERS: dict[str, tuple[SplitPolicy, bool]] = {
-    "monde": (best_split, True),
-    "fetch": (all_fetch, True),
-    "host": (all_host, False),
+    "monde": (SPLIT_POLICIES["best"], True),
+    "fetch": (SPLIT_POLICIES["all-fetch"], True),
+    "host": (SPLIT_POLICIES["all-host"], False),
+    **{name: (SPLIT_POLICIES[name], False) for name in ("monde-rule", "fiddler", "two-ended")},
 }
 NUM_WARM_UPS, NUM_STEPS = 3, 7
 # Two results in bf16 whose products are rounded at different places; beyond it something is wrong.
@@ -224,7 +226,7 @@ def run_case(
         bound_s = 1 / (1 / host_beside_s + 1 / bus_beside_s)
     bound_s = max(bound_s, gpu_part_s)
     rows = []
-    for name in CONTENDERS if first_cold < spec.num_experts else ("monde",):
+    for name in options.contenders if first_cold < spec.num_experts else ("monde",):
         samples = time_contender(model, name, x_TD, weights_TK, routings)
         layer = model.layers[-1]
         split = layer.latest
@@ -280,11 +282,19 @@ def main() -> None:
         "--residents", type=lambda text: text.split(","), default=list(SHARES), help=",".join(SHARES)
     )
     parser.add_argument(
+        "--contenders",
+        type=lambda text: text.split(","),
+        default=["monde", "fetch", "host"],
+        help=f"of {','.join(CONTENDERS)} (default monde,fetch,host)",
+    )
+    parser.add_argument(
         "--skew", type=float, default=0.0, help="Zipf exponent of the routing (default 0, uniform)"
     )
     parser.add_argument("--seconds", type=float, default=75.0, help="no case starts later (default 75)")
     parser.add_argument("--out", type=Path, help="where the artefact goes (default: bench/results/)")
     options = parser.parse_args()
+    if unknown := set(options.contenders) - set(CONTENDERS):
+        parser.error(f"--contenders: {', '.join(sorted(unknown))}; expected some of {', '.join(CONTENDERS)}")
     spec, num_topk, num_layers = MODELS[options.model]
     num_layers = options.layers or num_layers
     pool = hostcompute.make_pool(host_threads())

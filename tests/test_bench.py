@@ -87,7 +87,7 @@ def test_a_call_of_a_mix_gives_every_expert_its_tokens() -> None:
 
 
 def test_a_mix_is_as_wrong_as_its_median() -> None:
-    assert Mix(1, 1, [1], 0.5, [1.0, 9.0, 1.0]).relative_error == 0.5
+    assert Mix("host", 1, 1, [1], 0.5, [1.0, 9.0, 1.0]).relative_error == 0.5
 
 
 def test_artefacts_do_not_say_where_files_lay() -> None:

@@ -13,7 +13,7 @@ from hostcompute.probe import uncached_bytes
 from hostcompute.topology import choose_cores, machine_memory_bytes
 from monde.calibration.dense import DenseProbes
 from monde.calibration.gpu import GpuProbes
-from monde.calibration.host import HostProbes
+from monde.calibration.host import FORMATS, HostProbes, format_spec
 from monde.calibration.samples import Progress, noise_of, take
 from monde.executors.host import host_threads
 from monde.planning.profile import HardwareProfile, MachineIdentity
@@ -34,7 +34,7 @@ class Effort:
     copied_bytes: int
 
 
-# The experts of Qwen3-30B-A3B: 9.4 MB each, 1.2 GB a layer. About half a minute, most of it reading by threads.
+# The experts of Qwen3-30B-A3B: 9.4 MB each, 1.2 GB a layer. Three quarters of a minute, most of it reading by threads.
 FULL = Effort(ExpertSpec(128, 2048, 768), sample_s=0.25, read_bytes=uncached_bytes(), copied_bytes=1 << 29)
 
 
@@ -66,6 +66,7 @@ def calibrate(
             gpu=None if gpu is None else gpu.profile(samples, dense.captured_block_s(samples)),
             eager_block_s=dense.eager_block_s(samples),
             noisy=noise_of(samples),
+            host_formats=host.format_rates(samples),
         )
     finally:
         if gpu is not None:
@@ -74,7 +75,8 @@ def calibrate(
 
 
 def _check_memory(effort: Effort, on_gpu: bool) -> None:
-    experts_bytes = effort.spec.num_experts * effort.spec.expert_bytes
+    specs = [effort.spec, *(format_spec(effort.spec, dtype) for dtype in FORMATS.values())]
+    experts_bytes = sum(spec.num_experts * spec.expert_bytes for spec in specs)
     need_bytes = experts_bytes + effort.read_bytes + (effort.copied_bytes if on_gpu else 0)
     free_bytes = psutil.virtual_memory().available
     if need_bytes > free_bytes:

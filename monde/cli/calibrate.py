@@ -106,6 +106,10 @@ def describe(profile: HardwareProfile) -> str:
         "host read": f"{reads} GB/s by threads",
         "host experts": f"{host.bytes_per_s / 1e9:.3g} GB/s with few tokens, "
         f"{max(host.flops_per_s.y) / 1e12:.3g} TFLOP/s with many",
+        **{
+            f"  in {name}": f"{rate.bytes_per_s / 1e9:.3g} GB/s, {max(rate.flops_per_s.y) / 1e12:.3g} TFLOP/s"
+            for name, rate in profile.host_formats.items()
+        },
         "block in Python": f"{profile.eager_block_s * 1e6:.3g} us without experts, one kernel after the other",
         "gpu": "none" if gpu is None else str(machine.gpu),
     }

@@ -116,7 +116,7 @@ def plan(
     outlined = question.outlined(asked)
     mine = next(verdict for verdict in verdicts if verdict.format is asked)
     profile_is = "this machine, calibrated" if machine is None else machine
-    answer = answer_of(profile_is, question, asked, verdicts, outlined.stored)
+    answer = answer_of(profile_is, question, asked, verdicts, outlined)
     if mine.forecast is None:
         if as_json:
             typer.echo(json.dumps(answer, indent=1))
@@ -124,7 +124,7 @@ def plan(
     more_gpu = question.forecast(outlined, gpu_bytes + 2**30) if profile.gpu is not None else None
     channel = with_one_more_channel(profile)
     more_host = None if channel is None else question.forecast(outlined, gpu_bytes, channel)
-    answer = answer_of(profile_is, question, asked, verdicts, outlined.stored, more_gpu, more_host)
+    answer = answer_of(profile_is, question, asked, verdicts, outlined, more_gpu, more_host)
     if trace is not None:
         answer["trace"] = trace_answer(question.played(outlined, mine.forecast, trace))
     typer.echo(json.dumps(answer, indent=1) if as_json else text_of(mine.forecast, answer, heat))

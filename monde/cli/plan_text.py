@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from monde.cli.plan_forecast import Forecast, FormatVerdict, Question
-from monde.models.stored import StoredSizes
+from monde.models.outline import Outlined
 from monde.planning.forecast import Speed
 from monde.planning.formats import WeightFormat
 from monde.planning.played import Played
@@ -20,7 +20,7 @@ def answer_of(
     question: Question,
     asked: WeightFormat,
     verdicts: Sequence[FormatVerdict],
-    stored: StoredSizes | None,
+    outlined: Outlined,
     more_gpu: Forecast | None = None,
     more_host: Forecast | None = None,
 ) -> dict[str, Any]:
@@ -33,7 +33,10 @@ def answer_of(
         "source": profile.source,
         "noisy": [str(noise) for noise in profile.noisy],
         "memory_channels": None if profile.memory_channels is None else asdict(profile.memory_channels),
-        "checkpoint": None if stored is None else asdict(stored),
+        "checkpoint": None if outlined.stored is None else asdict(outlined.stored),
+        "index": None
+        if outlined.index is None
+        else {"num_files": outlined.index.num_files, "total_bytes": outlined.index.total_bytes},
         "context": question.context,
         "batch": question.batch,
         "prompt": question.prompt,
@@ -113,7 +116,11 @@ def text_of(now: Forecast, answer: dict[str, Any], heat: Path | None) -> str:
             f"measured while the machine was noisy: {len(answer['noisy'])} figures in doubt; "
             "run `monde calibrate --force` when it is idle"
         )
-    lines += [_checkpoint_text(answer["checkpoint"]), now.plan.explain(), _spare_text(answer)]
+    lines += [
+        _checkpoint_text(answer["checkpoint"], answer["index"]),
+        now.plan.explain(),
+        _spare_text(answer),
+    ]
     lines += [_speed_text(name, answer[name]) for name in ("decode", "prefill")]
     if "trace" in answer:
         lines.append(_trace_text(answer["trace"]))
@@ -136,9 +143,18 @@ def impossible(
     if not question.on_gpu:
         remedy = f"Give at least host_memory={mine.error.smallest_bytes}, or use a smaller model."
     elif smallest is None or smallest > card_bytes:
+        memory = question.outlined(mine.format).size
+        without_experts = memory.dense_bytes + memory.kv_bytes + memory.workspace_bytes
+        # Shorter sequences leave the GPU room; experts that the host cannot hold they do not.
+        more = (
+            "raise --host-memory"
+            if question.host_bytes < question.profile.memory_bytes
+            else "add host memory"
+        )
+        less = "lower --context or --batch" if without_experts > card_bytes else more
         remedy = (
             f"No gpu_memory of {question.profile.machine.name} works in {mine.format.name} with this host_memory; "
-            "lower --context or --batch, or use a smaller model."
+            f"{less}, or use a smaller model."
         )
     else:
         remedy = f"Give at least gpu_memory={smallest}, or lower --context or --batch."
@@ -188,7 +204,11 @@ def _best_text(answer: dict[str, Any]) -> str:
     return f"best format that fits: {best} ({why})"
 
 
-def _checkpoint_text(stored: dict[str, int] | None) -> str:
+def _checkpoint_text(stored: dict[str, int] | None, index: dict[str, int | None] | None) -> str:
+    if index is not None:
+        total_bytes = index["total_bytes"]
+        told = "" if total_bytes is None else f"{size(total_bytes)} in "
+        return f"the checkpoint's index names all experts, {told}{index['num_files']} files that are not here"
     if stored is None:
         return "no checkpoint here: sizes from the configuration"
     unused = f", {size(stored['unused_bytes'])} not loaded" if stored["unused_bytes"] else ""

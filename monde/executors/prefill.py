@@ -36,6 +36,7 @@ from monde.executors.prefill_size import LayerPieces
 from monde.executors.products import Packed, Products, Rows, combine
 from monde.executors.waves import Order, Phases, Wave, tiles_of
 from monde.planning.cost import ExpertShape
+from monde.planning.formats import format_of
 from monde.planning.split import ExpertSplit, Load, Where
 from monde.planning.split_policies import all_host
 from monde.weights.host import HostBlobs
@@ -67,8 +68,14 @@ class PrefillExecutor:
         self.is_whole = self.size.piece_rows >= self.spec.d_ffn  # an expert is one piece
         self.share_E: NDArray[np.float64] | None = None  # of the pairs, in the latest batch
         self.latest: ExpertSplit | None = None
-        item_bits = 8 * self.spec.dtype.itemsize_bytes
-        self.shape = ExpertShape(self.spec.d_model, self.spec.d_ffn, self.spec.gated, item_bits)
+        weight_format = format_of(str(TORCH_DTYPES[self.spec.dtype]).removeprefix("torch."))
+        self.shape = ExpertShape(
+            self.spec.d_model,
+            self.spec.d_ffn,
+            self.spec.gated,
+            weight_format.bits,
+            weight_format=weight_format.name,
+        )
         self._products_of: dict[torch.dtype, Products] = {}
         hub.layers[layer_idx] = self
 

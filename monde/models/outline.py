@@ -19,11 +19,20 @@ from monde.models.configuration import read_configuration
 from monde.models.experts import find_experts
 from monde.models.loading import model_class
 from monde.models.sizing import heads_of, model_size
-from monde.models.stored import StoredSizes, checkpoint_files, stored_dtype, stored_sizes
+from monde.models.stored import (
+    Index,
+    StoredSizes,
+    checkpoint_files,
+    checkpoint_index,
+    stored_dtype,
+    stored_sizes,
+)
 from monde.planning.budget import ModelSize
 from monde.planning.cost import ExpertShape
 from monde.planning.forecast import ModelOutline, MoeLayer
+from monde.planning.formats import format_of
 from monde.routing.heat import Heat
+from monde.weights.packing import TORCH_DTYPES
 
 _TOP_K = (
     "num_experts_per_tok",
@@ -37,11 +46,15 @@ _TOP_K = (
 
 @dataclass(frozen=True)
 class Outlined:
-    """What the memory plan needs, what the forecast needs, and what the checkpoint holds, None without one."""
+    """What the memory plan needs, what the forecast needs, and what the checkpoint holds, None without one.
+
+    index: where the checkpoint's files are not here, but what names their tensors is.
+    """
 
     size: ModelSize
     outline: ModelOutline
     stored: StoredSizes | None
+    index: Index | None
     stored_dtype: torch.dtype  # config.json's, else the checkpoint's, else bf16
 
 
@@ -57,7 +70,8 @@ def outline_of(
 
     Sizes are those in memory, in `dtype`, by default the type that loading gives: config.json's, else the
     checkpoint's. Experts are as popular as `heat` says, else equally. on_gpu: whether dense weights will run there.
-    Errors: those of read_configuration; CheckpointError for files that are damaged or of another model;
+    Errors: those of read_configuration; CheckpointError for files or an index that are damaged or
+    of another model;
     UnsupportedModelError; ValueError for encoder-decoders, heat of another model, and when the configuration does not
     say how many experts a token takes.
     """
@@ -76,6 +90,9 @@ def outline_of(
     with torch.device("meta"):
         model = from_config(config, dtype=dtype)
     modules = find_experts(model)
+    index = None if files else checkpoint_index(path_or_id)
+    if index is not None:
+        index.check(model, modules)
     size = model_size(model, modules, MondeConfig(max_context=max_context, max_batch=max_batch), on_gpu)
     text_config: Any = config.get_text_config()
     num_topk = _num_topk(text_config, config)
@@ -112,7 +129,7 @@ def outline_of(
             [module.spec for module in modules], dtype.itemsize, size.num_tokens, num_topk
         ).chunk_tokens(num_topk),
     )
-    return Outlined(size, outline, stored_sizes(model, modules, files) if files else None, stored)
+    return Outlined(size, outline, stored_sizes(model, modules, files) if files else None, index, stored)
 
 
 def _normalised(count_E: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -122,7 +139,10 @@ def _normalised(count_E: NDArray[np.floating]) -> NDArray[np.float64]:
 
 
 def _shape(spec: ExpertSpec) -> ExpertShape:
-    return ExpertShape(spec.d_model, spec.d_ffn, spec.gated, weight_bits=8 * spec.dtype.itemsize_bytes)
+    weight_format = format_of(str(TORCH_DTYPES[spec.dtype]).removeprefix("torch."))
+    return ExpertShape(
+        spec.d_model, spec.d_ffn, spec.gated, weight_format.bits, weight_format=weight_format.name
+    )
 
 
 def _num_ahead(spec: ExpertSpec) -> int:

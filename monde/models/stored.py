@@ -1,4 +1,4 @@
-"""What a checkpoint holds, from the headers of its files: no weight is read."""
+"""What a checkpoint holds, from the headers of its files, or from its index alone: no weight is read."""
 
 from __future__ import annotations
 
@@ -29,6 +29,45 @@ class StoredSizes:
     unused_bytes: int
 
 
+@dataclass(frozen=True)
+class Index:
+    """A model.safetensors.index.json whose files are elsewhere. total_bytes: of all tensors, None if it does not say."""
+
+    folder: str
+    num_files: int
+    keys: tuple[str, ...]
+    total_bytes: int | None
+
+    def check(self, model: Any, modules: Sequence[ExpertsModule]) -> None:
+        """Errors: CheckpointError where no tensor is named for some experts of `model`, of any device."""
+        named = {param for use in uses_of(model, self.keys) for param in use.params}
+        tied = model.all_tied_weights_keys
+        missing = [
+            full_name
+            for module in modules
+            for full_name in map(module.full_name, module.param_names())
+            if full_name not in named and tied.get(full_name) not in named
+        ]
+        if missing:
+            raise CheckpointError(
+                f"{self.folder}: its index names no tensor for {missing[0]}, which config.json describes; use the config "
+                "and the index of one model"
+            )
+
+
+def checkpoint_index(path_or_id: str) -> Index | None:
+    """The index of a folder, or of a hub id in the local cache. Errors: CheckpointError where it is damaged."""
+    file = _here(path_or_id, "model.safetensors.index.json")
+    if file is None:
+        return None
+    shards = _shards(file)
+    record = json.loads(file.read_text())
+    metadata = record.get("metadata")
+    total_bytes = metadata.get("total_size") if isinstance(metadata, dict) else None
+    size = int(total_bytes) if isinstance(total_bytes, int | float) and total_bytes > 0 else None
+    return Index(file.parent.name, len(shards), tuple(record["weight_map"]), size)
+
+
 def checkpoint_files(path_or_id: str) -> list[Path]:
     """All safetensors files of a folder, or of a hub id in the local cache; none where one is missing.
 
@@ -42,7 +81,7 @@ def checkpoint_files(path_or_id: str) -> list[Path]:
 
 def stored_dtype(files: Sequence[Path]) -> torch.dtype | None:
     """The type of the first floating-point tensor, which loading takes where config.json names none."""
-    entries = (entry for file in files for entry in read_header(file).values())
+    entries = (entry for file in files for entry in read_header(file, may_end=True).values())
     return next((_FLOATS[entry.dtype] for entry in entries if entry.dtype in _FLOATS), None)
 
 
@@ -53,7 +92,7 @@ def stored_sizes(model: Any, modules: Sequence[ExpertsModule], files: Sequence[P
     """
     entries: dict[str, TensorEntry] = {}
     for file in files:
-        entries.update(read_header(file))
+        entries.update(read_header(file, may_end=True))
     experts = {name for module in modules for name in module.all_full_names()}
     own = model.state_dict().keys()
     dense_bytes = expert_bytes = unused_bytes = num_weights = 0

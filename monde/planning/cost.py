@@ -24,13 +24,17 @@ Seconds = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class ExpertShape:
-    """One expert of a layer. weight_bits includes scales, 4.5 for int4 in groups of 32."""
+    """One expert of a layer. weight_bits includes scales, 4.5 for int4 in groups of 32.
+
+    weight_format: a name of planning.formats, by which the host's kernels were timed.
+    """
 
     d_model: int
     d_ffn: int
     gated: bool = True
     weight_bits: float = 16
     act_bytes_per_value: int = 2
+    weight_format: str = "bf16"
 
     @property
     def num_weights(self) -> int:
@@ -66,8 +70,12 @@ class CostModel:
             raise ValueError(f"{self.profile.machine.name} has no GPU: everything runs on the host")
         return self.profile.gpu
 
+    @property
+    def host(self) -> ExpertRate:
+        return self.profile.host_rate(self.shape.weight_format)
+
     def host_s(self, tokens: ArrayLike, share: ArrayLike = 1.0) -> Seconds:
-        return self._computed_s(self.profile.host_expert, tokens, share)
+        return self._computed_s(self.host, tokens, share)
 
     def resident_s(self, tokens: ArrayLike, share: ArrayLike = 1.0) -> Seconds:
         return self._computed_s(self.gpu.expert, tokens, share)

@@ -39,9 +39,8 @@ class Feedback:
         gpu = base.gpu
         h2d = AlphaBeta(gpu.h2d.alpha_s * self.copy, gpu.h2d.s_per_unit * self.copy)
         gpu = replace(gpu, h2d=h2d, host_while_copying=Overlap())
-        return replace(
-            base, profile=replace(profile, gpu=gpu, host_expert=_slower(profile.host_expert, self.host))
-        )
+        slower = profile.with_host(lambda rate: _slower(rate, self.host))
+        return replace(base, profile=replace(slower, gpu=gpu))
 
 
 def _moved(factor: float, planned_s: float, measured_s: float) -> float:

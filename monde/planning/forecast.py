@@ -137,7 +137,7 @@ def forecast_prefill(
 def faster(profile: HardwareProfile, resource: str, factor: float) -> HardwareProfile:
     """The machine with one resource `factor` times as fast; the memory and arithmetic of "host" and "GPU" both."""
     if resource == "host":
-        return replace(profile, host_expert=_scaled(profile.host_expert, factor))
+        return profile.with_host(lambda rate: _scaled(rate, factor))
     if resource == "launches":
         profile = replace(profile, eager_block_s=profile.eager_block_s / factor)
     if profile.gpu is None:
@@ -169,7 +169,7 @@ def with_one_more_channel(profile: HardwareProfile) -> HardwareProfile | None:
         return None
     more = MemoryChannels(channels.num_channels + 1, channels.channel_bytes_per_s)
     factor = more.num_channels / channels.num_channels
-    return replace(profile, host_expert=profile.host_expert.with_memory(factor), memory_channels=more)
+    return replace(profile.with_host(lambda rate: rate.with_memory(factor)), memory_channels=more)
 
 
 def _speed(step_s: _StepTime, profile: HardwareProfile, num_tokens: int) -> Speed:

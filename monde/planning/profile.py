@@ -6,7 +6,8 @@ E experts, F expert hidden dim. Speeds are bytes or floating point operations pe
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from monde.planning.fit import AlphaBeta
 
-PROFILE_VERSION = 3
+PROFILE_VERSION = 4
 _AT_THE_ROOF = 0.1  # measured rates this close to the memory's are taken for limited by it
 
 
@@ -174,7 +175,8 @@ class Noise:
 class HardwareProfile:
     """One machine. gpu is None where there is none; source says what was measured and what is assumed.
 
-    host_read: bytes per second over threads. host_expert: all threads on one expert after the other.
+    host_read: bytes per second over threads. host_expert: all threads on one expert after the other, in bf16;
+    host_formats: in other formats, by name. A format that is not there is taken to differ by its bytes alone.
     eager_block_s: one block without experts as Python runs it, kernel by kernel, beside what the kernels take.
     memory_channels: None where nobody knows them. noisy: what not to trust, accepted by whoever measured.
     """
@@ -188,6 +190,15 @@ class HardwareProfile:
     eager_block_s: float
     memory_channels: MemoryChannels | None = None
     noisy: tuple[Noise, ...] = ()
+    host_formats: Mapping[str, ExpertRate] = field(default_factory=dict)
+
+    def host_rate(self, format_name: str) -> ExpertRate:
+        return self.host_formats.get(format_name, self.host_expert)
+
+    def with_host(self, change: Callable[[ExpertRate], ExpertRate]) -> HardwareProfile:
+        """The machine with every format's rate on the host changed."""
+        formats = {name: change(rate) for name, rate in self.host_formats.items()}
+        return replace(self, host_expert=change(self.host_expert), host_formats=formats)
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(json.dumps({"version": PROFILE_VERSION, **asdict(self)}, indent=1) + "\n")
@@ -226,6 +237,7 @@ def _profile(data: dict[str, Any]) -> HardwareProfile:
         gpu=None if gpu is None else _gpu(gpu),
         memory_channels=None if channels is None else MemoryChannels(**channels),
         noisy=tuple(Noise(**noise) for noise in data.pop("noisy")),
+        host_formats={name: _rate(rate) for name, rate in data.pop("host_formats").items()},
         **data,
     )
 

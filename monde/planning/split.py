@@ -80,7 +80,7 @@ class Lanes:
 
     def __init__(self, load: Load, cost: CostModel) -> None:
         self.load, self.cost, gpu = load, cost, cost.gpu
-        host_E = cost.work_s(cost.profile.host_expert, load.tokens_E)
+        host_E = cost.work_s(cost.host, load.tokens_E)
         gemm_E = cost.work_s(gpu.expert, load.tokens_E)
         active_E = load.tokens_E > 0
         cold = np.flatnonzero(active_E & ~load.resident_E)
@@ -88,7 +88,7 @@ class Lanes:
         self.order = cold[np.lexsort((-load.tokens_E[cold], -host_E[cold]))]
         self.tokens_n = load.tokens_E[self.order]
         self.host_work_n, self.gemm_work_n = host_E[self.order], gemm_E[self.order]
-        self.host_n = self.host_work_n + cost.profile.host_expert.overhead_s
+        self.host_n = self.host_work_n + cost.host.overhead_s
         self.gemm_n = self.gemm_work_n + gpu.expert.overhead_s
         resident_s = gemm_E[active_E & load.resident_E]
         self.resident_s = float(resident_s.sum()) + len(resident_s) * gpu.expert.overhead_s

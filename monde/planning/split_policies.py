@@ -18,7 +18,7 @@ SplitPolicy = Callable[[Load, CostModel], ExpertSplit]
 def monde_rule(load: Load, cost: CostModel, alpha: float = 1.0) -> ExpertSplit:
     """MoNDE's published rule: the H most loaded go to the GPU, H = alpha BW_bus / (BW_bus + BW_host) E_active."""
     lanes = Lanes(load, cost)
-    bus, host = 1 / cost.gpu.h2d.s_per_unit, cost.profile.host_expert.bytes_per_s
+    bus, host = 1 / cost.gpu.h2d.s_per_unit, cost.host.bytes_per_s
     num_fetched = round(alpha * bus / (bus + host) * len(lanes.order))
     return lanes.split(min(num_fetched, len(lanes.order)))
 
@@ -30,19 +30,18 @@ def fiddler(load: Load, cost: CostModel) -> ExpertSplit:
 
 
 def two_ended(load: Load, cost: CostModel) -> ExpertSplit:
-    """HybriMoE's queue: the GPU side takes the heaviest, the host the lightest; whoever is free takes the next.
+    """HybriMoE's queue: the GPU side takes the heaviest, the host the lightest; the next goes to who is done with it first.
 
-    The loop is a merge: a side starts its i-th expert when its first i - 1 are done, so the E earliest starts of
-    both sides are the experts taken.
+    The loop is a merge: a side's i-th expert ends when its first i are done, so the earliest ends of both sides are
+    those of the experts taken. Of the two readings of the rule, the stronger: the side that is free first, whatever
+    it takes, would fetch a layer's only expert.
     """
     lanes = Lanes(load, cost)
     n = len(lanes.order)
-    gpu_n = np.maximum(lanes.copy_one_s, lanes.gemm_n)
-    gpu_start_n = lanes.resident_s + np.cumsum(gpu_n) - gpu_n
-    host_light_first = lanes.host_n[::-1]
-    host_start_n = lanes.trip_s + np.cumsum(host_light_first) - host_light_first
-    starts = np.argsort(np.concatenate([gpu_start_n, host_start_n]), kind="stable")[:n]
-    return lanes.split(int(np.count_nonzero(starts < n)))
+    gpu_end_n = lanes.resident_s + np.cumsum(np.maximum(lanes.copy_one_s, lanes.gemm_n))
+    host_end_n = lanes.trip_s + np.cumsum(lanes.host_n[::-1])
+    ends = np.argsort(np.concatenate([gpu_end_n, host_end_n]), kind="stable")[:n]
+    return lanes.split(int(np.count_nonzero(ends < n)))
 
 
 def all_host(load: Load, cost: CostModel) -> ExpertSplit:

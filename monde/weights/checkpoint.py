@@ -92,8 +92,8 @@ class Checkpoint:
         self.close()
 
 
-def read_header(file: Path) -> dict[str, TensorEntry]:
-    """The tensors of one safetensors file.
+def read_header(file: Path, may_end: bool = False) -> dict[str, TensorEntry]:
+    """The tensors of one safetensors file. may_end: it may hold its header and nothing else, which is enough to plan.
 
     Errors: CheckpointError for other formats and for damaged files.
     """
@@ -116,6 +116,9 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
         entries = dict(_entries(file, json.loads(header), 8 + header_bytes))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(file) from error
+    last = max((entry.end for entry in entries.values()), default=0)
+    if may_end and size_bytes == 8 + header_bytes:
+        size_bytes = last
     if not all(entry.is_within(8 + header_bytes, size_bytes) for entry in entries.values()):
         raise _damaged(file)
     return entries

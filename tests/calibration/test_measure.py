@@ -13,8 +13,9 @@ pytest.importorskip("hostcompute._native")
 from hostcompute import ExpertSpec, make_pool
 from monde import profile_store as store
 from monde.calibration import measure
-from monde.calibration.host import TOKENS, HostProbes, rotating
+from monde.calibration.host import FORMAT_TOKENS, FORMATS, TOKENS, HostProbes, format_spec, rotating
 from monde.calibration.samples import Samples
+from monde.planning.formats import FORMATS as PLANNED
 from monde.planning.profile import MachineIdentity
 
 SMALL = measure.Effort(ExpertSpec(16, 64, 64), sample_s=0.002, read_bytes=1 << 24, copied_bytes=1 << 26)
@@ -36,6 +37,11 @@ def test_a_machine_without_gpu_is_measured() -> None:
     assert profile.host_read.x[0] == 1
     assert profile.host_expert.flops_per_s.x == TOKENS
     assert "experts of 64x64 in bf16" in profile.source
+    assert {name: rate.flops_per_s.x for name, rate in profile.host_formats.items()} == {
+        "fp32": FORMAT_TOKENS,
+        "fp16": FORMAT_TOKENS,
+    }
+    assert {f"host expert in {name}, 4 tokens" for name in ("fp32", "fp16")} <= set(told)
 
 
 def test_a_table_of_seconds_is_given_back_whatever_the_machine_did() -> None:
@@ -49,6 +55,20 @@ def test_a_table_of_seconds_is_given_back_whatever_the_machine_did() -> None:
     flops = np.asarray(TOKENS) * 6.0 * 64 * 64
     predicted = np.maximum(SMALL.spec.expert_bytes / rate.bytes_per_s, flops / rate.flops_per_s.at(TOKENS))
     np.testing.assert_allclose(predicted, seconds, rtol=1e-9)
+    probes.close()
+
+
+def test_every_format_that_runs_is_timed_in_its_own_type() -> None:
+    probes = HostProbes(SMALL.spec, make_pool(1), SMALL.sample_s, SMALL.read_bytes)
+    assert {"bf16", *FORMATS} == {f.name for f in PLANNED}
+    for name, dtype in FORMATS.items():
+        assert probes.formats[name].spec == format_spec(SMALL.spec, dtype)
+        assert probes.formats[name].spec.dtype is dtype
+        step, num_active = probes.step(4, name)
+        step()
+        counts = probes.formats[name].last_counts
+        assert counts is not None
+        assert counts.num_pairs == 4 * num_active
     probes.close()
 
 

@@ -96,6 +96,21 @@ def test_the_smallest_budget_leaves_the_host_what_it_can_hold(monde: Monde) -> N
     assert monde("plan", MODEL, *budget, smallest - 1).exit_code == 2
 
 
+def test_what_cannot_be_at_any_budget_names_what_is_missing(monde: Monde, tmp_path: Path) -> None:
+    too_long = monde("plan", MODEL, "-m", "h200", "--context", 10**9)
+    assert too_long.exit_code == 2
+    assert "lower --context or --batch, or use a smaller model" in too_long.stderr
+    little = dataclasses.replace(DESCRIBED["h200"], memory_bytes=2**20)
+    little.save(tmp_path / "little.json")
+    for machine, options, remedy in (
+        ("h200", ("--host-memory", "1KiB"), "raise --host-memory"),
+        (tmp_path / "little.json", (), "add host memory"),
+    ):
+        outcome = monde("plan", MODEL, "-m", machine, "--gpu-memory", smallest_budget(monde), *options)
+        assert outcome.exit_code == 2
+        assert f"{remedy}, or use a smaller model" in outcome.stderr
+
+
 def test_a_format_changes_bytes_and_speed(monde: Monde) -> None:
     answers = {
         name: json.loads(monde("plan", MODEL, "-m", "laptop-4060", "--format", name, "--json").stdout)

@@ -13,7 +13,7 @@ from monde.config import MondeConfig
 from monde.models.experts import ExpertsModule, find_experts
 from monde.models.outline import outline_of
 from monde.models.sizing import model_size
-from monde.weights.checkpoint import CheckpointError
+from monde.weights.checkpoint import CheckpointError, read_header
 from tests.monde.tiny import NAMES, build
 
 
@@ -86,6 +86,42 @@ def test_a_missing_shard_leaves_the_configuration(tmp_path: Path) -> None:
     build(NAMES[0]).save_pretrained(tmp_path, max_shard_size="20KB")
     next(tmp_path.glob("*.safetensors")).unlink()
     assert outline_of(str(tmp_path), 16, 1).stored is None
+
+
+def test_the_index_alone_tells_that_the_model_is_this_one(tmp_path: Path) -> None:
+    tiny = build(NAMES[0])
+    tiny.save_pretrained(tmp_path, max_shard_size="20KB")
+    whole = outline_of(str(tmp_path), 16, 1)
+    for shard in tmp_path.glob("*.safetensors"):
+        shard.unlink()
+    told = outline_of(str(tmp_path), 16, 1)
+    assert whole.index is None
+    assert whole.stored is not None
+    assert told.index is not None
+    assert told.index.num_files == whole.stored.num_files > 1
+    assert told.index.total_bytes == whole.stored.dense_bytes + whole.stored.expert_bytes
+    assert told.size == whole.size
+    file = tmp_path / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index["weight_map"] = {k: f for k, f in index["weight_map"].items() if "down_proj" not in k}
+    file.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"its index names no tensor for .*down_proj"):
+        outline_of(str(tmp_path), 16, 1)
+
+
+def test_headers_are_enough_to_plan_and_not_to_load(tmp_path: Path) -> None:
+    build(NAMES[0]).save_pretrained(tmp_path, max_shard_size="20KB")
+    whole = outline_of(str(tmp_path), 16, 1)
+    shards = list(tmp_path.glob("*.safetensors"))
+    for shard in shards:
+        data = shard.read_bytes()
+        shard.write_bytes(data[: 8 + int.from_bytes(data[:8], "little")])
+    assert outline_of(str(tmp_path), 16, 1).stored == whole.stored
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        read_header(shards[0])
+    shards[0].write_bytes(shards[0].read_bytes() + b"\0" * 16)  # neither all of it nor none
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        outline_of(str(tmp_path), 16, 1)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}'])

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from monde.planning.cost import CostModel, ExpertShape, overlapped_s
 from monde.planning.machines import DESCRIBED
-from monde.planning.profile import Overlap
+from monde.planning.profile import Curve, ExpertRate, Overlap
+from monde.planning.split import Load, best_split
 
 QWEN3 = ExpertShape(2048, 768)
 H200 = CostModel(DESCRIBED["h200"], QWEN3)
@@ -84,6 +85,19 @@ def test_four_bits_read_less() -> None:
     int4 = CostModel(DESCRIBED["h200"], ExpertShape(2048, 768, weight_bits=4.5))
     assert int4.host_s(1) < 0.35 * H200.host_s(1)
     assert int4.resident_s(4096) == H200.resident_s(4096)
+
+
+def test_a_format_that_was_timed_has_its_own_rate() -> None:
+    slow = ExpertRate(0.0, 1e9, Curve((1,), (1e9,)))
+    profile = dataclasses.replace(DESCRIBED["h200"], host_formats={"fp32": slow})
+    in_fp32 = CostModel(profile, ExpertShape(2048, 768, weight_bits=32, weight_format="fp32"))
+    in_fp16 = CostModel(profile, ExpertShape(2048, 768, weight_format="fp16"))
+    assert in_fp32.host_s(1) == pytest.approx(4 * QWEN3.num_weights / 1e9)
+    assert in_fp16.host_s(1) == H200.host_s(1)
+    load = Load(np.array([3, 40]), np.zeros(2, bool), 40, 32)
+    assert best_split(load, in_fp32).host_s == 0  # a host so slow gets nothing
+    twice = profile.with_host(lambda rate: ExpertRate(0.0, rate.bytes_per_s * 2, rate.flops_per_s))
+    assert CostModel(twice, in_fp32.shape).host.bytes_per_s == 2e9
 
 
 def test_without_gpu_only_the_host_has_a_cost() -> None:

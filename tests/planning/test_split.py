@@ -142,12 +142,15 @@ def test_two_ended_queue_is_the_loop_it_stands_for(load: Load, cost: CostModel) 
     host_free_s = float(cost.round_trip_s(load.num_tokens))
     num_fetched = 0
     while cold:
-        assume(abs(gpu_free_s - host_free_s) > 1e-12)  # rounding decides ties
-        if gpu_free_s < host_free_s:
-            gpu_free_s += max(float(cost.copy_s()), float(cost.resident_s(load.tokens_E[cold.pop(0)])))
+        heaviest, lightest = load.tokens_E[cold[0]], load.tokens_E[cold[-1]]
+        gpu_end_s = gpu_free_s + max(float(cost.copy_s()), float(cost.resident_s(heaviest)))
+        host_end_s = host_free_s + float(cost.host_s(lightest))
+        assume(abs(gpu_end_s - host_end_s) > 1e-12)  # rounding decides ties
+        if gpu_end_s < host_end_s:
+            gpu_free_s, cold = gpu_end_s, cold[1:]
             num_fetched += 1
         else:
-            host_free_s += float(cost.host_s(load.tokens_E[cold.pop()]))
+            host_free_s, cold = host_end_s, cold[:-1]
     assert two_ended(load, cost).num_fetched == num_fetched
 
 
