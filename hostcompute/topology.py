@@ -76,11 +76,14 @@ def choose_cores(num_threads: int | None, share: CoreShare = ALL_CORES) -> list[
     Errors: ValueError for fewer than one thread or more than there are cores.
     """
     cores = allowed_cores()
-    num_paid = math.ceil(quota_cpus()) if quota_cpus() < math.inf else len(cores)
     i, n = share.process_idx, share.num_processes
-    cores = cores[i * len(cores) // n : (i + 1) * len(cores) // n] or [cores[i % len(cores)]]
+    if n > len(cores):
+        cores = [cores[i % len(cores)]]
+    else:
+        cores = cores[i * len(cores) // n : (i + 1) * len(cores) // n]
     if num_threads is None:
-        num_threads = max(1, min(len(cores), num_paid // n))
+        quota = quota_cpus()
+        num_threads = len(cores) if quota == math.inf else max(1, min(len(cores), math.ceil(quota) // n))
     if not 1 <= num_threads <= len(cores):
         raise ValueError(
             f"num_threads: expected 1..{len(cores)} (the cores this process may use), got {num_threads}"
