@@ -37,19 +37,18 @@ def run_nodes(mbit: list[float], per_node: int, peers: bool) -> dict[str, Any]:
         return found
 
 
-def describe(mbit: str, per_node: int, found: dict[str, Any]) -> None:
-    medians = {name: statistics.median(values) for name, values in found["step_s"].items()}
-    errors = [p["predicted_s"] / p["measured_s"] - 1 for p in found["predictions"]]
-    degrees = found["degrees"][SCHEDULED]
-    ours_s = medians.pop(SCHEDULED)
-    print(
-        f"{mbit if float(mbit) else 'unshaped':>8} Mbit/s, 2 x {per_node}: {1e3 * ours_s:.0f} ms in chunks "
-        f"{degrees['forward']}/{degrees['backward']}; "
-        + "; ".join(f"{name} {1e3 * s:.0f} ms, {s / ours_s:.2f}x" for name, s in medians.items())
-        + "; simulator off by "
-        + ", ".join(f"{e:+.0%}" for e in errors),
-        flush=True,
-    )
+def describe(mbit: str, found: dict[str, Any]) -> None:
+    """Medians of a step, and the simulator's errors: unscheduled forward, backward, scheduled forward, backward."""
+    print(f"{mbit if float(mbit) else 'unshaped'} Mbit/s")
+    for name, samples in found["step_s"].items():
+        print(f"  {name}: {1e3 * statistics.median(samples):.0f} ms")
+    for where, layer in found["layers"].items():
+        chunks = layer["degrees"][SCHEDULED]
+        errors = ", ".join(f"{p['predicted_s'] / p['measured_s'] - 1:+.0%}" for p in layer["predictions"])
+        print(
+            f"  {where}: chunks {chunks['forward']}/{chunks['backward']}, simulator off by {errors}",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -87,7 +86,7 @@ def main() -> None:
     }
     results = run_nodes(arguments.mbit, arguments.per_node, arguments.peers)
     for mbit, found in results.items():
-        describe(mbit, arguments.per_node, found)
+        describe(mbit, found)
     artefact.write("training-nodes", configuration, results, arguments.out)
 
 

@@ -26,7 +26,7 @@ from bench.emulated_nodes import shape_link
 from bench.training_peers import CAPACITIES, deepspeed_layers, deepspeed_loss, dropped_share
 from hostcompute import DType, ExpertSpec
 from monde.planning.pipeline import Degrees, layer_timeline
-from monde.planning.training_profile import BACKWARD, FORWARD, DegreePlanner
+from monde.planning.training_profile import BACKWARD, FORWARD, DegreePlanner, Observation
 from monde.routing.gates import make_gate
 from monde.training.auto import agreed
 from monde.training.fabric import Fabric
@@ -34,9 +34,11 @@ from monde.training.layer import MoELayer
 from monde.training.profiling import profile_layer
 
 SHAPE = {"num_experts": 8, "d_model": 256, "d_ffn": 1024, "tokens": 2048, "top_k": 2}  # tokens of a node
-ROUNDS, TRIAL_ROUNDS = 10, 3
+ROUNDS, TRIAL_ROUNDS = 9, 2
 TIMEOUT = timedelta(seconds=120)
 UNSCHEDULED, SCHEDULED = "unscheduled", "scheduled"
+# Where experts lie: a mesh (node, local), or one dim, as DeepSpeed has them.
+CUT, WHOLE = "cut in the node", "whole"
 
 
 def main() -> None:
@@ -49,78 +51,119 @@ def main() -> None:
     dist.init_process_group("gloo", timeout=TIMEOUT)
     per_node = int(os.environ["LOCAL_WORLD_SIZE"])
     mesh = init_device_mesh("cpu", (2, per_node), mesh_dim_names=("node", "local"))
-    fabric = Fabric(mesh, timeout=TIMEOUT)
+    fabrics = {CUT: Fabric(mesh, timeout=TIMEOUT)}
+    if per_node > 1:
+        flat = init_device_mesh("cpu", (2 * per_node,), mesh_dim_names=("rank",))
+        fabrics[WHOLE] = Fabric(flat, timeout=TIMEOUT)
     found = {}
     for mbit in arguments.mbit:
-        if fabric.local_idx == 0:
+        if mesh.get_local_rank("local") == 0:
             shape_link(os.environ["GLOO_SOCKET_IFNAME"], mbit)
         dist.barrier()
-        found[f"{mbit:g}"] = measured(fabric, SHAPE["tokens"] // per_node, arguments.peers)
+        found[f"{mbit:g}"] = measured(fabrics, SHAPE["tokens"] // per_node, arguments.peers)
         if dist.get_rank() == 0:
             arguments.out.write_text(json.dumps(found))
     dist.barrier()
-    fabric.close()
+    for fabric in fabrics.values():
+        fabric.close()
     dist.destroy_process_group()
 
 
-def measured(fabric: Fabric, num_tokens: int, peers: bool) -> dict[str, Any]:
+class Ours:
+    """The layer on one mesh, at the degrees that its profile and a few trials settle."""
+
+    def __init__(self, fabric: Fabric, spec: ExpertSpec, x_TD: Tensor) -> None:
+        torch.manual_seed(0)  # the same gate and experts, however they lie
+        gate = make_gate("gshard", spec.d_model, spec.num_experts, top_k=SHAPE["top_k"])
+        self.layer = MoELayer(
+            gate=gate, experts=spec, mesh=fabric
+        ).eval()  # without noise: all rounds route alike
+        self.fabric, self.x_TD = fabric, x_TD
+        self.step(Degrees())
+        assert self.layer.experts.load is not None
+        self.rows = self.layer.experts.load.busiest_rows
+        # As training/auto.py does in its first steps: measure, try what is worth it, settle.
+        self.planner = DegreePlanner(profile_layer(self.layer.experts, self.rows))
+        self.tried: list[Observation] = []
+        for degrees in self.planner.trials(self.rows) * TRIAL_ROUNDS:
+            self.tried += self.step(degrees)[1]
+        self.planner.settle(self.rows, self.tried)
+        self.planner.correct(self.tried)
+        self.ways = {UNSCHEDULED: Degrees(), SCHEDULED: self.planner(self.rows)}
+        self.seen: dict[str, list[Observation]] = {name: [] for name in self.ways}
+
+    def step(self, degrees: Degrees) -> tuple[float, list[Observation]]:
+        self.layer.zero_grad()
+        self.layer.experts.schedule = degrees
+        self.fabric.observations = []
+        seconds_s = step_s(lambda x: self.layer(x).square().sum(), self.x_TD)
+        seen = agreed(self.fabric.observations, self.fabric)
+        self.fabric.observations = None
+        return seconds_s, seen
+
+    def timed(self, name: str) -> float:
+        seconds_s, seen = self.step(self.ways[name])
+        self.seen[name] += seen
+        return seconds_s
+
+    def check(self) -> None:
+        """Gradients of both ways are one, up to the rounding of sums."""
+        grads = []
+        for degrees in self.ways.values():
+            self.step(degrees)
+            grads.append([p.grad.clone() for p in self.layer.parameters() if p.grad is not None])
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+
+    def found(self) -> dict[str, Any]:
+        profile = self.planner.profile
+        predictions = [
+            {
+                "way": name,
+                "direction": way,
+                "degree": degree,
+                "predicted_s": layer_timeline(
+                    profile.stages(way, self.rows), degree, profile.contention
+                ).makespan_s,
+                "measured_s": statistics.median(s.total_s for s in self.seen[name] if s.direction == way),
+            }
+            for name, degrees in self.ways.items()
+            for way, degree in ((FORWARD, degrees.forward), (BACKWARD, degrees.backward))
+        ]
+        return {
+            "profile": asdict(profile),
+            "busiest_rows": self.rows,
+            "degrees": {name: asdict(degrees) for name, degrees in self.ways.items()},
+            "trials": [asdict(one) for one in self.tried],
+            "predictions": predictions,
+        }
+
+
+def measured(fabrics: dict[str, Fabric], num_tokens: int, peers: bool) -> dict[str, Any]:
+    """Everybody in turn, at one speed of the link."""
     spec = ExpertSpec(SHAPE["num_experts"], SHAPE["d_model"], SHAPE["d_ffn"], dtype=DType.F32)
-    torch.manual_seed(0)
-    gate = make_gate("gshard", spec.d_model, spec.num_experts, top_k=SHAPE["top_k"])
-    layer = MoELayer(gate=gate, experts=spec, mesh=fabric).eval()  # without noise: every round routes alike
-    others = deepspeed_layers(spec, SHAPE["top_k"]) if peers else {}
     torch.manual_seed(dist.get_rank())
     x_TD = torch.randn(num_tokens, spec.d_model)
-
-    def ours(degrees: Degrees) -> float:
-        layer.zero_grad()
-        layer.experts.schedule = degrees
-        return step_s(lambda x: layer(x).square().sum(), x_TD)
-
-    ours(Degrees())
-    assert layer.experts.load is not None
-    rows = layer.experts.load.busiest_rows
-    planner, tried = planned(fabric, layer, rows, ours)
-    ways = {UNSCHEDULED: Degrees(), SCHEDULED: planner(rows)}
-    must_compute_the_same(layer, [partial(ours, degrees) for degrees in ways.values()])
+    ours = {where: Ours(fabric, spec, x_TD) for where, fabric in fabrics.items()}
+    others = deepspeed_layers(spec, SHAPE["top_k"]) if peers else {}
     steps: dict[str, Callable[[], float]] = {
-        name: partial(ours, degrees) for name, degrees in ways.items()
-    } | {name: partial(step_s, partial(deepspeed_loss, peer), x_TD) for name, peer in others.items()}
-    for name in others:
-        steps[name]()
+        f"{name}, {where}": partial(one.timed, name) for where, one in ours.items() for name in one.ways
+    }
+    steps |= {name: partial(step_s, partial(deepspeed_loss, peer), x_TD) for name, peer in others.items()}
+    for one in ours.values():
+        one.check()
+    dropped = {
+        name: dropped_share(peer, x_TD, SHAPE["top_k"], CAPACITIES[name]) for name, peer in others.items()
+    }
     samples: dict[str, list[float]] = {name: [] for name in steps}
-    totals: dict[str, dict[str, list[float]]] = {name: {FORWARD: [], BACKWARD: []} for name in ways}
+    names = list(steps)
     for i in range(ROUNDS):
-        for name in list(steps)[i % len(steps) :] + list(steps)[: i % len(steps)]:
-            fabric.observations = []
+        for name in names[i % len(names) :] + names[: i % len(names)]:
             samples[name].append(steps[name]())
-            for one in agreed(fabric.observations, fabric) if name in ways else []:
-                totals[name][one.direction].append(one.total_s)
-            fabric.observations = None
-    profile = planner.profile
-    predictions = [
-        {
-            "way": name,
-            "direction": way,
-            "degree": degree,
-            "predicted_s": layer_timeline(
-                profile.stages(way, rows), degree, profile.contention
-            ).makespan_s,
-            "measured_s": statistics.median(totals[name][way]),
-        }
-        for name, degrees in ways.items()
-        for way, degree in ((FORWARD, degrees.forward), (BACKWARD, degrees.backward))
-    ]
     return {
-        "profile": asdict(profile),
-        "busiest_rows": rows,
-        "degrees": {name: asdict(degrees) for name, degrees in ways.items()},
-        "trials": [asdict(one) for one in tried],
         "step_s": samples,
-        "predictions": predictions,
-        "dropped_share": {
-            name: dropped_share(peer, x_TD, SHAPE["top_k"], CAPACITIES[name]) for name, peer in others.items()
-        },
+        "dropped_share": dropped,
+        "layers": {where: one.found() for where, one in ours.items()},
     }
 
 
@@ -131,33 +174,6 @@ def step_s(loss_of: Callable[[Tensor], Tensor], x_TD: Tensor) -> float:
     loss_of(leaf_TD).backward()
     dist.barrier()
     return time.perf_counter() - start_s
-
-
-def planned(
-    fabric: Fabric, layer: MoELayer, rows: int, ours: Callable[[Degrees], float]
-) -> tuple[DegreePlanner, list[Any]]:
-    """As training/auto.py does in its first steps: measure, try what is worth it, settle."""
-    planner = DegreePlanner(profile_layer(layer.experts, rows))
-    tried = []
-    for degrees in planner.trials(rows) * TRIAL_ROUNDS:
-        fabric.observations = []
-        ours(degrees)
-        tried += agreed(fabric.observations, fabric)
-        fabric.observations = None
-    planner.settle(rows, tried)
-    planner.correct(tried)
-    return planner, tried
-
-
-def must_compute_the_same(layer: MoELayer, steps: list[Callable[[], float]]) -> None:
-    """Gradients of all ways, up to the rounding of sums."""
-    reference: list[Tensor] | None = None
-    for step in steps:
-        step()
-        grads = [p.grad.clone() for p in layer.parameters() if p.grad is not None]
-        for a, b in zip(grads, reference or grads, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
-        reference = grads
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from monde.planning.pipeline import COMPUTE
+from monde.planning.pipeline import COMPUTE, GRADIENTS
 from monde.planning.schedule import Resource
 from monde.planning.training_profile import Observation
 from monde.training.lanes import Lane, Stamp, make_lane
@@ -91,7 +91,7 @@ class Fabric:
 
     @contextmanager
     def observed(self, direction: str, degree: int, busiest_rows: int) -> Iterator[None]:
-        """One way through a layer; noted, with the seconds of its tasks on this rank, if somebody wants to know."""
+        """One way through a layer; noted, with the seconds of its stages on this rank, if somebody wants to know."""
         if self.observations is None or self.device.type == "cuda":
             yield
             return
@@ -103,7 +103,11 @@ class Fabric:
         for lane in self.lanes.values():
             lane.stamps = self._stamps
         yield
-        seconds_s = {stamp.name: stamp.end_s - stamp.start_s for stamp in self._stamps}
+        seconds_s: dict[str, float] = {}
+        for stamp in self._stamps:
+            if not stamp.name.startswith(GRADIENTS):
+                stage = stamp.name.split()[0]
+                seconds_s[stage] = seconds_s.get(stage, 0.0) + stamp.end_s - stamp.start_s
         self._ended_s = time.perf_counter()
         total_s = self._ended_s - begin_s
         self.observations.append(Observation(direction, degree, busiest_rows, seconds_s, total_s))
