@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,6 +25,7 @@ from monde.planning.training_profile import Observation
 from monde.training.lanes import Lane, Stamp, make_lane
 
 TIMEOUT = timedelta(minutes=5)
+T = TypeVar("T")
 
 
 class Fabric:
@@ -153,6 +154,23 @@ class Fabric:
             dist.broadcast_object_list(failure, dist.get_global_rank(self.everyone, 0), group=self.everyone)
         if isinstance(failure[0], BaseException):
             raise failure[0]
+
+    def all_do(self, action: Callable[[], T]) -> T:
+        """On every rank. Collective: an OSError or ValueError on any is raised on all, that of the first rank with one."""
+        result: T | None = None
+        failure: Exception | None = None
+        try:
+            result = action()
+        except (OSError, ValueError) as error:
+            failure = error
+        failures: list[Exception | None] = [failure]
+        if self.everyone is not None:
+            failures = [None] * self.num_ranks
+            dist.all_gather_object(failures, failure, group=self.everyone)
+        for one in failures:
+            if one is not None:
+                raise one
+        return cast("T", result)
 
     def must_agree(self, what: str, value: object) -> None:
         """Errors: ValueError on every rank when `value` differs between ranks."""

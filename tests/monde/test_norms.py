@@ -42,7 +42,9 @@ def test_the_same_up_to_one_rounding(dtype: torch.dtype) -> None:
     exact = F.rms_norm(x.double(), (96,), module.weight.double(), 1e-5)
     assert y.dtype is dtype
     info = torch.finfo(dtype)
-    step = info.smallest_normal * info.eps  # between numbers next to zero, where roundings are no longer relative
+    step = (
+        info.smallest_normal * info.eps
+    )  # between numbers next to zero, where roundings are no longer relative
     bound = info.eps / 2 * exact.abs() + 96 * 2**-23 * exact.abs() + step / 2
     assert ((y.double() - exact).abs() <= bound).all()
     assert torch.allclose(y.double(), want.double(), rtol=3 * info.eps, atol=2 * step)
