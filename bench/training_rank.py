@@ -34,7 +34,7 @@ from monde.training.layer import MoELayer
 from monde.training.profiling import profile_layer
 
 SHAPE = {"num_experts": 8, "d_model": 256, "d_ffn": 1024, "tokens": 2048, "top_k": 2}  # tokens of a node
-ROUNDS, TRIAL_ROUNDS = 9, 2
+ROUNDS, TRIAL_ROUNDS = 7, 2
 TIMEOUT = timedelta(seconds=120)
 UNSCHEDULED, SCHEDULED = "unscheduled", "scheduled"
 # Where experts lie: a mesh (node, local), or one dim, as DeepSpeed has them.
