@@ -2,7 +2,7 @@
 
 sudo python -m bench.network [--short] [--tp 2 4] [--mbit 100 400] [--kib 64 4096] [--out FILE] [--add-to FILE]
 
-Every case is timed in turn with all others of its link, and the slowest rank counts. Needs root and iproute2; nothing
+Ways are timed in turn, those near the soonest more often, and the slowest rank counts. Needs root and iproute2; nothing
 else should run. --add-to joins the cases of another artefact, so that a sweep can be made in pieces.
 """
 

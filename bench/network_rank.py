@@ -9,17 +9,18 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from bench.emulated_nodes import shape_link
-from monde.calibration.network import NetworkEffort, measure_network
+from monde.calibration.network import NetworkEffort, measure_network, near_the_soonest
 from monde.device.mesh import open_mesh
 from monde.planning.exchange import REPLICATED, Strategy, exchanges
 from monde.training.dispatch import NodeExchange, Way
@@ -88,24 +89,32 @@ def link(mesh: Any, mbit: float, args: argparse.Namespace) -> list[dict[str, Any
     return cases
 
 
-def timed(steps: list[Callable[[], object]], total_s: float, min_samples: int) -> list[list[float]]:
-    """Ways in turn, each first in turn, until total_s are over on rank 0; the slowest rank's seconds, alike on all."""
+def timed(steps: Sequence[Callable[[], object]], total_s: float, min_samples: int) -> list[list[float]]:
+    """Ways in turn, each first in turn, until total_s are over; the slowest rank's seconds, alike on all ranks.
+
+    After min_samples of each only those near the soonest, which is what the rest of the time can tell apart.
+    """
     samples: list[list[float]] = [[] for _ in steps]
-    begin_s = time.perf_counter()
-    for turn in range(1000):
-        more = torch.tensor(float(turn < min_samples or time.perf_counter() - begin_s < total_s))
-        dist.broadcast(more, 0)
-        if not more.item():
-            break
-        for i in range(len(steps)):
-            one = (i + turn) % len(steps)
+    spent_s, turn = 0.0, 0
+    while turn < min_samples or spent_s < total_s:
+        order = list(range(len(steps)))
+        if turn >= min_samples:
+            order = near_the_soonest([median(one) for one in samples])
+            if len(order) < 2:
+                break
+        round_s = []
+        for one in order[turn % len(order) :] + order[: turn % len(order)]:
             dist.barrier()
             start_s = time.perf_counter()
             steps[one]()
-            samples[one].append(time.perf_counter() - start_s)
-    agreed = torch.tensor(samples, dtype=torch.float64)
-    dist.all_reduce(agreed, dist.ReduceOp.MAX)
-    return [[float(f"{s:.4g}") for s in row] for row in agreed.tolist()]
+            round_s.append((one, time.perf_counter() - start_s))
+        agreed = torch.tensor([seconds_s for _, seconds_s in round_s], dtype=torch.float64)
+        dist.all_reduce(agreed, dist.ReduceOp.MAX)
+        for (one, _), seconds_s in zip(round_s, agreed.tolist(), strict=True):
+            samples[one].append(float(f"{seconds_s:.4g}"))
+        spent_s += float(agreed.sum())
+        turn += 1
+    return samples
 
 
 def name(way: Way) -> str:

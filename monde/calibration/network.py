@@ -31,7 +31,8 @@ from monde.training.dispatch_rows import Groups, move
 _SMALLEST_BYTES, _GREATEST_BYTES, _GROWTH = 1 << 12, 1 << 28, 4
 _CHUNKS = 8
 _ROW_BYTES = 1024
-_ROUNDS_S = 2.0
+_MORE_ROUNDS, _MORE_ROUNDS_S = 4, 1.0  # of num_samples, and of one size of one kind of exchange
+_NEAR = 0.2  # more than medians of a few samples are off where ranks share cores
 _NO_PROGRESS = 1e9  # how many times longer something takes that stands still meanwhile
 _NOTHING = AlphaBeta(0.0, 0.0)
 
@@ -90,6 +91,11 @@ def overlap_of(alone_s: tuple[float, float], together_s: tuple[float, float]) ->
     # Nothing of the second was done meanwhile: as if the two had taken turns.
     slow[second] = max(together_s[first] / left_s, 1.0) if left_s > 0 else float("inf")
     return _no_worse_than_turns(slow[0], slow[1])
+
+
+def near_the_soonest(seconds: Sequence[float]) -> list[int]:
+    """Which are within _NEAR of the least."""
+    return [i for i, one in enumerate(seconds) if one <= min(seconds) * (1 + _NEAR)]
 
 
 def _no_worse_than_turns(first: float, second: float) -> Overlap:
@@ -157,11 +163,9 @@ class _Probe:
             routes = Routes(tuple(tuple(each if i != j else 0 for j in range(M)) for i in range(M)), me)
             x_RD = torch.zeros(each * (M - 1), _ROW_BYTES // 4, device=self._device)
             steps = [partial(exchange.run, x_RD, routes, adds) for exchange, adds in kinds]
-            rounds = [[self._seconds_of(step) for step in steps] for _ in range(self.effort.num_samples + 1)][
-                1:
-            ]
             sizes.append(float(each * (M - 1) * _ROW_BYTES))
-            medians = [median(self._slowest(list(samples))) for samples in zip(*rounds, strict=True)]
+            ways = len(exchanges)  # a dispatch competes with dispatches, a combine with combines
+            medians = [*self._in_turn(steps[:ways]), *self._in_turn(steps[ways:])]
             for found, one in zip(seconds, medians, strict=True):
                 found.append(one)
             if medians[0] * _GROWTH > 4 * self.effort.longest_s or size * _GROWTH > _GREATEST_BYTES:
@@ -175,17 +179,26 @@ class _Probe:
         )
 
     def _in_turn(self, steps: Sequence[Callable[[], object]]) -> list[float]:
-        """The median of every step; more rounds where they are short, as many on all ranks."""
-        samples: list[list[float]] = []
-        for num_rounds in (self.effort.num_samples + 1, 0):
-            if not num_rounds:
-                round_s = sum(median(one[1:]) for one in samples)
-                num_rounds = min(int(_ROUNDS_S / round_s), 4 * self.effort.num_samples)
-            new = [self._slowest([self._seconds_of(step) for step in steps]) for _ in range(num_rounds)]
-            samples = [
-                [*old, *found] for old, *found in zip(samples or [[] for _ in steps], *new, strict=True)
-            ]
-        return [median(one[1:]) for one in samples]
+        """The median of every step, one after another; where several are near the soonest, those again and again.
+
+        A choice between ways that differ by a tenth is decided by noise unless they are timed more often than ways
+        that are far from it. Slowest ranks' seconds decide, so all ranks make the same rounds.
+        """
+        rounds = [
+            self._slowest([self._seconds_of(step) for step in steps])
+            for _ in range(self.effort.num_samples + 1)
+        ][1:]
+        samples = [list(one) for one in zip(*rounds, strict=True)]
+        spent_s = 0.0
+        for _ in range(_MORE_ROUNDS * self.effort.num_samples):
+            near = near_the_soonest([median(one) for one in samples])
+            if len(near) < 2 or spent_s > _MORE_ROUNDS_S:
+                break
+            again = self._slowest([self._seconds_of(steps[i]) for i in near])
+            spent_s += sum(again)
+            for i, one in zip(near, again, strict=True):
+                samples[i].append(one)
+        return [median(one) for one in samples]
 
     def _samples(self, measure: Callable[[], float]) -> list[float]:
         """After one to warm up; a rank that has nothing to do counts as 0."""

@@ -79,8 +79,8 @@ def _must(stage: Stage | None) -> Stage:
 
 @dataclass(frozen=True)
 class Observation:
-    """How one way through a layer went: seconds of every task by name (`dispatch 0`), from start to end, and until
-    the next one began (0 for the last).
+    """How one way through a layer went: seconds of every stage, its chunks together; of the whole, from start to end;
+    and until the next one began (0 for the last).
     """
 
     direction: str
@@ -91,13 +91,13 @@ class Observation:
     idle_after_s: float = 0.0
 
 
-_STAGE_OF = {DISPATCH: "inter", COMBINE: "inter", GATHER: "intra", SCATTER: "intra"}
+_COST_OF = {DISPATCH: "inter", COMBINE: "inter", GATHER: "intra", SCATTER: "intra"}
 
 
 def drift(profile: TrainingProfile, observations: Sequence[Observation]) -> dict[str, float]:
-    """By cost of the profile (inter, intra, forward, backward): how many times longer tasks took than simulated.
+    """By cost of the profile (inter, intra, forward, backward): how many times longer stages took than simulated.
 
-    The simulation has the same tasks side by side, so interference is not taken for drift. Medians: one late task
+    The simulation has the same tasks side by side, so interference is not taken for drift. Medians: one late stage
     in two is not believed.
     """
     ratios: dict[str, list[float]] = {}
@@ -105,11 +105,14 @@ def drift(profile: TrainingProfile, observations: Sequence[Observation]) -> dict
         timeline = layer_timeline(
             profile.stages(seen.direction, seen.busiest_rows), seen.degree, profile.contention
         )
+        simulated_s: dict[str, float] = {}
         for span in timeline.spans:
-            kind = span.name.split()[0]
-            cost = seen.direction if kind == EXPERTS else _STAGE_OF[kind]
-            if span.end_s > span.start_s and span.name in seen.seconds_s:
-                ratios.setdefault(cost, []).append(seen.seconds_s[span.name] / (span.end_s - span.start_s))
+            stage = span.name.split()[0]
+            simulated_s[stage] = simulated_s.get(stage, 0.0) + span.end_s - span.start_s
+        for stage, seconds_s in simulated_s.items():
+            if seconds_s > 0 and stage in seen.seconds_s:
+                cost = seen.direction if stage == EXPERTS else _COST_OF[stage]
+                ratios.setdefault(cost, []).append(seen.seconds_s[stage] / seconds_s)
     return {cost: statistics.median(values) for cost, values in ratios.items()}
 
 

@@ -136,14 +136,10 @@ class AutoSchedule:
 
 def agreed(observations: list[Observation], fabric: Fabric) -> list[Observation]:
     """The same on all ranks. Experts and gaps: of the slowest rank. Exchanges: of the quickest, because the others'
-    include waiting for it.
+    include waiting for it. By stage, not by chunk: ranks that share a link or a core take turns, so that each is the
+    quickest in some chunks and the slowest in others.
     """
-    keys = [
-        (i, name)
-        for i, seen in enumerate(observations)
-        for name in sorted(seen.seconds_s)
-        if name[-1].isdigit()
-    ]
+    keys = [(i, name) for i, seen in enumerate(observations) for name in sorted(seen.seconds_s)]
     sign = [1.0 if name.startswith(EXPERTS) else -1.0 for _, name in keys]
     values = [s * observations[i].seconds_s[name] for s, (i, name) in zip(sign, keys, strict=True)]
     values += [seen.total_s for seen in observations] + [seen.idle_after_s for seen in observations]

@@ -169,20 +169,24 @@ def read_run(path: Path) -> Run:
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, fabric: Fabric) -> Run:
     """Values into model and optimizer, in place; whatever mesh wrote them. Collective.
 
-    Errors: ValueError as read_run, and for a model of other parameters or shapes.
+    Errors, on all ranks when one has them: ValueError as read_run, and for a model of other parameters or shapes.
     """
-    run = read_run(path)
-    mine = _shapes(model)
-    for name, (here, there) in _differences(mine, run.shapes):
-        raise ValueError(
-            f"{path}: {name} is {there or 'absent'} there and {here or 'absent'} in this model; "
-            "train the model that wrote the checkpoint, or give another output folder"
-        )
+    run = fabric.all_do(lambda: _fitting(path, model))
     _make_state(optimizer)
     group = fabric.everyone
     state = state_of(model, optimizer)
     with _one_process_is_fine():
         read_state(state, storage_reader=FileSystemReader(path), process_group=group, no_dist=group is None)
+    return run
+
+
+def _fitting(path: Path, model: nn.Module) -> Run:
+    run = read_run(path)
+    for name, (here, there) in _differences(_shapes(model), run.shapes):
+        raise ValueError(
+            f"{path}: {name} is {there or 'absent'} there and {here or 'absent'} in this model; "
+            "train the model that wrote the checkpoint, or give another output folder"
+        )
     return run
 
 

@@ -11,16 +11,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from monde.device.collectives import start_all_to_all
 from monde.training.fabric import Fabric
 from monde.training.traffic import Chunk
 
 
-def all_to_all(x_RD: Tensor, send_splits: list[int], recv_splits: list[int], group: object) -> Tensor:
+def all_to_all(
+    x_RD: Tensor, send_splits: list[int], recv_splits: list[int], group: dist.ProcessGroup | None
+) -> Tensor:
     """Rows by peer, in the order of ranks. No group: the rows themselves."""
     if group is None:
         return x_RD
     received_RD = x_RD.new_empty(sum(recv_splits), *x_RD.shape[1:])
-    dist.all_to_all_single(received_RD, x_RD.contiguous(), recv_splits, send_splits, group=group)
+    start_all_to_all(received_RD, x_RD.contiguous(), recv_splits, send_splits, group)()
     return received_RD
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,12 +19,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from monde.planning.pipeline import COMPUTE
+from monde.planning.pipeline import COMPUTE, GRADIENTS
 from monde.planning.schedule import Resource
 from monde.planning.training_profile import Observation
 from monde.training.lanes import Lane, Stamp, make_lane
 
 TIMEOUT = timedelta(minutes=5)
+T = TypeVar("T")
 
 
 class Fabric:
@@ -91,7 +92,7 @@ class Fabric:
 
     @contextmanager
     def observed(self, direction: str, degree: int, busiest_rows: int) -> Iterator[None]:
-        """One way through a layer; noted, with the seconds of its tasks on this rank, if somebody wants to know."""
+        """One way through a layer; noted, with the seconds of its stages on this rank, if somebody wants to know."""
         if self.observations is None or self.device.type == "cuda":
             yield
             return
@@ -103,7 +104,11 @@ class Fabric:
         for lane in self.lanes.values():
             lane.stamps = self._stamps
         yield
-        seconds_s = {stamp.name: stamp.end_s - stamp.start_s for stamp in self._stamps}
+        seconds_s: dict[str, float] = {}
+        for stamp in self._stamps:
+            if not stamp.name.startswith(GRADIENTS):
+                stage = stamp.name.split()[0]
+                seconds_s[stage] = seconds_s.get(stage, 0.0) + stamp.end_s - stamp.start_s
         self._ended_s = time.perf_counter()
         total_s = self._ended_s - begin_s
         self.observations.append(Observation(direction, degree, busiest_rows, seconds_s, total_s))
@@ -149,6 +154,23 @@ class Fabric:
             dist.broadcast_object_list(failure, dist.get_global_rank(self.everyone, 0), group=self.everyone)
         if isinstance(failure[0], BaseException):
             raise failure[0]
+
+    def all_do(self, action: Callable[[], T]) -> T:
+        """On every rank. Collective: an OSError or ValueError on any is raised on all, that of the first rank with one."""
+        result: T | None = None
+        failure: Exception | None = None
+        try:
+            result = action()
+        except (OSError, ValueError) as error:
+            failure = error
+        failures: list[Exception | None] = [failure]
+        if self.everyone is not None:
+            failures = [None] * self.num_ranks
+            dist.all_gather_object(failures, failure, group=self.everyone)
+        for one in failures:
+            if one is not None:
+                raise one
+        return cast("T", result)
 
     def must_agree(self, what: str, value: object) -> None:
         """Errors: ValueError on every rank when `value` differs between ranks."""

@@ -78,7 +78,7 @@ class TrainingJob:
         self.fabric.must_agree("the newest checkpoint", str(found[-1]) if found else "none")
         if not found:
             return 0
-        settings = checkpoint.read_run(found[-1]).settings
+        settings = self.fabric.all_do(lambda: checkpoint.read_run(found[-1])).settings
         for table, values in self.config.identity().items():
             for key, value in values.items():
                 before = settings.get(table, {}).get(key)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from monde.calibration.network import NetworkEffort, measure_network, overlap_of
+from monde.calibration.network import NetworkEffort, measure_network, near_the_soonest, overlap_of
 from monde.device.mesh import open_mesh
 from monde.planning.exchange import exchanges
 from monde.planning.network_profile import NetworkProfile
@@ -61,3 +61,8 @@ def test_a_pair_that_takes_turns_or_worse_gains_nothing() -> None:
     for ends in ((1.0, 2.0), (1.5, 3.0), (2.0, 2.5)):
         found = overlap_of((1.0, 1.0), ends)
         assert 1 / found.first + 1 / found.second == pytest.approx(1.0, abs=1e-6)
+
+
+def test_what_is_near_the_soonest_is_timed_again() -> None:
+    assert near_the_soonest([3.0, 1.0, 1.19, 1.21]) == [1, 2]
+    assert near_the_soonest([2.0]) == [0]

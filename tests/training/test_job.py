@@ -156,6 +156,28 @@ def test_a_missing_shard_is_named(trained: Path) -> None:
         job_for(trained, None).resume()
 
 
+def resumed_at_home(home: Path) -> tuple[str, float]:
+    """Each rank in a folder of its own, as on nodes without a shared one; rank 1's lacks a file."""
+    os.chdir(home / str(torch.distributed.get_rank()))
+    job = job_for(Path("run"), (2,))
+    start_s = time.monotonic()
+    try:
+        job.resume()
+    except ValueError as error:
+        return str(error), time.monotonic() - start_s
+    return "no error", 0.0
+
+
+def test_a_shard_that_one_rank_lacks_is_an_error_on_all(tmp_path: Path) -> None:
+    train(tmp_path / "0" / "run", None, num_steps=2)
+    shutil.copytree(tmp_path / "0", tmp_path / "1")
+    shard = next(checkpoint.complete(tmp_path / "1" / "run")[-1].glob("*.distcp"))
+    shard.unlink()
+    for message, seconds_s in run_ranks(resumed_at_home, 2, tmp_path, tmp_path, deadline_s=60):
+        assert f"{shard.name} is missing; delete this folder" in message
+        assert seconds_s < 10  # told, not timed out
+
+
 def test_another_model_is_refused(trained: Path) -> None:
     with pytest.raises(ValueError, match=r"is \[\d.* there and .* in this model"):
         job_for(trained, None, name="qwen3_moe").resume()
