@@ -36,7 +36,7 @@ from monde.planning.forecast import (
 from monde.planning.machines import DESCRIBED
 from monde.planning.profile import Curve, ExpertRate, HardwareProfile, Overlap
 
-# What native kernels read of what the plain read test reads there: 0.77 to 0.92, host_kernels_decode and decode_layers.
+# What native kernels read of what the plain read test reads there: 0.77 to 0.92 when the cases below were measured, in decode_layers.
 HOST_OF_READ = 0.87
 # And the GPU's decode kernels, of a plain sum over its memory: (784.8 - 75.5) MB in (304 - 46) us, over 2990 GB/s.
 GPU_OF_READ = 0.92
