@@ -198,14 +198,14 @@ void down(const ExpertLayout& layout, const Batch& batch, int group_begin, int g
 }
 
 inline void write(const ExpertLayout& layout, const Batch& batch, int panel_begin, int panel_end, const float* y,
-                  int num_sums) {
-  const ptrdiff_t y_columns = (panel_end - panel_begin) * kLanes, y_stride = batch.num_tokens * y_columns;
+                  int num_sums, ptrdiff_t sum_stride) {
+  const ptrdiff_t y_columns = (panel_end - panel_begin) * kLanes;
   for (int t = 0; t < batch.num_tokens; ++t)
     for (int panel = panel_begin; panel < panel_end; ++panel) {
       const int column = panel * kLanes;
       const float* from = y + t * y_columns + column - panel_begin * kLanes;
       Vec sum = load(from);
-      for (int i = 1; i < num_sums; ++i) sum = add(sum, load(from + i * y_stride));
+      for (int i = 1; i < num_sums; ++i) sum = add(sum, load(from + i * sum_stride));
       store_first(batch.out, t * batch.out_row_stride + column, batch.out_dtype, sum, layout.d_model - column);
     }
 }

@@ -69,8 +69,9 @@ struct Kernels {
   // - panel_begin) floats.
   void (*down)(const ExpertLayout&, const Batch&, int group_begin, int group_end, int panel_begin, int panel_end,
                float* y);
-  // out[:, columns of panels] = sum of as many such y, in order, which lie one after another.
-  void (*write)(const ExpertLayout&, const Batch&, int panel_begin, int panel_end, const float* y, int num_sums);
+  // out[:, columns of panels] = sum of as many such y, in order, `sum_stride` floats apart.
+  void (*write)(const ExpertLayout&, const Batch&, int panel_begin, int panel_end, const float* y, int num_sums,
+                ptrdiff_t sum_stride);
 };
 
 // A dense layer: x [num_tokens, num_inputs] by weights [num_outputs, num_inputs], all bf16. Strides count elements.

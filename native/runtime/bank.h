@@ -83,7 +83,6 @@ class Bank {
   unsigned char* expert_data(int expert) const { return arena_.data() + size_t(expert) * expert_stride_bytes_; }
   const Kernels& kernels_for(DType x_dtype) const;
   void check_loaded(const ForwardArgs& args) const;
-  ForwardCounts forward_chunk(const ForwardArgs& args, int64_t token_begin, int num_tokens, Pool::Lease& lease);
 
   const BankShape shape_;
   const ExpertLayout layout_;

@@ -53,6 +53,24 @@ TEST(forward_every_type) {
           }
 }
 
+// Experts large enough for down units in slices, and a last unit with fewer panels than the others: any number of
+// threads adds up the same.
+TEST(forward_in_slices) {
+  for (const int d_model : {200, 336}) {
+    const Problem problem({9, d_model, 300, true, true, DType::kBF16, kSilu}, 5, 4, DType::kBF16, unsigned(d_model));
+    check_everywhere(problem, make_pool({0, 0}));
+    for (const Isa* isa : isas()) {
+      std::vector<Array> outs;
+      for (const std::vector<int>& nodes : {std::vector<int>{0}, {0, 0}, {0, 0, 0, 0, 0}}) {
+        Bank bank(problem.shape, *isa, make_pool(nodes));
+        problem.load_into(bank);
+        outs.push_back(problem.run(bank, DType::kF32));
+      }
+      for (const Array& out : outs) CHECK(out.bytes == outs[0].bytes, describe(problem, *isa, DType::kF32));
+    }
+  }
+}
+
 TEST(forward_every_activation) {
   const auto pool = make_pool({0, 0});
   for (int kind = 0; kind <= int(ActivationKind::kSwigluSoftcap); ++kind)
