@@ -67,7 +67,8 @@ def run(config: Path, num_ranks: int = 1) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_kill_9_and_resume(tmp_path: Path, model: Path) -> None:
     whole, cut = config_file(tmp_path, model, "whole"), config_file(tmp_path, model, "cut")
-    assert run(whole, 2).returncode == 0
+    done = run(whole, 2)
+    assert done.returncode == 0, done.stderr[-4000:]
     process = subprocess.Popen(command(cut, 2), stderr=subprocess.DEVNULL)
     losses = tmp_path / "cut" / "losses.jsonl"
     end_s = time.monotonic() + 200
