@@ -39,7 +39,9 @@ MODELS = (
 )
 MACHINES = ("laptop-4060", "epyc-4090", "desktop-5090", "xeon-2s-a100", "h200")
 CARD_SHARES = (0.9, 0.45)
-_HEADER = "| machine | gpu_memory | resident | decode | limit | prompt | limit | one more GiB | one more channel |"
+_HEADER = (
+    "| machine | gpu_memory | resident | decode | limit | prompt | limit | one more GiB | one more channel |"
+)
 
 
 def all_rows() -> list[dict[str, Any]]:

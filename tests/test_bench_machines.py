@@ -31,6 +31,8 @@ def test_the_page_has_the_tables_of_the_artefact() -> None:
 @pytest.mark.parametrize("machine", MACHINES)
 def test_the_owner_of_every_machine_finds_speeds(machine: str) -> None:
     assert any(
-        row["machine"] == machine and row.get("decode_tokens_per_s", 0) > 0 and row["prefill_tokens_per_s"] > 0
+        row["machine"] == machine
+        and row.get("decode_tokens_per_s", 0) > 0
+        and row["prefill_tokens_per_s"] > 0
         for row in ROWS
     )

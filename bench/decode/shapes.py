@@ -86,7 +86,12 @@ def config_of(model: str, num_layers: int | None, toy: bool) -> PretrainedConfig
             "max_position_embeddings": 4096,
         }
         small = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2}
-        small |= {"num_attention_heads": 4, "num_key_value_heads": 4, "num_experts": 16, "num_experts_per_tok": 4}
+        small |= {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "num_experts": 16,
+            "num_experts_per_tok": 4,
+        }
         cls = OlmoeConfig
     else:
         raise ValueError(f"--model: expected one of {', '.join(MODELS)}, got {model!r}")

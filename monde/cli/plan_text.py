@@ -185,7 +185,9 @@ def _speed_text(name: str, s: dict[str, Any]) -> str:
 
 def _trace_text(trace: dict[str, Any]) -> str:
     busy = ", ".join(f"{resource} {share:.0%}" for resource, share in trace["busy_share"].items())
-    return f"recorded routing: {trace['num_steps']} steps, {number(trace['steps_per_s'])} a second; busy: {busy}"
+    return (
+        f"recorded routing: {trace['num_steps']} steps, {number(trace['steps_per_s'])} a second; busy: {busy}"
+    )
 
 
 def _format_text(verdict: dict[str, Any]) -> str:
