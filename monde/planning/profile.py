@@ -172,6 +172,18 @@ class Noise:
 
 
 @dataclass(frozen=True)
+class PoorFit:
+    """Seconds that vary, and not with the size: a line through them says nothing. r2, spread: as in AlphaBeta."""
+
+    what: str
+    r2: float
+    spread: float
+
+    def __str__(self) -> str:
+        return f"{self.what}: r2 {self.r2:.2f} over sizes, seconds {self.spread:.0%} around their mean"
+
+
+@dataclass(frozen=True)
 class HardwareProfile:
     """One machine. gpu is None where there is none; source says what was measured and what is assumed.
 
@@ -189,7 +201,7 @@ class HardwareProfile:
     gpu: GpuProfile | None
     eager_block_s: float
     memory_channels: MemoryChannels | None = None
-    noisy: tuple[Noise, ...] = ()
+    noisy: tuple[Noise | PoorFit, ...] = ()
     host_formats: Mapping[str, ExpertRate] = field(default_factory=dict)
 
     def host_rate(self, format_name: str) -> ExpertRate:
@@ -236,7 +248,7 @@ def _profile(data: dict[str, Any]) -> HardwareProfile:
         host_expert=_rate(data.pop("host_expert")),
         gpu=None if gpu is None else _gpu(gpu),
         memory_channels=None if channels is None else MemoryChannels(**channels),
-        noisy=tuple(Noise(**noise) for noise in data.pop("noisy")),
+        noisy=tuple(PoorFit(**n) if "r2" in n else Noise(**n) for n in data.pop("noisy")),
         host_formats={name: _rate(rate) for name, rate in data.pop("host_formats").items()},
         **data,
     )

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from monde.planning.machines import DESCRIBED
-from monde.planning.profile import Curve, ExpertRate, HardwareProfile, MemoryChannels, Noise, Overlap
+from monde.planning.profile import Curve, ExpertRate, HardwareProfile, MemoryChannels, Noise, Overlap, PoorFit
 
 
 @pytest.mark.parametrize("name", DESCRIBED)
@@ -24,7 +24,9 @@ def test_a_profile_survives_the_disk(name: str, tmp_path: Path) -> None:
 
 def test_a_profile_without_gpu_survives_the_disk(tmp_path: Path) -> None:
     noise = Noise("host read, 2 threads", 1e-10, 1.5e-10)
-    profile = dataclasses.replace(DESCRIBED["h200"], gpu=None, noisy=(noise,))
+    profile = dataclasses.replace(
+        DESCRIBED["h200"], gpu=None, noisy=(noise, PoorFit("round trips", 0.1, 0.4))
+    )
     profile.save(tmp_path / "p.json")
     assert HardwareProfile.load(tmp_path / "p.json") == profile
 
