@@ -31,6 +31,19 @@ def test_a_profile_without_gpu_survives_the_disk(tmp_path: Path) -> None:
     assert HardwareProfile.load(tmp_path / "p.json") == profile
 
 
+def test_what_calibration_does_not_time_has_a_default(tmp_path: Path) -> None:
+    path, profile = tmp_path / "p.json", DESCRIBED["h200"]
+    assert profile.gpu is not None
+    profile.save(path)
+    data = json.loads(path.read_text())
+    assert data["gpu"].pop("up_while_down") == dataclasses.asdict(profile.gpu.up_while_down)
+    path.write_text(json.dumps(data))
+    assert HardwareProfile.load(path) == profile
+    gpu = dataclasses.replace(profile.gpu, up_while_down=Overlap(1.5, 1.2))
+    dataclasses.replace(profile, gpu=gpu).save(path)
+    assert HardwareProfile.load(path).gpu == gpu
+
+
 def test_another_machine_or_version_is_refused(tmp_path: Path) -> None:
     path, profile = tmp_path / "p.json", DESCRIBED["h200"]
     profile.save(path)
