@@ -43,7 +43,9 @@ class Outlined:
     outline: ModelOutline
     stored: StoredSizes | None
     index: Index | None
-    stored_dtype: torch.dtype  # config.json's, else the checkpoint's, else bf16
+    stored_dtype: (
+        torch.dtype
+    )  # config.json's, else the checkpoint's, else its index's by bytes a weight, else bf16
 
 
 def outline_of(
@@ -57,7 +59,7 @@ def outline_of(
     """Build the model that config.json describes on the meta device and read off its shapes.
 
     Sizes are those in memory, in `dtype`, by default the type that loading gives: config.json's, else the
-    checkpoint's. Experts are as popular as `heat` says, else equally. on_gpu: whether dense weights will run there.
+    checkpoint's, else what its index's bytes say. Experts are as popular as `heat` says, else equally. on_gpu: whether dense weights will run there.
     Errors: those of read_configuration; CheckpointError for files or an index that are damaged or
     of another model;
     UnsupportedModelError; ValueError for encoder-decoders, heat of another model, and when the configuration does not
@@ -73,12 +75,17 @@ def outline_of(
     # An auto class, of configurations without architectures, has the public method only.
     from_config = getattr(cls, "_from_config", None) or cls.from_config
     files = checkpoint_files(path_or_id)
-    stored = getattr(config, "dtype", None) or stored_dtype(files) or torch.bfloat16
+    index = None if files else checkpoint_index(path_or_id)
+    stored = getattr(config, "dtype", None) or stored_dtype(files)
+    if stored is None and index is not None:
+        with torch.device("meta"):
+            model = from_config(config, dtype=torch.bfloat16)
+        stored = index.dtype(sum(p.numel() for p in model.parameters()))
+    stored = stored or torch.bfloat16
     dtype = dtype or stored
     with torch.device("meta"):
         model = from_config(config, dtype=dtype)
     modules = find_experts(model)
-    index = None if files else checkpoint_index(path_or_id)
     if index is not None:
         index.check(model, modules)
     size = model_size(model, modules, MondeConfig(max_context=max_context, max_batch=max_batch), on_gpu)
