@@ -51,7 +51,8 @@ class MondeConfig(QuantizationConfigMixin):
     residency: who has a slot on the GPU. "dynamic", the default, follows the routing while the model runs, for which
         host_memory must hold the residents too, else it is static; "lru" does so too, but every step, for those used
         last; "static" keeps what it starts with; "uniform" as well, with slots spread evenly over the layers.
-    heat_file: written by Engine.save_heat: the hottest experts start resident. Default: the first ones.
+    heat_file: written by Engine.save_heat: the hottest experts start resident. Default: the first ones of every layer,
+        as many as save most time if all are equally popular.
     mesh: a 1-D DeviceMesh, of torchrun's processes for example: its ranks hold the experts together. Each runs the
         dense part of the model on inputs of its own, or on the same ones; every rank must call the model equally
         often, which generate sees to. mesh["name"] is one dimension of a larger mesh.

@@ -1,4 +1,4 @@
-"""Sizes of memory as people write and read them."""
+"""Sizes of memory, and other numbers, as people write and read them."""
 
 from __future__ import annotations
 
@@ -37,3 +37,9 @@ def format_bytes(num_bytes: int) -> str:
             return f"{sign}{value:.0f} B" if unit == "B" else f"{sign}{value:.3g} {unit}"
         value /= 1024
     return f"{sign}{value:.3g} PiB"
+
+
+def format_number(value: float) -> str:
+    """Three significant digits, never as a power of ten from 0.001 on: 0.123, 9.5, 1,130, 2,000,000."""
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:,.0f}" if abs(rounded) >= 100 else f"{rounded:.3g}"

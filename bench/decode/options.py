@@ -46,7 +46,10 @@ def parse(arguments: list[str] | None = None) -> Options:
         prog="python -m bench.decode", description="Decode of whole models, side by side."
     )
     parser.add_argument(
-        "--model", choices=MODELS, default="qwen3", help="Qwen3-30B-A3B or Mixtral-8x7B (default qwen3)"
+        "--model",
+        choices=MODELS,
+        default="qwen3",
+        help="Qwen3-30B-A3B, Mixtral-8x7B or OLMoE-1B-7B (default qwen3)",
     )
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--toy", action="store_true", help="a small model, for machines without a GPU")

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import MixtralConfig, PretrainedConfig, Qwen3MoeConfig
+from transformers import MixtralConfig, OlmoeConfig, PretrainedConfig, Qwen3MoeConfig
 
-MODELS = ("qwen3", "mixtral")
+MODELS = ("qwen3", "mixtral", "olmoe")
 DTYPE = torch.bfloat16
 
 
@@ -33,7 +33,7 @@ class Shape:
 
 
 def config_of(model: str, num_layers: int | None, toy: bool) -> PretrainedConfig:
-    """Qwen3-30B-A3B or Mixtral-8x7B, with the number of layers that is asked for; toys have two."""
+    """Qwen3-30B-A3B, Mixtral-8x7B or OLMoE-1B-7B, with the number of layers that is asked for; toys have two."""
     common: dict[str, Any] = {"dtype": DTYPE, "tie_word_embeddings": False, "attn_implementation": "sdpa"}
     common |= {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": 0}
     if model == "qwen3":
@@ -72,6 +72,27 @@ def config_of(model: str, num_layers: int | None, toy: bool) -> PretrainedConfig
         small = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
         small |= {"num_attention_heads": 4, "num_key_value_heads": 2}
         cls = MixtralConfig
+    elif model == "olmoe":
+        dims = {
+            "vocab_size": 50304,
+            "hidden_size": 2048,
+            "intermediate_size": 1024,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+            "max_position_embeddings": 4096,
+        }
+        small = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2}
+        small |= {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "num_experts": 16,
+            "num_experts_per_tok": 4,
+        }
+        cls = OlmoeConfig
     else:
         raise ValueError(f"--model: expected one of {', '.join(MODELS)}, got {model!r}")
     dims |= small if toy else {}

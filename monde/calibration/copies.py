@@ -39,10 +39,6 @@ class Copies:
         copies = [Probe(_copy_name(way, size), partial(self._copies, way, size)) for way, size in ways]
         return [*copies, Probe(_ZERO_COPY, self._zero_copy)]
 
-    def fit(self, way: str, samples: dict[str, Samples]) -> AlphaBeta:
-        timed = [(size, s) for size in _SIZES_BYTES for s in samples[_copy_name(way, size)].all_s]
-        return fit_alpha_beta([size for size, _ in timed], [s for _, s in timed])
-
     def zero_copy_bytes_per_s(self, samples: dict[str, Samples]) -> float:
         return 1 / samples[_ZERO_COPY].median_s
 
@@ -112,6 +108,12 @@ class Copies:
             torch.cuda.synchronize(self.device)
 
         return {_ZERO_COPY: [s / num_bytes for s in repeated(read, _ALONE_S)]}
+
+
+def fit_copies(way: str, samples: dict[str, Samples]) -> AlphaBeta:
+    """Of "h2d" or "d2h", over bytes."""
+    timed = [(size, s) for size in _SIZES_BYTES for s in samples[_copy_name(way, size)].all_s]
+    return fit_alpha_beta([size for size, _ in timed], [s for _, s in timed])
 
 
 def _copy_name(way: str, size: int) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hostcompute import ExpertBank, ExpertSpec
-from monde.calibration.copies import Copies
+from monde.calibration.copies import Copies, fit_copies
 from monde.calibration.graph import capture
 from monde.calibration.host import TOKENS, HostProbes, fill, rate_of, rotating
 from monde.calibration.overlap import overlap_of
@@ -38,6 +39,36 @@ _MAX_DECODE = (
 _TRIP_TOKENS = (1, 4, 16, 64)
 _TRIP_LAYERS = 24
 _NUM_REPLAYS = 20
+
+
+@dataclass(frozen=True)
+class GpuFits:
+    """The lines through what was timed. layers: seconds of a layer over its active experts, for each of TOKENS."""
+
+    h2d: AlphaBeta
+    d2h: AlphaBeta
+    round_trip: AlphaBeta
+    layers: tuple[AlphaBeta, ...]
+
+    @classmethod
+    def of(cls, d_model: int, samples: dict[str, Samples]) -> GpuFits:
+        return cls(
+            fit_copies("h2d", samples),
+            fit_copies("d2h", samples),
+            fit_trips(d_model, samples),
+            tuple(layer_of(t, samples) for t in TOKENS),
+        )
+
+    def named(self) -> dict[str, AlphaBeta]:
+        layers = {
+            f"GPU layers of {t} tokens an expert": fit for t, fit in zip(TOKENS, self.layers, strict=True)
+        }
+        return {
+            "copies to the GPU": self.h2d,
+            "copies from the GPU": self.d2h,
+            "round trips": self.round_trip,
+            **layers,
+        }
 
 
 class GpuProbes:
@@ -68,17 +99,20 @@ class GpuProbes:
         pairs = [Probe("host while copying", self._host_pair), Probe("GPU while copying", self._gpu_pair)]
         return [*self.copies.probes(), *layers, *trips, *pairs]
 
-    def profile(self, samples: dict[str, Samples], block_overhead_s: float) -> GpuProfile:
-        layers = [layer_of(t, samples) for t in TOKENS]
+    def fits(self, samples: dict[str, Samples]) -> GpuFits:
+        return GpuFits.of(self.spec.d_model, samples)
+
+    def profile(self, fits: GpuFits, samples: dict[str, Samples], block_overhead_s: float) -> GpuProfile:
+        layers = fits.layers
         of_decode = [layer.alpha_s for t, layer in zip(TOKENS, layers, strict=True) if t <= _MAX_DECODE]
         of_prefill = [layer.alpha_s for t, layer in zip(TOKENS, layers, strict=True) if t > _MAX_DECODE]
         return GpuProfile(
             memory_bytes=torch.cuda.get_device_properties(self.device).total_memory,
             expert=rate_of(self.spec, expert_s([layer.s_per_unit for layer in layers])),
-            h2d=self.copies.fit("h2d", samples),
-            d2h=self.copies.fit("d2h", samples),
+            h2d=fits.h2d,
+            d2h=fits.d2h,
             zero_copy_bytes_per_s=self.copies.zero_copy_bytes_per_s(samples),
-            round_trip=self._fit_trips(samples),
+            round_trip=fits.round_trip,
             host_while_copying=overlap_of("host", samples),
             gpu_while_copying=overlap_of("GPU", samples),
             block_overhead_s=block_overhead_s,
@@ -146,11 +180,6 @@ class GpuProbes:
             bank.close()
         return {_trip_name(num_tokens): samples}
 
-    def _fit_trips(self, samples: dict[str, Samples]) -> AlphaBeta:
-        row_bytes = self.spec.d_model * torch.bfloat16.itemsize
-        timed = [(t * row_bytes, s) for t in _TRIP_TOKENS for s in samples[_trip_name(t)].all_s]
-        return fit_alpha_beta([size for size, _ in timed], [s for _, s in timed])
-
     # ---- two at once ----
     def _host_pair(self) -> Timings:
         step, _ = self.host.step(1)
@@ -166,6 +195,13 @@ def _batch(ids_TA: Tensor, d_model: int, device: torch.device) -> RoutedBatch:
     x_TD = torch.randn(num_tokens, d_model, device=device).bfloat16()
     weights_TA = torch.full((num_tokens, num_active), 1 / num_active, device=device)
     return RoutedBatch(x_TD, ids_TA.to(device), weights_TA)
+
+
+def fit_trips(d_model: int, samples: dict[str, Samples]) -> AlphaBeta:
+    """Over the bytes of one way."""
+    row_bytes = d_model * torch.bfloat16.itemsize
+    timed = [(t * row_bytes, s) for t in _TRIP_TOKENS for s in samples[_trip_name(t)].all_s]
+    return fit_alpha_beta([size for size, _ in timed], [s for _, s in timed])
 
 
 def layer_of(num_tokens: int, samples: dict[str, Samples]) -> AlphaBeta:

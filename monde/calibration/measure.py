@@ -14,7 +14,7 @@ from hostcompute.topology import choose_cores, machine_memory_bytes
 from monde.calibration.dense import DenseProbes
 from monde.calibration.gpu import GpuProbes
 from monde.calibration.host import FORMATS, HostProbes, format_spec
-from monde.calibration.samples import Progress, noise_of, take
+from monde.calibration.samples import Progress, noise_of, poor_fits, take
 from monde.executors.host import host_threads
 from monde.planning.profile import HardwareProfile, MachineIdentity
 from monde.sizes import format_bytes
@@ -57,15 +57,18 @@ def calibrate(
         probes = [*dense.probes(), *host.probes(), *(gpu.probes() if gpu is not None else [])]
         progress = start(2 * len(probes)) if start is not None else lambda what: None
         samples = take(probes, progress)
+        fits = None if gpu is None else gpu.fits(samples)
         return HardwareProfile(
             machine=machine,
             source=_source(effort, host.num_threads),
             memory_bytes=machine_memory_bytes(),
             host_read=host.read_curve(samples),
             host_expert=host.expert_rate(samples),
-            gpu=None if gpu is None else gpu.profile(samples, dense.captured_block_s(samples)),
+            gpu=None
+            if gpu is None or fits is None
+            else gpu.profile(fits, samples, dense.captured_block_s(samples)),
             eager_block_s=dense.eager_block_s(samples),
-            noisy=noise_of(samples),
+            noisy=noise_of(samples) + (() if fits is None else poor_fits(fits.named())),
             host_formats=host.format_rates(samples),
         )
     finally:

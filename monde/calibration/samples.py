@@ -7,10 +7,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from monde.planning.profile import Noise
+from monde.planning.fit import NOISY_SHARE, AlphaBeta
+from monde.planning.profile import Noise, PoorFit
 
-# Halves further apart than this are noise: it is a third of the error that plans are held to in the worst case.
-NOISY_SHARE = 0.1
 _MIN_SAMPLES = 3
 
 Timings = Mapping[str, Sequence[float]]  # seconds under the name of what was timed
@@ -60,6 +59,11 @@ def noise_of(samples: Mapping[str, Samples]) -> tuple[Noise, ...]:
         for what, s in samples.items()
     )
     return tuple(noise for noise in both if noise.share > NOISY_SHARE)
+
+
+def poor_fits(fits: Mapping[str, AlphaBeta]) -> tuple[PoorFit, ...]:
+    """The lines, by the name of what was timed, that tell nothing of it."""
+    return tuple(PoorFit(what, fit.r2, fit.spread) for what, fit in fits.items() if fit.is_poor)
 
 
 def repeated(step: Callable[[], object], total_s: float) -> list[float]:

@@ -56,7 +56,7 @@ def calibrate(
         typer.echo(f"monde: {where}", err=True)
         return
     typer.echo(
-        f"monde: error: measurements that changed while they were taken: {len(profile.noisy)}. Nothing is stored; measure "
+        f"monde: error: measurements that changed while they were taken, or fit no line: {len(profile.noisy)}. Nothing is stored; measure "
         "again when the machine is idle, or give --accept-noise",
         err=True,
     )

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
+from monde.core import Placement
 from monde.models.outline import Outlined, outline_of
-from monde.planning.budget import BudgetError, MemoryPlan, plan_memory, smallest_gpu_bytes
+from monde.planning.budget import BudgetError, LayerSize, MemoryPlan, Spread, plan_memory, smallest_gpu_bytes
 from monde.planning.forecast import Speed, forecast_decode, forecast_prefill, place_for_decode
 from monde.planning.formats import FORMATS, WeightFormat, best_format, format_of
 from monde.planning.played import Played, play
@@ -72,22 +73,43 @@ class Question:
         """On this machine, or on another one like it. Errors: BudgetError."""
         profile = profile or self.profile
         # Residents follow the routing by default, where host memory holds them too.
-        memory = plan_memory(outlined.size, self.on_gpu, gpu_bytes, self.host_bytes, wants_moves=self.on_gpu)
-        layers = outlined.size.layers
-        placements = place_for_decode(outlined.outline, layers, memory.slots_bytes, profile, self.batch)
+        memory = plan_memory(
+            outlined.size,
+            self.on_gpu,
+            gpu_bytes,
+            self.host_bytes,
+            wants_moves=self.on_gpu,
+            spread=self._spread(outlined, profile),
+        )
+        placements = self._placements(outlined, outlined.size.layers, memory.slots_bytes, profile)
         decode = forecast_decode(outlined.outline, placements, profile, self.batch, self.context)
         return Forecast(memory, decode, forecast_prefill(outlined.outline, placements, profile, self.prompt))
+
+    def _placements(
+        self, outlined: Outlined, layers: Sequence[LayerSize], slots_bytes: int, profile: HardwareProfile
+    ) -> tuple[Placement, ...]:
+        return place_for_decode(outlined.outline, layers, slots_bytes, profile, self.batch)
+
+    def _spread(self, outlined: Outlined, profile: HardwareProfile) -> Spread:
+        """How many slots each layer gets, as loading would give them out."""
+
+        def spread(layers: tuple[LayerSize, ...], free_bytes: int) -> tuple[int, ...]:
+            return tuple(p.num_resident for p in self._placements(outlined, layers, free_bytes, profile))
+
+        return spread
 
     def played(self, outlined: Outlined, forecast: Forecast, trace: Path) -> Played:
         """A recorded routing under the forecast's placement. Errors: ValueError for a trace of another model."""
         slots_bytes = forecast.plan.slots_bytes
-        layers = outlined.size.layers
-        placements = place_for_decode(outlined.outline, layers, slots_bytes, self.profile, self.batch)
+        placements = self._placements(outlined, outlined.size.layers, slots_bytes, self.profile)
         return play(Trace.load(trace).steps, outlined.outline, placements, self.profile, self.context)
 
     def verdict(self, weight_format: WeightFormat, gpu_bytes: int) -> FormatVerdict:
         outlined = self.outlined(weight_format)
-        smallest = smallest_gpu_bytes(outlined.size, self.host_bytes) if self.on_gpu else None
+        smallest = None
+        if self.on_gpu:
+            spread = self._spread(outlined, self.profile)
+            smallest = smallest_gpu_bytes(outlined.size, self.host_bytes, spread)
         try:
             return FormatVerdict(weight_format, self.forecast(outlined, gpu_bytes), None, smallest)
         except BudgetError as error:

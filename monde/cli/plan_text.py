@@ -13,6 +13,7 @@ from monde.planning.forecast import Speed
 from monde.planning.formats import WeightFormat
 from monde.planning.played import Played
 from monde.sizes import format_bytes as size
+from monde.sizes import format_number as number
 
 
 def answer_of(
@@ -171,7 +172,7 @@ def _spare_text(answer: dict[str, Any]) -> str:
 def _speed_text(name: str, s: dict[str, Any]) -> str:
     gains = [f"{r} {_percent(g)}" for r, g in s["gain_of_10_percent_more"].items()]
     text = (
-        f"{name + ':':<8} about {s['tokens_per_s']:.3g} tokens/s, limited by the {s['limit']}\n"
+        f"{name + ':':<8} about {number(s['tokens_per_s'])} tokens/s, limited by the {s['limit']}\n"
         f"         faster with a tenth more of: {', '.join(gains)}"
     )
     more = {
@@ -184,15 +185,17 @@ def _speed_text(name: str, s: dict[str, Any]) -> str:
 
 def _trace_text(trace: dict[str, Any]) -> str:
     busy = ", ".join(f"{resource} {share:.0%}" for resource, share in trace["busy_share"].items())
-    return f"recorded routing: {trace['num_steps']} steps, {trace['steps_per_s']:.3g} a second; busy: {busy}"
+    return (
+        f"recorded routing: {trace['num_steps']} steps, {number(trace['steps_per_s'])} a second; busy: {busy}"
+    )
 
 
 def _format_text(verdict: dict[str, Any]) -> str:
     if not verdict["fits"]:
         return f"{verdict['format']} short by {size(verdict['short_bytes'])}"
     return (
-        f"{verdict['format']} {verdict['decode_tokens_per_s']:.3g} tokens/s decoding, "
-        f"{verdict['prefill_tokens_per_s']:.3g} prefilling"
+        f"{verdict['format']} {number(verdict['decode_tokens_per_s'])} tokens/s decoding, "
+        f"{number(verdict['prefill_tokens_per_s'])} prefilling"
     )
 
 

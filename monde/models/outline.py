@@ -18,7 +18,7 @@ from monde.executors.zero_copy import can_read_from_host
 from monde.models.configuration import read_configuration
 from monde.models.experts import find_experts
 from monde.models.loading import model_class
-from monde.models.sizing import heads_of, model_size
+from monde.models.sizing import TOPK_NAMES, heads_of, model_size, shape_of, topk_of
 from monde.models.stored import (
     Index,
     StoredSizes,
@@ -28,20 +28,8 @@ from monde.models.stored import (
     stored_sizes,
 )
 from monde.planning.budget import ModelSize
-from monde.planning.cost import ExpertShape
 from monde.planning.forecast import ModelOutline, MoeLayer
-from monde.planning.formats import format_of
 from monde.routing.heat import Heat
-from monde.weights.packing import TORCH_DTYPES
-
-_TOP_K = (
-    "num_experts_per_tok",
-    "num_experts_per_token",
-    "num_selected_experts",
-    "moe_topk",
-    "moe_top_k",
-    "top_k",
-)
 
 
 @dataclass(frozen=True)
@@ -55,7 +43,9 @@ class Outlined:
     outline: ModelOutline
     stored: StoredSizes | None
     index: Index | None
-    stored_dtype: torch.dtype  # config.json's, else the checkpoint's, else bf16
+    stored_dtype: (
+        torch.dtype
+    )  # config.json's, else the checkpoint's, else its index's by bytes a weight, else bf16
 
 
 def outline_of(
@@ -69,7 +59,7 @@ def outline_of(
     """Build the model that config.json describes on the meta device and read off its shapes.
 
     Sizes are those in memory, in `dtype`, by default the type that loading gives: config.json's, else the
-    checkpoint's. Experts are as popular as `heat` says, else equally. on_gpu: whether dense weights will run there.
+    checkpoint's, else what its index's bytes say. Experts are as popular as `heat` says, else equally. on_gpu: whether dense weights will run there.
     Errors: those of read_configuration; CheckpointError for files or an index that are damaged or
     of another model;
     UnsupportedModelError; ValueError for encoder-decoders, heat of another model, and when the configuration does not
@@ -85,12 +75,17 @@ def outline_of(
     # An auto class, of configurations without architectures, has the public method only.
     from_config = getattr(cls, "_from_config", None) or cls.from_config
     files = checkpoint_files(path_or_id)
-    stored = getattr(config, "dtype", None) or stored_dtype(files) or torch.bfloat16
+    index = None if files else checkpoint_index(path_or_id)
+    stored = getattr(config, "dtype", None) or stored_dtype(files)
+    if stored is None and index is not None:
+        with torch.device("meta"):
+            model = from_config(config, dtype=torch.bfloat16)
+        stored = index.dtype(sum(p.numel() for p in model.parameters()))
+    stored = stored or torch.bfloat16
     dtype = dtype or stored
     with torch.device("meta"):
         model = from_config(config, dtype=dtype)
     modules = find_experts(model)
-    index = None if files else checkpoint_index(path_or_id)
     if index is not None:
         index.check(model, modules)
     size = model_size(model, modules, MondeConfig(max_context=max_context, max_batch=max_batch), on_gpu)
@@ -104,7 +99,7 @@ def outline_of(
     )
     layers = tuple(
         MoeLayer(
-            _shape(module.spec),
+            shape_of(module.spec),
             num_topk,
             _normalised(count_E),
             zero_copy=can_read_from_host(module.spec, dtype),
@@ -138,13 +133,6 @@ def _normalised(count_E: NDArray[np.floating]) -> NDArray[np.float64]:
     return np.asarray(count_E / total if total > 0 else np.full(len(count_E), 1 / len(count_E)), np.float64)
 
 
-def _shape(spec: ExpertSpec) -> ExpertShape:
-    weight_format = format_of(str(TORCH_DTYPES[spec.dtype]).removeprefix("torch."))
-    return ExpertShape(
-        spec.d_model, spec.d_ffn, spec.gated, weight_format.bits, weight_format=weight_format.name
-    )
-
-
 def _num_ahead(spec: ExpertSpec) -> int:
     """Experts that fill all staging buffers; those that travel in pieces are not fetched ahead."""
     pieces = LayerPieces.of(spec)
@@ -153,13 +141,10 @@ def _num_ahead(spec: ExpertSpec) -> int:
 
 def _num_topk(*configs: Any) -> int:
     """Experts per token."""
-    for config in configs:
-        for source in (config, getattr(config, "ffn_config", None)):
-            for name in _TOP_K:
-                value = getattr(source, name, None)
-                if isinstance(value, int) and value > 0:
-                    return value
-    raise ValueError(
-        f"plan: the configuration of {getattr(configs[-1], 'model_type', 'this model')} does not say how many experts "
-        f"a token takes; expected one of {', '.join(_TOP_K)}"
-    )
+    num_topk = topk_of(*configs)
+    if num_topk is None:
+        raise ValueError(
+            f"plan: the configuration of {getattr(configs[-1], 'model_type', 'this model')} does not say how many "
+            f"experts a token takes; expected one of {', '.join(TOPK_NAMES)}"
+        )
+    return num_topk

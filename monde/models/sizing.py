@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 from torch import nn
@@ -24,9 +23,13 @@ from monde.executors.prefill_size import PrefillSize
 from monde.executors.ranked_model import RankedModel
 from monde.models.experts import ExpertsModule
 from monde.planning.budget import LayerSize, MemoryPlan, ModelSize, Spread, plan_memory
-from monde.planning.placement import place
+from monde.planning.cost import CostModel, ExpertShape
+from monde.planning.formats import format_of
+from monde.planning.placement import Values, equal_hits, place_by_time
+from monde.profile_store import profile_of, this_machine
 from monde.routing.heat import Heat
 from monde.sizes import format_bytes
+from monde.weights.packing import TORCH_DTYPES
 from monde.weights.slots import slot_bytes
 
 # Live at the peak of one decoder layer, in fp32 vectors of the model dim per token: residual, normalised
@@ -39,6 +42,15 @@ _LIVE_HIDDEN_VECTORS = 5
 _LIBRARY_BYTES = 64 * 2**20
 # A captured step's private pool rounds every block up to 2 MiB; a few shapes of step are captured.
 _GRAPH_BYTES = 32 * 2**20
+# What configurations call the number of experts per token.
+TOPK_NAMES = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "num_selected_experts",
+    "moe_topk",
+    "moe_top_k",
+    "top_k",
+)
 _GPU_SHARE = 0.9  # of what is free: the rest covers the CUDA context's growth and the allocator's fragments
 
 
@@ -123,25 +135,62 @@ def plan_for(
             RuntimeWarning,
             stacklevel=3,
         )
-    return plan_memory(size, on_gpu, gpu_bytes or 0, host_bytes, wants_moves, _spread_by_heat(config))
+    spread = _spread_by_time(config, modules, model.config, ranked)
+    return plan_memory(size, on_gpu, gpu_bytes or 0, host_bytes, wants_moves, spread)
 
 
-def _spread_by_heat(config: MondeConfig) -> Spread | None:
-    """Slots where the heat file says they save most, over all layers; None: evenly."""
-    if config.heat_file is None or config.residency == "uniform":
+def _spread_by_time(
+    config: MondeConfig, modules: Sequence[ExpertsModule], model_config: Any, ranked: RankedModel | None
+) -> Spread | None:
+    """Slots where they save most seconds a step, over all layers, by the heat file or as if experts were equally popular.
+
+    None: evenly, where that is asked for, where nothing says how many experts a token takes, and over ranks that hold
+    every layer in two forms, of which a batch uses one.
+    """
+    num_topk = topk_of(model_config.get_text_config(), model_config)
+    if config.residency == "uniform" or (ranked is not None and len(ranked.ways) > 1):
         return None
-    heat = Heat.load(config.heat_file)
+    if config.heat_file is None and num_topk is None:
+        return None
+    heat = None if config.heat_file is None else Heat.load(config.heat_file)
+    specs = [module.spec for module in modules] if ranked is None else ranked.specs
 
     def spread(layers: tuple[LayerSize, ...], free_bytes: int) -> tuple[int, ...]:
-        heat.check("this model", [layer.num_experts for layer in layers])
-        # Bytes of reading saved: of experts as hot, a slot for the larger one saves more, and takes as much more.
-        values = [
-            -np.expm1(-hits_E) * layer.slot_bytes
-            for hits_E, layer in zip(heat.hits_per_step_L, layers, strict=True)
-        ]
-        return tuple(placement.num_resident for placement in place(values, layers, free_bytes))
+        if free_bytes == 0:
+            return (0,) * len(layers)
+        if heat is not None:
+            heat.check("this model", [layer.num_experts for layer in layers])
+            hits_L: Values = heat.hits_per_step_L
+        else:
+            assert num_topk is not None
+            # Of a whole layer's experts a rank may hold some: each is as popular as all.
+            hits_L = [
+                equal_hits(module.spec.num_experts, num_topk, config.max_batch)[: layer.num_experts]
+                for module, layer in zip(modules, layers, strict=True)
+            ]
+        profile = profile_of(this_machine())
+        cost_L = [CostModel(profile, shape_of(spec)) for spec in specs]
+        return tuple(p.num_resident for p in place_by_time(hits_L, cost_L, layers, free_bytes))
 
     return spread
+
+
+def shape_of(spec: ExpertSpec) -> ExpertShape:
+    weight_format = format_of(str(TORCH_DTYPES[spec.dtype]).removeprefix("torch."))
+    return ExpertShape(
+        spec.d_model, spec.d_ffn, spec.gated, weight_format.bits, weight_format=weight_format.name
+    )
+
+
+def topk_of(*configs: Any) -> int | None:
+    """Experts per token, of the first configuration that says so."""
+    for config in configs:
+        for source in (config, getattr(config, "ffn_config", None)):
+            for name in TOPK_NAMES:
+                value = getattr(source, name, None)
+                if isinstance(value, int) and value > 0:
+                    return value
+    return None
 
 
 def model_size(

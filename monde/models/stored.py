@@ -38,6 +38,23 @@ class Index:
     keys: tuple[str, ...]
     total_bytes: int | None
 
+    def dtype(self, num_weights: int) -> torch.dtype | None:
+        """The type that so many weights are in, from the bytes of all; None where the index does not tell those.
+
+        fp16 is as long as bf16, which is taken. Tensors that the model does not load may count up to two fifths.
+        Errors: CheckpointError for lengths of no type that can be run.
+        """
+        if self.total_bytes is None:
+            return None
+        weight_bytes = self.total_bytes / num_weights
+        for dtype in (torch.bfloat16, torch.float32):
+            if dtype.itemsize * 0.9 <= weight_bytes <= dtype.itemsize * 1.4:
+                return dtype
+        raise CheckpointError(
+            f"{self.folder}: its index tells of {weight_bytes:.3g} bytes a weight, which is neither fp32 nor bf16; name "
+            "the dtype in config.json, and use the config and the index of one model"
+        )
+
     def check(self, model: Any, modules: Sequence[ExpertsModule]) -> None:
         """Errors: CheckpointError where no tensor is named for some experts of `model`, of any device."""
         named = {param for use in uses_of(model, self.keys) for param in use.params}

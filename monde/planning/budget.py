@@ -195,16 +195,16 @@ def plan_memory(
     return plan
 
 
-def smallest_gpu_bytes(size: ModelSize, host_bytes: int) -> int | None:
+def smallest_gpu_bytes(size: ModelSize, host_bytes: int, spread: Spread | None = None) -> int | None:
     """The least gpu_memory with which dense weights run on the GPU and the rest fits host_bytes.
 
-    None where not even all experts on the GPU would do. Slots are spread evenly.
+    None where not even all experts on the GPU would do. spread: as plan_memory's.
     """
     low_bytes, high_bytes = _fixed_bytes(size), _fixed_bytes(size) + size.all_slots_bytes
 
     def fits(gpu_bytes: int) -> bool:
         try:
-            plan_memory(size, True, gpu_bytes, host_bytes)
+            plan_memory(size, True, gpu_bytes, host_bytes, spread=spread)
         except BudgetError:
             return False
         return True

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+# What differs by more is noise: it is a third of the error that plans are held to in the worst case.
+NOISY_SHARE = 0.1
+_POOR_R2 = 0.5
 _NUM_ROUNDS = 4
 _OUTLIER_MADS = 4.0  # scaled median absolute deviations of the relative error
 _EXACT = 0.01  # relative errors below this are never outliers, however well the others fit
@@ -17,19 +20,29 @@ _EXACT = 0.01  # relative errors below this are never outliers, however well the
 class AlphaBeta:
     """seconds = alpha_s + size * s_per_unit; the unit is the caller's (bytes, tokens).
 
-    r2 and num_rejected tell how far to trust a fit; described machines keep the defaults.
+    r2, num_rejected and spread, the standard deviation of the seconds over their mean, tell how far to trust a fit;
+    described machines keep the defaults.
     """
 
     alpha_s: float
     s_per_unit: float
     r2: float = 1.0
     num_rejected: int = 0
+    spread: float = 0.0
 
     def __post_init__(self) -> None:
         if not (self.alpha_s >= 0 and self.s_per_unit >= 0):
             raise ValueError(
                 f"AlphaBeta: expected alpha_s and s_per_unit of at least 0, got {self.alpha_s}, {self.s_per_unit}"
             )
+
+    @property
+    def is_poor(self) -> bool:
+        """Whether size explains less than half of what the seconds do, where they do more than noise.
+
+        What takes equally long at every size has a low r2 too, and is a good fit.
+        """
+        return self.r2 < _POOR_R2 and self.spread > NOISY_SHARE
 
     def seconds(self, size: float | NDArray[np.floating]) -> float | NDArray[np.float64]:
         """Seconds for `size` units, elementwise; nothing takes no time."""
@@ -45,7 +58,7 @@ def fit_alpha_beta(sizes: Sequence[float], seconds: Sequence[float]) -> AlphaBet
     """Least squares on relative errors, because sizes span decades; alpha_s and s_per_unit are at least 0.
 
     Starts from the median of all pairwise slopes (half of the samples may be spoilt), then drops outliers and
-    fits again. r2 is that of the samples kept, on seconds.
+    fits again. r2 and spread are those of the samples kept, on seconds.
     Errors: ValueError for fewer than three samples, two equal sizes only, or timings that are not positive.
     """
     x, y = np.asarray(sizes, np.float64), np.asarray(seconds, np.float64)
@@ -64,9 +77,10 @@ def fit_alpha_beta(sizes: Sequence[float], seconds: Sequence[float]) -> AlphaBet
         keep = inliers
         alpha, beta = _least_squares(x[keep], y[keep])
     residual = y[keep] - (alpha + beta * x[keep])
-    spread = float(np.sum((y[keep] - y[keep].mean()) ** 2))
-    r2 = 1.0 - float(np.sum(residual**2)) / spread if spread > 0 else 1.0
-    return AlphaBeta(alpha, beta, r2, int(np.count_nonzero(~keep)))
+    squares = float(np.sum((y[keep] - y[keep].mean()) ** 2))
+    r2 = 1.0 - float(np.sum(residual**2)) / squares if squares > 0 else 1.0
+    spread = float(y[keep].std() / y[keep].mean())
+    return AlphaBeta(alpha, beta, r2, int(np.count_nonzero(~keep)), spread)
 
 
 def _median_line(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[float, float]:

@@ -19,7 +19,7 @@ from monde.core import Placement
 from monde.planning.budget import LayerSize
 from monde.planning.cost import CostModel, ExpertShape
 from monde.planning.fit import AlphaBeta
-from monde.planning.placement import place, place_uniform, time_saved_s
+from monde.planning.placement import place_by_time, place_uniform
 from monde.planning.prefetch import certain_fetches
 from monde.planning.profile import Curve, ExpertRate, GpuProfile, HardwareProfile, MemoryChannels
 from monde.planning.share import best_share
@@ -93,11 +93,10 @@ def place_for_decode(
     """The placement that saves most in decode steps of `batch` tokens; sizes are those of model.layers."""
     if profile.gpu is None:
         return place_uniform(sizes, 0)
-    values = [
-        time_saved_s(batch * layer.num_topk * layer.popularity_E, CostModel(profile, layer.shape))
-        for layer in model.layers
-    ]
-    return place(values, sizes, budget_bytes)
+    hits = [batch * layer.num_topk * layer.popularity_E for layer in model.layers]
+    return place_by_time(
+        hits, [CostModel(profile, layer.shape) for layer in model.layers], sizes, budget_bytes
+    )
 
 
 def forecast_decode(

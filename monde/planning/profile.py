@@ -105,12 +105,17 @@ class Overlap:
             )
 
 
+# 55.4 GB/s one way, 50.6 each way at once: PCIe 5.0 x16, pinned, on the machine of `h200`.
+_BOTH_WAYS = Overlap(55.4 / 50.6, 55.4 / 50.6)
+
+
 @dataclass(frozen=True)
 class GpuProfile:
     """The GPU and its bus. All AlphaBeta are over bytes.
 
     zero_copy_bytes_per_s: kernels reading pinned host memory. round_trip: activations of one layer to the host and
     back, over the bytes of one way. host_while_copying slows (host, copy), gpu_while_copying (GPU, copy).
+    up_while_down slows copies (to the GPU, from it); calibration does not time it.
     block_overhead_s: a block's small dense kernels in a captured step, beside the bytes they read.
     decode_layer_s: a MoE layer's own kernels in a captured step, beside its experts; the round trip holds it too.
     prefill_layer_s: what planning and launching a MoE layer of a long prompt takes, beside its experts.
@@ -127,6 +132,7 @@ class GpuProfile:
     block_overhead_s: float
     decode_layer_s: float
     prefill_layer_s: float
+    up_while_down: Overlap = _BOTH_WAYS
 
 
 @dataclass(frozen=True)
@@ -172,6 +178,18 @@ class Noise:
 
 
 @dataclass(frozen=True)
+class PoorFit:
+    """Seconds that vary, and not with the size: a line through them says nothing. r2, spread: as in AlphaBeta."""
+
+    what: str
+    r2: float
+    spread: float
+
+    def __str__(self) -> str:
+        return f"{self.what}: r2 {self.r2:.2f} over sizes, seconds {self.spread:.0%} around their mean"
+
+
+@dataclass(frozen=True)
 class HardwareProfile:
     """One machine. gpu is None where there is none; source says what was measured and what is assumed.
 
@@ -189,7 +207,7 @@ class HardwareProfile:
     gpu: GpuProfile | None
     eager_block_s: float
     memory_channels: MemoryChannels | None = None
-    noisy: tuple[Noise, ...] = ()
+    noisy: tuple[Noise | PoorFit, ...] = ()
     host_formats: Mapping[str, ExpertRate] = field(default_factory=dict)
 
     def host_rate(self, format_name: str) -> ExpertRate:
@@ -236,7 +254,7 @@ def _profile(data: dict[str, Any]) -> HardwareProfile:
         host_expert=_rate(data.pop("host_expert")),
         gpu=None if gpu is None else _gpu(gpu),
         memory_channels=None if channels is None else MemoryChannels(**channels),
-        noisy=tuple(Noise(**noise) for noise in data.pop("noisy")),
+        noisy=tuple(PoorFit(**n) if "r2" in n else Noise(**n) for n in data.pop("noisy")),
         host_formats={name: _rate(rate) for name, rate in data.pop("host_formats").items()},
         **data,
     )
@@ -255,6 +273,7 @@ def _gpu(data: dict[str, Any]) -> GpuProfile:
         block_overhead_s=data["block_overhead_s"],
         decode_layer_s=data["decode_layer_s"],
         prefill_layer_s=data["prefill_layer_s"],
+        up_while_down=Overlap(**data.get("up_while_down", asdict(_BOTH_WAYS))),
     )
 
 

@@ -70,7 +70,7 @@ class Timeline:
 
 
 def contention_of(profile: HardwareProfile) -> dict[tuple[Resource, Resource], Overlap]:
-    """Which pairs of a machine's resources slow each other, and how much; copies in both directions alike."""
+    """Which pairs of a machine's resources slow each other, and how much; copies in either direction slow the others alike."""
     if profile.gpu is None:
         return {}
     return {
@@ -78,6 +78,7 @@ def contention_of(profile: HardwareProfile) -> dict[tuple[Resource, Resource], O
         (Resource.HOST, Resource.PCIE_DOWN): profile.gpu.host_while_copying,
         (Resource.GPU, Resource.PCIE_UP): profile.gpu.gpu_while_copying,
         (Resource.GPU, Resource.PCIE_DOWN): profile.gpu.gpu_while_copying,
+        (Resource.PCIE_UP, Resource.PCIE_DOWN): profile.gpu.up_while_down,
     }
 
 

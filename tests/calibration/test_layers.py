@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from monde.calibration.gpu import expert_s, layer_of
-from monde.calibration.samples import Samples
+from monde.calibration.gpu import GpuFits, expert_s, layer_of
+from monde.calibration.host import TOKENS
+from monde.calibration.samples import Samples, poor_fits
 
 
 def samples(few_s: float, many_s: float) -> dict[str, Samples]:
@@ -32,3 +34,25 @@ def test_experts_hidden_behind_the_launch_of_their_layer_take_at_most_what_large
     assert expert_s([hidden, 2e-6, 0.0, 5e-6]) == (2e-6, 2e-6, 5e-6, 5e-6)
     with pytest.raises(ValueError, match="took no longer than 8; measure again"):
         expert_s([2e-6, hidden])
+
+
+@pytest.mark.parametrize("scattered", ["", "round trip", "h2d", "GPU layer"])
+def test_no_line_of_the_gpu_is_trusted_through_scattered_seconds(scattered: str) -> None:
+    rng = np.random.default_rng(1)
+    seconds = {
+        f"{way} of {1 << i} bytes": 1e-5 + (1 << i) / 50e9 for way in ("h2d", "d2h") for i in range(16, 27, 2)
+    }
+    seconds |= {f"round trip, {t} tokens": 36e-6 + t * 4096 / 4e9 for t in (1, 4, 16, 64)}
+    seconds |= {
+        f"GPU layer of {a} experts, {t} tokens each": 2e-5 + a * t * 1e-6 for a in (8, 32) for t in TOKENS
+    }
+    taken = {
+        what: Samples(
+            tuple(rng.uniform(1e-5, 9e-5, 20)) if scattered and what.startswith(scattered) else (s,) * 20, ()
+        )
+        for what, s in seconds.items()
+    }
+    named = {"round trip": "round trips", "h2d": "copies to the GPU", "GPU layer": "GPU layers of"}
+    poor = poor_fits(GpuFits.of(2048, taken).named())
+    assert len(poor) == {"": 0, "GPU layer": len(TOKENS)}.get(scattered, 1)
+    assert all(fit.what.startswith(named[scattered]) for fit in poor)

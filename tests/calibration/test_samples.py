@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from monde.calibration.overlap import beside_names, nearest_overlap, overlap_of
-from monde.calibration.samples import NOISY_SHARE, Probe, Samples, noise_of, repeated, take
+from monde.calibration.samples import Probe, Samples, noise_of, poor_fits, repeated, take
+from monde.planning.fit import NOISY_SHARE, fit_alpha_beta
+from monde.planning.profile import PoorFit
 
 
 def scripted(what: str, first: list[float], second: list[float], order: list[str]) -> Probe:
@@ -39,6 +42,21 @@ def test_noise_is_what_disagrees_in_either_direction() -> None:
     assert [noise.what for noise in noises] == ["slower", "quicker"]
     assert all(noise.share == pytest.approx(NOISY_SHARE + 0.01) for noise in noises)
     assert "11% apart" in str(noises[0])
+
+
+def test_a_line_that_explains_nothing_is_noise() -> None:
+    rng = np.random.default_rng(0)
+    sizes = np.repeat([1.0, 4.0, 16.0, 64.0], 20)
+    fits = {
+        "rising": fit_alpha_beta(sizes, 1e-3 + 1e-4 * sizes * rng.uniform(0.8, 1.2, 80)),
+        "flat": fit_alpha_beta(sizes, 1e-3 * rng.uniform(0.9, 1.1, 80)),  # its r2 is low as well
+        "scattered": fit_alpha_beta(sizes, 1e-3 * rng.uniform(0.4, 1.6, 80)),
+    }
+    assert fits["flat"].r2 < 0.5
+    poor = poor_fits(fits)
+    assert poor == (PoorFit("scattered", fits["scattered"].r2, fits["scattered"].spread),)
+    assert poor[0].spread == pytest.approx(1.2 / 12**0.5, rel=0.2)
+    assert "34% around their mean" in str(poor[0])
 
 
 def test_repeated_warms_up_and_takes_three_at_least() -> None:

@@ -12,7 +12,7 @@ import pytest
 from monde import profile_store as store
 from monde.calibration import measure
 from monde.planning.machines import DESCRIBED
-from monde.planning.profile import HardwareProfile, Noise
+from monde.planning.profile import HardwareProfile, Noise, PoorFit
 from tests.cli.conftest import Monde
 
 
@@ -53,8 +53,12 @@ def test_measured_once_and_again_by_force(monde: Monde, measured: Measured) -> N
     assert measured.count == 2
 
 
-def test_a_noisy_machine_is_trusted_by_request_alone(monde: Monde, measured: Measured) -> None:
-    noise = Noise("host read, 2 threads, per byte", 1e-11, 2e-11)
+@pytest.mark.parametrize(
+    "noise", [Noise("host read, 2 threads, per byte", 1e-11, 2e-11), PoorFit("round trips", 0.1, 0.4)]
+)
+def test_a_noisy_machine_is_trusted_by_request_alone(
+    monde: Monde, measured: Measured, noise: Noise | PoorFit
+) -> None:
     measured.profile = dataclasses.replace(measured.profile, noisy=(noise,))
     refused = monde("calibrate")
     assert refused.exit_code == 1

@@ -30,7 +30,8 @@ def test_a_plan_needs_no_weights(monde: Monde, tmp_path: Path) -> None:
     outcome = monde("plan", tmp_path, "--machine", "laptop-4060")
     assert outcome.exit_code == 0, outcome.stderr
     assert "64 of 64 experts" in outcome.stdout
-    assert re.search(r"decode: +about [\d.e+]+ tokens/s, limited by the launches", outcome.stdout)
+    assert re.search(r"decode: +about [\d.,]+ tokens/s, limited by the launches", outcome.stdout)
+    assert re.search(r"prefill: +about \d{1,3}(,\d{3})+ tokens/s", outcome.stdout)
     assert DESCRIBED["laptop-4060"].source in outcome.stdout
     assert "no checkpoint here: sizes from the configuration" in outcome.stdout
 

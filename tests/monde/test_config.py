@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import monde
 from hostcompute.topology import machine_memory_bytes
-from monde.sizes import format_bytes, parse_size_bytes
+from monde.sizes import format_bytes, format_number, parse_size_bytes
 
 
 @given(st.integers(0, 5000), st.sampled_from(["KB", "MB", "GB", "KiB", "MiB", "GiB"]))
@@ -84,6 +84,14 @@ def test_explain() -> None:
 )
 def test_format_bytes(num_bytes: int, text: str) -> None:
     assert format_bytes(num_bytes) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.1234, "0.123"), (9.5, "9.5"), (99.96, "100"), (1134.0, "1,130"), (1.999e6, "2,000,000")],
+)
+def test_format_number(value: float, text: str) -> None:
+    assert format_number(value) == text
 
 
 def test_importing_monde_is_cheap() -> None:

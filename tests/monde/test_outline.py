@@ -109,6 +109,35 @@ def test_the_index_alone_tells_that_the_model_is_this_one(tmp_path: Path) -> Non
         outline_of(str(tmp_path), 16, 1)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_index_tells_the_type_where_the_configuration_has_none(
+    name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    build(name, dtype).save_pretrained(tmp_path, max_shard_size="20KB")
+    whole = outline_of(str(tmp_path), 16, 1)
+    for shard in tmp_path.glob("*.safetensors"):
+        shard.unlink()
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    assert config.pop("dtype") == str(dtype).removeprefix("torch.")
+    file.write_text(json.dumps(config))
+    told = outline_of(str(tmp_path), 16, 1)
+    assert told.stored_dtype is dtype
+    assert told.size == whole.size
+    index_file = tmp_path / "model.safetensors.index.json"
+    index = json.loads(index_file.read_text())
+    index["metadata"]["total_size"] //= 4
+    index_file.write_text(json.dumps(index))
+    with pytest.raises(
+        CheckpointError, match="bytes a weight, which is neither fp32 nor bf16; name the dtype in config"
+    ):
+        outline_of(str(tmp_path), 16, 1)
+    del index["metadata"]
+    index_file.write_text(json.dumps(index))
+    assert outline_of(str(tmp_path), 16, 1).stored_dtype is torch.bfloat16
+
+
 def test_headers_are_enough_to_plan_and_not_to_load(tmp_path: Path) -> None:
     build(NAMES[0]).save_pretrained(tmp_path, max_shard_size="20KB")
     whole = outline_of(str(tmp_path), 16, 1)

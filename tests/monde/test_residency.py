@@ -353,6 +353,24 @@ def test_slots_go_to_the_layers_that_need_them(tmp_path: Path) -> None:
     assert engine.plan.num_resident_L == (4, 4)
 
 
+def test_before_any_routing_hotter_layers_get_slots_first() -> None:
+    """A layer of 4 experts beside one of 8, two a token: each of the 4 is taken twice as often."""
+    original = tiny.build("olmoe")
+    second, config = original.model.layers[1], original.config
+    torch.manual_seed(3)
+    config.num_experts = 4
+    second.mlp = few = type(second.mlp)(config).eval()
+    config.num_experts = 8
+    for param in few.parameters():
+        torch.nn.init.normal_(param, std=0.1)
+    want, ids = tiny.expected(original, tiny.prompt()), tiny.prompt()
+    model = dynamic(original, share=0.5, residency="static")
+    assert model.monde.plan.num_resident_L == (2, 4)
+    with torch.no_grad():
+        tiny.assert_logits(model(ids).logits, want)
+    assert dynamic(original, share=0.5, residency="uniform").monde.plan.num_resident_L == (3, 3)
+
+
 def test_heat_of_another_model_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "heat.safetensors"
     engine = dynamic(tiny.build("mixtral"), residency="static").monde

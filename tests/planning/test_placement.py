@@ -18,7 +18,9 @@ from monde.planning.placement import (
     Swap,
     apply_swaps,
     best_experts,
+    equal_hits,
     place,
+    place_by_time,
     place_uniform,
     plan_swaps,
     swap_limit,
@@ -109,6 +111,58 @@ def test_seconds_saved_grow_with_heat_and_end_at_one_read_a_step() -> None:
     one_read_s = float(cost.host_s(8) - cost.resident_s(8))
     assert saved_s[-1] == pytest.approx(one_read_s, rel=0.01)
     assert saved_s[1] == pytest.approx(0.01 * float(cost.host_s(1) - cost.resident_s(1)), rel=0.02)
+
+
+# ---- before any routing was seen ----
+shapes = st.tuples(
+    st.integers(1, 4), st.sampled_from([64, 128, 1024]), st.sampled_from([64, 768]), st.sampled_from([16, 32])
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(shapes, min_size=1, max_size=3), st.integers(1, 3), st.integers(1, 8), st.floats(0, 1.1))
+def test_unequal_layers_get_what_saves_most_seconds(
+    layers_of: list[tuple[int, int, int, int]], num_topk: int, batch: int, budget_share: float
+) -> None:
+    layers, costs, hits, experts = [], [], [], []
+    for num_experts, d_model, d_ffn, bits in layers_of:
+        shape = ExpertShape(d_model, d_ffn, weight_bits=bits)
+        layers.append(LayerSize(num_experts, int(shape.expert_bytes), int(shape.expert_bytes)))
+        costs.append(CostModel(DESCRIBED["epyc-4090"], shape))
+        hits.append(equal_hits(num_experts, num_topk, batch))
+        assert hits[-1].sum() == pytest.approx(num_topk * batch)
+        experts += [(float(s), layers[-1].slot_bytes) for s in time_saved_s(hits[-1], costs[-1])]
+    budget_bytes = int(budget_share * sum(b for _, b in experts))
+    best_s = max(
+        sum(s for s, _ in chosen)
+        for n in range(len(experts) + 1)
+        for chosen in combinations(experts, n)
+        if sum(b for _, b in chosen) <= budget_bytes
+    )
+    placements = place_by_time(hits, costs, layers, budget_bytes)
+    saved = [time_saved_s(hits_E, cost) for hits_E, cost in zip(hits, costs, strict=True)]
+    assert total(placements, saved) == pytest.approx(best_s)
+    assert used_bytes(placements, layers) <= budget_bytes
+
+
+@given(st.integers(1, 5), st.integers(1, 9), st.integers(0, 500), st.sampled_from(sorted(DESCRIBED)))
+def test_equal_layers_are_as_even_as_can_be(
+    num_layers: int, num_experts: int, budget_bytes: int, machine: str
+) -> None:
+    layers = [LayerSize(num_experts, 10, 12)] * num_layers
+    cost = CostModel(DESCRIBED[machine], ExpertShape(2048, 768))
+    placements = place_by_time(
+        [equal_hits(num_experts, 2, 1)] * num_layers, [cost] * num_layers, layers, budget_bytes
+    )
+    assert placements == place_uniform(layers, budget_bytes)
+
+
+def test_layers_of_fewer_experts_come_first() -> None:
+    """Each of them is taken more often: all of them before any of the others."""
+    cost = CostModel(DESCRIBED["h200"], ExpertShape(2048, 768))
+    layers = [LayerSize(16, 10, 10), LayerSize(4, 10, 10)]
+    hits = [equal_hits(16, 2, 1), equal_hits(4, 2, 1)]
+    assert [p.num_resident for p in place_by_time(hits, [cost] * 2, layers, 70)] == [3, 4]
 
 
 @st.composite

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from monde.planning.machines import DESCRIBED
-from monde.planning.profile import Curve, ExpertRate, HardwareProfile, MemoryChannels, Noise, Overlap
+from monde.planning.profile import Curve, ExpertRate, HardwareProfile, MemoryChannels, Noise, Overlap, PoorFit
 
 
 @pytest.mark.parametrize("name", DESCRIBED)
@@ -24,9 +24,24 @@ def test_a_profile_survives_the_disk(name: str, tmp_path: Path) -> None:
 
 def test_a_profile_without_gpu_survives_the_disk(tmp_path: Path) -> None:
     noise = Noise("host read, 2 threads", 1e-10, 1.5e-10)
-    profile = dataclasses.replace(DESCRIBED["h200"], gpu=None, noisy=(noise,))
+    profile = dataclasses.replace(
+        DESCRIBED["h200"], gpu=None, noisy=(noise, PoorFit("round trips", 0.1, 0.4))
+    )
     profile.save(tmp_path / "p.json")
     assert HardwareProfile.load(tmp_path / "p.json") == profile
+
+
+def test_what_calibration_does_not_time_has_a_default(tmp_path: Path) -> None:
+    path, profile = tmp_path / "p.json", DESCRIBED["h200"]
+    assert profile.gpu is not None
+    profile.save(path)
+    data = json.loads(path.read_text())
+    assert data["gpu"].pop("up_while_down") == dataclasses.asdict(profile.gpu.up_while_down)
+    path.write_text(json.dumps(data))
+    assert HardwareProfile.load(path) == profile
+    gpu = dataclasses.replace(profile.gpu, up_while_down=Overlap(1.5, 1.2))
+    dataclasses.replace(profile, gpu=gpu).save(path)
+    assert HardwareProfile.load(path).gpu == gpu
 
 
 def test_another_machine_or_version_is_refused(tmp_path: Path) -> None:

@@ -109,6 +109,19 @@ def test_two_tasks_take_what_the_cost_model_says(a_s: float, b_s: float, overlap
     assert timeline.makespan_s == pytest.approx(float(overlapped_s(a_s, b_s, overlap)))
 
 
+@pytest.mark.parametrize("down_gb", [0.0, 5.06, 50.6])
+def test_copies_both_ways_slow_each_other(down_gb: float) -> None:
+    """As measured: 55.4 GB/s one way, 50.6 each way; what is left when the other ends runs at full speed."""
+    tasks = (
+        Task("up", Resource.PCIE_UP, 50.6 / 55.4),
+        Task("down", Resource.PCIE_DOWN, down_gb / 55.4),
+    )
+    up, down = simulate(Schedule(tasks), contention_of(DESCRIBED["h200"])).spans
+    both_s = down_gb / 50.6
+    assert down.end_s == pytest.approx(both_s)
+    assert up.end_s == pytest.approx(both_s + (50.6 - down_gb) / 55.4)
+
+
 def three_fetches() -> Timeline:
     """Copies run ahead of the products that need them: double buffering in three lines."""
     cost = CostModel(DESCRIBED["h200"], ExpertShape(2048, 768))
