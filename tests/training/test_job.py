@@ -48,11 +48,11 @@ def fabric_for(mesh_shape: tuple[int, ...] | None, timeout_s: float = 60.0) -> F
 
 def job_for(
     folder: Path, mesh_shape: tuple[int, ...] | None, batch_of: Any = batch, name: str = "olmoe",
-    timeout_s: float = 60.0, chunks: Any = (2, 3), **optimizer: Any,
+    timeout_s: float = 60.0, chunks: Any = (2, 3), checkpoint_every: int = 2, keep: int = 2, **optimizer: Any,
 ) -> TrainingJob:  # fmt: skip
     config = TrainConfig(
         ModelSettings("tiny"),
-        OutputSettings(str(folder), checkpoint_every=2, keep=2),
+        OutputSettings(str(folder), checkpoint_every=checkpoint_every, keep=keep),
         optimizer=OptimizerSettings(**{"steps": STEPS, "batch": 4, "warmup_steps": 2} | optimizer),
         parallel=ParallelSettings(chunks=chunks, timeout_s=timeout_s),
     )
