@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -175,8 +176,11 @@ def test_ctrl_c_is_one_line() -> None:
     # A sampled text: a greedy one may repeat a word without end, and words are printed when they are complete.
     options = ("-n", "1000", "-t", "1", "--temperature", "0.7", "--seed", "4")
     command = [sys.executable, "-m", "monde.cli", "generate", str(MODEL), "It is a truth", *options]
+    heard = partial(
+        signal.signal, signal.SIGINT, signal.default_int_handler
+    )  # jobs in a background ignore it
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=heard
     ) as run:
         assert run.stdout is not None
         run.stdout.read(1)  # it is generating
