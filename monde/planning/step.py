@@ -39,6 +39,8 @@ def add_experts(
     builder: ScheduleBuilder, l: int, load: Load, split: ExpertSplit, cost: CostModel, dense: int
 ) -> list[int]:
     """Adds one layer's experts; returns what the next layer waits for."""
+    if split.launch_s > 0:  # the GPU idles: what follows its dense part has not been launched yet
+        dense = builder.add(f"launch {l}", Resource.GPU, split.launch_s, [dense])
     done = [dense]
     if split.host_s > 0:
         done.append(builder.add(f"host {l}", Resource.HOST, split.host_s, [dense]))
