@@ -188,7 +188,7 @@ class PrefillExecutor:
         if pending is not None:
             answer = hub.host.wait(pending, self.layer_idx, self.totals)
             y_TD = answer.y_TD
-            hub.heard(split.host_s - float(cost.prompt_trip_s(num_tokens)), answer.busy_s)
+            hub.heard(split.host_s - float(cost.round_trip_s(num_tokens)), answer.busy_s)
         times.append(time.perf_counter())
         hub.copied(split.copy_s - bus_busy_s, list(arriving))
         if posted is not None:

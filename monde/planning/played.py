@@ -93,7 +93,7 @@ def schedule_of(
         else:
             load = Load(tokens_E, resident_E, num_tokens, cut_granule=64)
             split = best_split(load, cost)
-            own = builder.add(f"layer {l}", Resource.GPU, cost.gpu.prefill_layer_s, [dense])
+            own = builder.add(f"layer {l}", Resource.GPU, cost.gpu.prompt.plan_s, [dense])
             done = add_experts(builder, l, load, split, cost, own)
     return builder.build()
 

@@ -39,15 +39,16 @@ def add_experts(
     builder: ScheduleBuilder, l: int, load: Load, split: ExpertSplit, cost: CostModel, dense: int
 ) -> list[int]:
     """Adds one layer's experts; returns what the next layer waits for."""
-    if split.launch_s > 0:  # the GPU idles: what follows its dense part has not been launched yet
-        dense = builder.add(f"launch {l}", Resource.GPU, split.launch_s, [dense])
-    done = [dense]
+    done, launched = [dense], [dense]
+    if split.launch_s > 0:
+        launched = [builder.add(f"launch {l}", Resource.LAUNCHES, split.launch_s, [dense])]
+        done += launched
     if split.host_s > 0:
         done.append(builder.add(f"host {l}", Resource.HOST, split.host_s, [dense]))
     tokens_resident = load.tokens_E[split.where_E == Where.RESIDENT]
     if len(tokens_resident):
         resident_s = float(cost.resident_s(tokens_resident).sum())
-        done.append(builder.add(f"residents {l}", Resource.GPU, resident_s, [dense]))
+        done.append(builder.add(f"residents {l}", Resource.GPU, resident_s, launched))
     fetched = np.flatnonzero(split.where_E == Where.FETCHED)
     fetches = [(int(e), 1.0) for e in fetched[np.argsort(-load.tokens_E[fetched], kind="stable")]]
     if split.cut_expert is not None:
@@ -56,5 +57,5 @@ def add_experts(
         name = f"expert {l}.{expert}"
         copied = builder.add(f"copy {name}", Resource.PCIE_UP, float(cost.copy_s(share)), [dense])
         gemm_s = float(cost.resident_s(load.tokens_E[expert], share))
-        done.append(builder.add(name, Resource.GPU, gemm_s, [copied]))
+        done.append(builder.add(name, Resource.GPU, gemm_s, [*launched, copied]))
     return done
