@@ -1,6 +1,7 @@
-"""What planning itself costs: a split at 8 to 2048 experts, a placement and a replan of 48 layers of 128 experts.
+"""What planning itself costs: a split at 8 to 2048 experts and the tasks made of it, a placement and a replan of 48
+layers of 128 experts.
 
-python bench/planning.py [--out results.json]
+python -m bench.planning [--out results.json]
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ from monde.planning.budget import LayerSize
 from monde.planning.cost import CostModel, ExpertShape
 from monde.planning.machines import DESCRIBED
 from monde.planning.placement import place, plan_swaps
+from monde.planning.prefill_schedule import prefill_schedule
 from monde.planning.split import Load, best_split
+from monde.planning.staging import Staging
 
 NUM_ROUNDS, NUM_CALLS = 15, 30
+COST = CostModel(DESCRIBED["h200"], ExpertShape(2048, 768))
 
 
 def rounds_s(call: Callable[[], object]) -> list[float]:
@@ -33,14 +37,25 @@ def rounds_s(call: Callable[[], object]) -> list[float]:
     return rounds[1:]
 
 
-def split_case(num_experts: int) -> Callable[[], object]:
+def load_of(num_experts: int) -> Load:
     """2048 tokens, top-8, popularity 1 / rank, a fifth of the experts resident, cuts of 64 rows."""
     rng = np.random.default_rng(num_experts)
     popularity_E = 1 / np.arange(1, num_experts + 1)
     tokens_E = rng.multinomial(8 * 2048, rng.permutation(popularity_E / popularity_E.sum()))
-    load = Load(tokens_E, rng.random(num_experts) < 0.2, 2048, 64)
-    cost = CostModel(DESCRIBED["h200"], ExpertShape(2048, 768))
-    return lambda: best_split(load, cost)
+    return Load(tokens_E, rng.random(num_experts) < 0.2, 2048, 64)
+
+
+def split_case(num_experts: int) -> Callable[[], object]:
+    load = load_of(num_experts)
+    return lambda: best_split(load, COST)
+
+
+def schedule_case(num_experts: int) -> Callable[[], object]:
+    """Of that split, through two buffers of seven experts, as in 64 MiB each."""
+    load = load_of(num_experts)
+    split, slot_E = best_split(load, COST), np.where(load.resident_E, np.arange(num_experts), -1)
+    staging = Staging(768, 7, 2)
+    return lambda: prefill_schedule(load, split, COST, staging, slot_E)
 
 
 def main() -> None:
@@ -55,6 +70,7 @@ def main() -> None:
     later_L = [value_E * rng.lognormal(0, 0.3, 128) for value_E in value_L]
     placements = place(value_L, layers, 16 * 2**30)
     cases = {f"split of {E} experts": split_case(E) for E in (8, 128, 512, 2048)}
+    cases |= {f"tasks of {E} experts": schedule_case(E) for E in (8, 128, 512)}
     cases["placement of 48 x 128"] = lambda: place(value_L, layers, 16 * 2**30)
     cases["swaps of 48 x 128"] = lambda: plan_swaps(placements, later_L, 96, 0.2)
     results = {}

@@ -229,8 +229,8 @@ def run_case(
     for name in options.contenders if first_cold < spec.num_experts else ("monde",):
         samples = time_contender(model, name, x_TD, weights_TK, routings)
         layer = model.layers[-1]
-        split = layer.latest
-        assert split is not None
+        assert layer.latest is not None
+        split = layer.latest.split
         busy_s = sum(one.totals.busy_s for one in model.layers) / (NUM_STEPS * len(model.layers))
         h2d = sum(one.totals.h2d_bytes for one in model.layers) / (NUM_STEPS * len(model.layers))
         row = Row(

@@ -17,6 +17,7 @@ QUANT_METHOD = "monde"
 CPU_BACKENDS = ("auto", "native", "numba", "reference")
 MOVING = ("dynamic", "lru")
 RESIDENCIES = (*MOVING, "static", "uniform")
+SPLIT_POLICY_NAMES = ("best", "monde-rule", "fiddler", "two-ended", "all-host", "all-fetch")
 PARALLELS = ("sharded", "peers", "auto")
 
 Size = int | str | None
@@ -53,6 +54,8 @@ class MondeConfig(QuantizationConfigMixin):
         last; "static" keeps what it starts with; "uniform" as well, with slots spread evenly over the layers.
     heat_file: written by Engine.save_heat: the hottest experts start resident. Default: the first ones of every layer,
         as many as save most time if all are equally popular.
+    split_policy: how a prompt's experts are split between GPU, bus and host: "best", the default, exactly by costs;
+        others are for comparison, "monde-rule", "fiddler", "two-ended" (HybriMoE's queue), "all-host", "all-fetch".
     mesh: a 1-D DeviceMesh, of torchrun's processes for example: its ranks hold the experts together. Each runs the
         dense part of the model on inputs of its own, or on the same ones; every rank must call the model equally
         often, which generate sees to. mesh["name"] is one dimension of a larger mesh.
@@ -78,6 +81,7 @@ class MondeConfig(QuantizationConfigMixin):
         nllb_upstream_routing: bool = False,
         residency: str = "dynamic",
         heat_file: str | Path | None = None,
+        split_policy: str = "best",
         mesh: Any = None,
         parallel: str = "sharded",
         mesh_shares: Sequence[float] | None = None,
@@ -100,6 +104,11 @@ class MondeConfig(QuantizationConfigMixin):
             raise ValueError(f"residency: expected one of {', '.join(RESIDENCIES)}, got {residency!r}")
         self.residency = residency
         self.heat_file = None if heat_file is None else str(heat_file)
+        if split_policy not in SPLIT_POLICY_NAMES:
+            raise ValueError(
+                f"split_policy: expected one of {', '.join(SPLIT_POLICY_NAMES)}, got {split_policy!r}"
+            )
+        self.split_policy = split_policy
         self.num_threads = _positive("num_threads", num_threads) if num_threads is not None else None
         self.mesh = None if mesh is None else _one_dim(mesh)
         if parallel not in PARALLELS:

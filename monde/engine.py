@@ -27,6 +27,7 @@ from monde.executors.zero_copy import first_share
 from monde.layer import MoELayer, RankedLayer
 from monde.planning.budget import MemoryPlan
 from monde.planning.placement import best_experts
+from monde.planning.split_policies import FETCH_AHEAD, SPLIT_POLICIES
 from monde.profile_store import profile_of, this_machine
 from monde.residency import POLICIES, Residency
 from monde.routing.heat import Heat
@@ -90,6 +91,11 @@ class Engine:
     def _prefill_hub(self, specs: Sequence[ExpertSpec]) -> PrefillHub | None:
         """None where all experts are on the host and the host is all there is."""
         if self.device.type != "cuda" and not any(self.plan.num_resident_L):
+            if self.config.split_policy != "best":
+                self._warn(
+                    f"split_policy {self.config.split_policy} changes nothing: all experts are on the host; give a GPU, or "
+                    "a gpu_memory that holds some"
+                )
             return None
         machine = this_machine()
         profile = profile_of(machine)
@@ -100,7 +106,9 @@ class Engine:
             )
         num_tokens = self.plan.size.num_tokens * (1 if self.ranked is None else self.ranked.ranks.size)
         size = PrefillSize.of(specs, torch.float32.itemsize, num_tokens, MAX_DECODE_TOPK)
-        return PrefillHub(self.device, size, profile)
+        hub = PrefillHub(self.device, size, profile, SPLIT_POLICIES[self.config.split_policy])
+        hub.fetches_ahead = self.config.split_policy in FETCH_AHEAD
+        return hub
 
     @staticmethod
     def _warn(what: str) -> None:

@@ -26,6 +26,8 @@ from monde.cli.options import (
     ParallelOption,
     ResidencyName,
     ResidencyOption,
+    SplitPolicyName,
+    SplitPolicyOption,
     ThreadsOption,
     load_tokenizer,
 )
@@ -82,6 +84,7 @@ def bench(
     threads: ThreadsOption = None,
     residency: ResidencyOption = ResidencyName.DYNAMIC,
     heat: HeatOption = None,
+    split_policy: SplitPolicyOption = SplitPolicyName.BEST,
     parallel: ParallelOption = ParallelName.SHARDED,
 ) -> None:
     """Time prompts (pp512) and generation (tg128): tokens/s, TTFT, TPOT, bytes moved, memory speed.
@@ -134,6 +137,7 @@ def bench(
             heat_file=heat,
             mesh=mesh,
             parallel=parallel,
+            split_policy=split_policy,
         )
         command = torchrun_command(context.obj, mesh)
         report = run(command, options, tests, baselines, repetitions, text, random_tokens, trace)

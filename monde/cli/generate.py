@@ -20,6 +20,8 @@ from monde.cli.options import (
     ModelArgument,
     ParallelName,
     ParallelOption,
+    SplitPolicyName,
+    SplitPolicyOption,
     ThreadsOption,
     load_tokenizer,
 )
@@ -50,6 +52,7 @@ def generate(
     dtype: DTypeOption = DTypeName.AUTO,
     backend: BackendOption = BackendName.AUTO,
     threads: ThreadsOption = None,
+    split_policy: SplitPolicyOption = SplitPolicyName.BEST,
     parallel: ParallelOption = ParallelName.SHARDED,
 ) -> None:
     """Continue PROMPT, word by word on standard output.
@@ -96,6 +99,7 @@ def generate(
             max_context=num_tokens + max_new_tokens,
             mesh=mesh,
             parallel=parallel,
+            split_policy=split_policy,
         )
         loaded: Any = options.load_with_monde()
         set_seed(seed)  # the same on all ranks, which go on with the same token

@@ -34,6 +34,15 @@ class ResidencyName(StrEnum):
     UNIFORM = "uniform"
 
 
+class SplitPolicyName(StrEnum):
+    BEST = "best"
+    MONDE_RULE = "monde-rule"
+    FIDDLER = "fiddler"
+    TWO_ENDED = "two-ended"
+    ALL_HOST = "all-host"
+    ALL_FETCH = "all-fetch"
+
+
 class ParallelName(StrEnum):
     SHARDED = "sharded"
     PEERS = "peers"
@@ -72,6 +81,10 @@ ThreadsOption = Annotated[
 ResidencyOption = Annotated[
     ResidencyName, typer.Option(help="Who has a slot on the GPU: who starts there, or follow the routing.")
 ]
+SplitPolicyOption = Annotated[
+    SplitPolicyName,
+    typer.Option(help="How prompts' experts are split between GPU and host: others' rules, to compare with."),
+]
 HeatOption = Annotated[
     Path | None, typer.Option(help="A heat file: who is resident at first.", show_default="first experts")
 ]
@@ -100,6 +113,7 @@ class LoadOptions:
     heat_file: Path | None = None
     mesh: Any = None  # ranks that hold the experts together
     parallel: ParallelName = ParallelName.SHARDED
+    split_policy: SplitPolicyName = SplitPolicyName.BEST
 
     def torch_dtype(self) -> Any:
         """What from_pretrained takes as `dtype`."""
@@ -127,6 +141,7 @@ class LoadOptions:
             num_threads=self.num_threads,
             residency=self.residency.value,
             heat_file=self.heat_file,
+            split_policy=self.split_policy.value,
             mesh=self.mesh,
             parallel=self.parallel.value,
             dtype=self.torch_dtype(),

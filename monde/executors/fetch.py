@@ -15,7 +15,8 @@ from torch import Tensor
 
 from hostcompute import ExpertSpec, make_layout
 from monde.device.lanes import Lanes, Mark
-from monde.executors.pieces import Piece, alone, in_whole, piece_layout
+from monde.executors.pieces import alone, in_whole, piece_layout
+from monde.planning.staging import Piece
 from monde.weights.host import HostBlobs
 
 
@@ -23,7 +24,7 @@ from monde.weights.host import HostBlobs
 class Shipment:
     """Pieces of one size on their way into a buffer of `ring`, piece i from i * stride_bytes on."""
 
-    pieces: Sequence[Piece]
+    pieces: tuple[Piece, ...]
     buffer_B: Tensor
     stride_bytes: int
     left: Mark
@@ -46,7 +47,7 @@ class StagingRing:
         """Whether the next buffer's readers have been launched."""
         return self._free[self._next] is not None
 
-    def fetch(self, blobs: HostBlobs, pieces: Sequence[Piece], after: Mark | None = None) -> Shipment:
+    def fetch(self, blobs: HostBlobs, pieces: tuple[Piece, ...], after: Mark | None = None) -> Shipment:
         """Start copying, after a mark if one is given; `release` it when all that reads it is launched.
 
         Needs `has_room`.

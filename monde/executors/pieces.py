@@ -15,15 +15,6 @@ from hostcompute.layout import LANES, PAD_K
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Rows [first_row, first_row + num_rows) of F of one expert."""
-
-    expert_id: int
-    first_row: int
-    num_rows: int
-
-
-@dataclass(frozen=True)
 class PackedAt:
     """Where a piece lies, in bytes from the beginning of what holds it: a whole expert, or the piece alone."""
 
@@ -65,11 +56,3 @@ def rows_per_piece(spec: ExpertSpec, max_bytes: int) -> int:
     bytes_per_row = layout.in_unit_bytes // LANES + layout.num_d_panels * LANES * spec.dtype.itemsize_bytes
     num_pieces = -(-spec.d_ffn // max(PAD_K, max_bytes // bytes_per_row // PAD_K * PAD_K))
     return -(-spec.d_ffn // (num_pieces * PAD_K)) * PAD_K  # about equal ones
-
-
-def pieces_of(expert_id: int, num_rows: int, rows_per_piece: int, first_row: int = 0) -> list[Piece]:
-    """The first `num_rows` rows of F of an expert from `first_row` on, cut."""
-    return [
-        Piece(expert_id, row, min(rows_per_piece, num_rows - row))
-        for row in range(first_row, num_rows, rows_per_piece)
-    ]

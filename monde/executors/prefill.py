@@ -2,21 +2,21 @@
 
     count     pairs per expert on the device, read back through pinned memory: the one wait for the device
     plan      residents stay, the heaviest others are fetched, the lightest go to the host, one may be cut along F;
-              what the device does is laid out in one table, which goes up in one copy
-    start     copies leave on their lane, the host's threads begin; then the device's products are launched, wave by
-              wave as experts arrive
-    wait      for the host, when nothing is left to launch; its sum and the device's rows are combined, and the next
-              layer's certain fetches leave
+              planning.prefill_schedule makes tasks of it
+    do        the tasks, in their order: copies leave on their lane, the host's threads begin, the device's rows are
+              laid out in one table, products are launched as experts arrive
+    combine   the host is waited for when nothing is left to launch; its sum and the device's rows are combined, and
+              the next layer's certain fetches leave
 
 No step of Python is per expert but for those that travel. Works on any device: where there are no streams everything
-happens in order. Letters as in monde.core; N pairs that the device computes.
+happens in order. Letters as in monde.core.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -28,21 +28,43 @@ from hostcompute.layout import PAD_K
 from monde.core import RoutedBatch
 from monde.device.kernels.prefill import PrefillKernels
 from monde.device.lanes import Mark
+from monde.executors.device_part import DevicePart
 from monde.executors.fetch import Shipment
 from monde.executors.host import HostTotals
-from monde.executors.pieces import Piece, alone, in_whole, piece_layout, pieces_of
 from monde.executors.prefill_hub import PrefillHub
 from monde.executors.prefill_size import LayerPieces
-from monde.executors.products import Packed, Products, Rows, combine
-from monde.executors.waves import Order, Phases, Wave, tiles_of
-from monde.planning.cost import ExpertShape
+from monde.executors.waves import Order, Phases
+from monde.planning.cost import CostModel, ExpertShape
 from monde.planning.formats import format_of
+from monde.planning.prefill_schedule import (
+    Arriving,
+    Combine,
+    Fetch,
+    Multiply,
+    OnHost,
+    Place,
+    Residents,
+    prefill_schedule,
+)
+from monde.planning.schedule import Schedule
 from monde.planning.split import ExpertSplit, Load, Where
 from monde.planning.split_policies import all_host
+from monde.planning.staging import Piece
 from monde.weights.host import HostBlobs
 from monde.weights.packing import TORCH_DTYPES
-from monde.weights.slots import ExpertSlots, bias_sizes
+from monde.weights.slots import ExpertSlots
 from monde.weights.table import SlotTable
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a chunk's schedule was made of, and the schedule. staged: what had been fetched ahead, by shipment."""
+
+    load: Load
+    split: ExpertSplit
+    slot_E: NDArray[np.int64]
+    staged: Sequence[tuple[Piece, ...]]
+    schedule: Schedule
 
 
 class PrefillExecutor:
@@ -66,8 +88,9 @@ class PrefillExecutor:
         self.reset_totals()
         self.size = LayerPieces.of(self.spec)
         self.is_whole = self.size.piece_rows >= self.spec.d_ffn  # an expert is one piece
+        self.device = DevicePart(self.spec, slots, self.size, hub)
         self.share_E: NDArray[np.float64] | None = None  # of the pairs, in the latest batch
-        self.latest: ExpertSplit | None = None
+        self.latest: Planned | None = None
         weight_format = format_of(str(TORCH_DTYPES[self.spec.dtype]).removeprefix("torch."))
         self.shape = ExpertShape(
             self.spec.d_model,
@@ -76,7 +99,6 @@ class PrefillExecutor:
             weight_format.bits,
             weight_format=weight_format.name,
         )
-        self._products_of: dict[torch.dtype, Products] = {}
         hub.layers[layer_idx] = self
 
     def reset_totals(self) -> None:
@@ -123,82 +145,82 @@ class PrefillExecutor:
         times.append(time.perf_counter())
         counted.wait()
         times.append(time.perf_counter())
-        tokens_E = counts_E.numpy().copy()
         # ---- plan ----
         staged, blobs, cost = hub.take_prefetched(self), self.blobs(), hub.cost(self.shape)
-        bus_busy_s = hub.bus_busy_s(staged, cost)
         slot_E = np.array(self.table.placement.slot_of_expert_E)
-        resident = np.flatnonzero((slot_E >= 0) & (tokens_E > 0))
-        resident = resident[np.argsort(slot_E[resident])]
-        in_staging = np.array([p.expert_id for shipment in staged for p in shipment.pieces], np.int64)
-        active = in_staging[(slot_E[in_staging] < 0) & (tokens_E[in_staging] > 0)]
-        ready_E = slot_E >= 0
-        ready_E[in_staging] = True
-        load = Load(tokens_E, ready_E, num_tokens, PAD_K, bus_busy_s)
-        split = hub.policy(load, cost) if blobs is not None else all_host(load, cost)
-        fetched = np.flatnonzero(split.where_E == Where.FETCHED)
-        fetched = fetched[np.argsort(-tokens_E[fetched], kind="stable")]
-        cut = [] if split.cut_expert is None else [split.cut_expert]
-        # ---- start ----
-        sends = self._loads(fetched.tolist())
-        sends += [[piece] for e in cut for piece in pieces_of(e, split.cut_rows, self.size.piece_rows)]
-        leaving, arriving = deque(sends), deque[Shipment]()
-
-        def send() -> None:
-            while leaving and hub.ring.has_room:
-                assert blobs is not None
-                arriving.append(hub.ring.fetch(blobs, leaving.popleft()))
-                self.totals.h2d_bytes += arriving[-1].num_bytes
-
-        send()
-        on_host_E = split.where_E == Where.HOST
+        plan = self.latest = self._plan(counts_E.numpy().copy(), slot_E, num_tokens, staged, blobs, cost)
+        # ---- do ----
+        shipments, fetched = dict[int, Shipment](), list[Shipment]()
         pending = None
-        if on_host_E.any():
-            assert posted is not None
-            pending = hub.host.submit(
-                self.bank, posted, on_host_E, Cut(cut[0], split.cut_rows) if cut else None
-            )
-        times.append(time.perf_counter())
-        order = Order.of(np.concatenate([active, resident, fetched, np.array(cut, np.int64)]), tokens_E)
-        ahead_order = Order.of(active, tokens_E)  # of what has a slot by now, the slot is taken
-        waves = [
-            *(self._arriving(shipment.pieces, ahead_order) for shipment in staged),
-            *self._resident_waves(resident, slot_E, order, x_TD.dtype),
-            *(self._arriving(pieces, order) for pieces in sends),
-        ]
-        rows, tiles = self._rows(order, waves, ids_TK, x_TD, y_dtype)
-        for i, wave in enumerate(waves):
-            if i < len(staged):
-                self._arrived(staged[i], wave, tiles[i], rows, blobs)
-                send()
-            elif i < len(waves) - len(sends):
-                assert self.slots is not None
-                packed = Packed(self.slots.blobs_SB, self.slots.biases)
-                self._products(x_TD.dtype).multiply(wave, tiles[i], packed, rows, lambda: None)
-            else:
-                self._arrived(arriving[i - len(waves) + len(sends)], wave, tiles[i], rows, blobs)
-                send()
-        self.share_E, self.latest = tokens_E / max(1, int(tokens_E.sum())), split
-        self.num_resident_pairs += int(tokens_E[resident].sum())
-        self.num_fetched_pairs += int(tokens_E[active].sum() + tokens_E[fetched].sum())
+        for position, task in enumerate(plan.schedule.tasks[:-1]):
+            match task.payload:
+                case Arriving(idx):
+                    shipments[position] = staged[idx]
+                case Fetch(pieces):
+                    assert blobs is not None
+                    shipments[position] = hub.ring.fetch(blobs, pieces)
+                    fetched.append(shipments[position])
+                case OnHost(on_host_E, cut_expert, cut_rows):
+                    assert posted is not None
+                    cut = None if cut_expert is None else Cut(cut_expert, cut_rows)
+                    pending = hub.host.submit(self.bank, posted, on_host_E, cut)
+                case Place(experts):
+                    times.append(time.perf_counter())
+                    order = Order.of(experts, plan.load.tokens_E)
+                    placed = self.device.place(plan.schedule, order, slot_E, x_TD, ids_TK, y_dtype)
+                case Residents():
+                    self.device.multiply_residents(placed, position)
+                case Multiply():
+                    assert blobs is not None
+                    self.device.multiply_arrived(placed, position, shipments[task.after[0]], blobs)
+                case other:
+                    raise AssertionError(other)
+        self._account(plan, sum(shipment.num_bytes for shipment in fetched))
         ahead = hub.look_ahead(self if more else hub.next_layer(self), num_tokens, num_topk)
         times.append(time.perf_counter())
-        # ---- wait ----
+        # ---- combine ----
+        assert isinstance(plan.schedule.tasks[-1].payload, Combine)
         y_TD = None
         if pending is not None:
             answer = hub.host.wait(pending, self.layer_idx, self.totals)
             y_TD = answer.y_TD
-            hub.heard(split.host_s - float(cost.round_trip_s(num_tokens)), answer.busy_s)
+            hub.heard(plan.split.host_s - float(cost.round_trip_s(num_tokens)), answer.busy_s)
         times.append(time.perf_counter())
-        hub.copied(split.copy_s - bus_busy_s, list(arriving))
+        hub.copied(plan.split.copy_s - plan.load.bus_busy_s, fetched)
         if posted is not None:
             posted.there.order()  # what was read may be freed only after that
-        y_TD = self._combined(rows, weights_TK, y_TD, x_TD, y_dtype)
+        y_TD = self.device.combine(placed, weights_TK, y_TD, y_dtype)
         # The host's sum has the bus for itself: a layer waits for it, and for nothing that is fetched ahead.
         hub.prefetch(ahead, None if pending is None else lanes.mark())
         times.append(time.perf_counter())
         self.phases.add(times)
         return y_TD
+
+    def _plan(
+        self,
+        tokens_E: NDArray[np.int64],
+        slot_E: NDArray[np.int64],
+        num_tokens: int,
+        staged: Sequence[Shipment],
+        blobs: HostBlobs | None,
+        cost: CostModel,
+    ) -> Planned:
+        pieces = [shipment.pieces for shipment in staged]
+        ready_E = slot_E >= 0
+        ready_E[[piece.expert_id for shipment in pieces for piece in shipment]] = True
+        load = Load(tokens_E, ready_E, num_tokens, PAD_K, self.hub.bus_busy_s(staged, cost))
+        split = self.hub.policy(load, cost) if blobs is not None else all_host(load, cost)
+        schedule = prefill_schedule(load, split, cost, self.size.staging, slot_E, pieces)
+        return Planned(load, split, slot_E, pieces, schedule)
+
+    def _account(self, plan: Planned, fetched_bytes: int) -> None:
+        tokens_E, where_E = plan.load.tokens_E, plan.split.where_E
+        is_resident_E = (where_E == Where.RESIDENT) & (plan.slot_E >= 0)
+        on_device_E = (where_E == Where.RESIDENT) | (where_E == Where.FETCHED)
+        self.share_E = tokens_E / max(1, int(tokens_E.sum()))
+        self.num_resident_pairs += int(tokens_E[is_resident_E].sum())
+        self.num_fetched_pairs += int(tokens_E[on_device_E & ~is_resident_E].sum())
+        self.totals.h2d_bytes += fetched_bytes
 
     def _count(
         self, kernels: PrefillKernels | None, topk_ids_TK: Tensor, weights_TK: Tensor
@@ -215,124 +237,12 @@ class PrefillExecutor:
             counts_E.copy_(counts_E1[:-1], non_blocking=True)
         return ids_TK, counts_E, hub.lanes.mark()
 
-    def _loads(self, experts: Sequence[int]) -> list[list[Piece]]:
-        """Pieces by staging buffer. Neighbours in host memory travel in one copy: each buffer in their order."""
-        if not self.is_whole:
-            return [[p] for e in experts for p in pieces_of(e, self.spec.d_ffn, self.size.piece_rows)]
-        step = self.size.num_staged
-        return [
-            [Piece(e, 0, self.spec.d_ffn) for e in sorted(experts[i : i + step])]
-            for i in range(0, len(experts), step)
-        ]
-
-    # ---- the device's rows ----
-    def _rows(
-        self, order: Order, waves: Sequence[Wave], ids_TK: Tensor, x_TD: Tensor, y_dtype: torch.dtype
-    ) -> tuple[Rows, list[Tensor]]:
-        """And the tiles of every wave; all that the device must be told goes up at once."""
-        E, (tiles_n4, num_tiles) = len(order.begin_E), tiles_of(waves)
-        told = self.hub.lanes.upload(np.concatenate([order.begin_E, tiles_n4.ravel()]))
-        begin_E, tiles = told[:E], told[E:].view(-1, 4).split(num_tiles)
-        position_TK, tokens_N = _place(self.hub.kernels(x_TD.dtype, self.spec), begin_E, order, ids_TK)
-        dtype = torch.promote_types(x_TD.dtype, TORCH_DTYPES[self.spec.dtype])
-        v_dtype = x_TD.dtype if self.is_whole and dtype == x_TD.dtype == y_dtype else torch.float32
-        v_ND = torch.empty(order.num_rows + 1, self.spec.d_model, dtype=v_dtype, device=x_TD.device)
-        v_ND[-1].zero_()
-        h_NF = None
-        if self._products(x_TD.dtype).panels is not None:
-            f_pad_k = piece_layout(self.spec, min(self.size.piece_rows, self.spec.d_ffn)).f_pad_k
-            h_NF = x_TD.new_empty(order.num_rows, f_pad_k)
-        return Rows(x_TD, tokens_N, position_TK, v_ND, h_NF), list(tiles)
-
-    def _combined(
-        self, rows: Rows, weights_TK: Tensor, y_TD: Tensor | None, x_TD: Tensor, y_dtype: torch.dtype
-    ) -> Tensor:
-        kernels = self.hub.kernels(y_dtype, self.spec)  # rows of fp32 where the result is
-        if (
-            kernels is not None
-        ):  # which read the host's sum where it lies, in no queue behind copies of experts
-            return kernels.combine(rows.v_ND[:-1], rows.position_TK, weights_TK, y_TD)
-        y_TD = None if y_TD is None else y_TD.to(x_TD.device, non_blocking=True)
-        return combine(rows.v_ND, rows.position_TK, weights_TK, y_TD).to(y_dtype)
-
-    def _products(self, x_dtype: torch.dtype) -> Products:
-        if x_dtype not in self._products_of:
-            hub = self.hub
-            kernels = hub.kernels(x_dtype, self.spec)
-            self._products_of[x_dtype] = Products(self.spec, x_dtype, hub.scratch_B, kernels, hub.block_rows)
-        return self._products_of[x_dtype]
-
-    def _resident_waves(
-        self, resident: NDArray[np.int64], slot_E: NDArray[np.int64], order: Order, x_dtype: torch.dtype
-    ) -> list[Wave]:
-        """All of them at once where they need no scratch, a scratch full otherwise; piece after piece along F."""
-        if not len(resident):
-            return []
-        assert self.slots is not None
-        F, step = self.spec.d_ffn, self.size.piece_rows
-        at_once = (
-            len(resident)
-            if self._products(x_dtype).panels is not None
-            else self.size.num_unpacked
-            if self.is_whole
-            else 1
-        )
-        waves = []
-        for i in range(0, len(resident), at_once):
-            chosen = resident[i : i + at_once]
-            slots = slot_E[chosen]
-            for first_row in range(0, F, step):
-                at, rows = in_whole(self.spec, first_row), (first_row, min(step, F - first_row))
-                offsets_n = slots * self.slots.blobs_SB.stride(0)
-                waves.append(Wave.of(chosen, rows, at, offsets_n, slots, order))
-        return waves
-
-    def _arriving(self, pieces: Sequence[Piece], order: Order) -> Wave:
-        experts, i = np.array([piece.expert_id for piece in pieces]), np.arange(len(pieces))
-        rows = (pieces[0].first_row, pieces[0].num_rows)
-        stride_bytes = piece_layout(self.spec, rows[1]).blob_bytes
-        return Wave.of(experts, rows, alone(self.spec, rows[1]), i * stride_bytes, i, order)
-
-    def _arrived(
-        self, shipment: Shipment, wave: Wave, tiles_n4: Tensor, rows: Rows, blobs: HostBlobs | None
-    ) -> None:
-        """Launch the products of what a buffer holds, behind its arrival."""
-        assert blobs is not None
-        shipment.arrived.order()
-        if not len(wave.counts_n):
-            self.hub.ring.release(shipment)
-            return
-        biases_of = [blobs.biases(p.expert_id) for p in shipment.pieces] if self.spec.has_bias else []
-        biases = {
-            role: self.hub.lanes.upload(np.stack([b[role].numpy() for b in biases_of]))
-            for role in (bias_sizes(self.spec) if biases_of else ())
-        }
-        packed = Packed(shipment.buffer_B, biases)
-        self._products(rows.x_TD.dtype).multiply(
-            wave, tiles_n4, packed, rows, lambda: self.hub.ring.release(shipment)
-        )
-
 
 def known_ids(topk_ids_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Tensor:
     """int64 ids, num_experts where the pair counts for nothing."""
     ids_TK = topk_ids_TK.long()
     counts_TK = (ids_TK >= 0) & (ids_TK < num_experts) & (weights_TK != 0)
     return torch.where(counts_TK, ids_TK, num_experts).contiguous()
-
-
-def _place(
-    kernels: PrefillKernels | None, begin_E: Tensor, order: Order, ids_TK: Tensor
-) -> tuple[Tensor, Tensor]:
-    """position_TK of every pair, num_rows or more for others' pairs, and tokens_N."""
-    if kernels is not None:
-        return kernels.place(ids_TK, begin_E, order.num_rows)
-    key_E1 = torch.cat([begin_E, begin_E.new_tensor([-1])])
-    # Experts without tokens share a beginning with the next one, but no pair has them.
-    key_R = key_E1[ids_TK.flatten()]
-    sorted_R = torch.sort(torch.where(key_R < 0, order.num_rows, key_R), stable=True).indices
-    position_R = torch.empty_like(sorted_R)
-    position_R[sorted_R] = torch.arange(len(sorted_R), device=sorted_R.device)
-    return position_R.view_as(ids_TK), sorted_R[: order.num_rows] // ids_TK.shape[1]
 
 
 def _aligned(x_TD: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,7 +18,6 @@ from monde.device.lanes import Mark, lanes_of
 from monde.executors.fetch import Shipment, StagingRing
 from monde.executors.host import HostTotals
 from monde.executors.host_share import HostShare
-from monde.executors.pieces import Piece
 from monde.executors.prefill_size import BLOCK_ROWS, NUM_BUFFERS, LayerPieces, PrefillSize
 from monde.planning.cost import CostModel, ExpertShape
 from monde.planning.feedback import Feedback
@@ -25,6 +25,7 @@ from monde.planning.prefetch import certain_fetches
 from monde.planning.profile import HardwareProfile
 from monde.planning.split import best_split
 from monde.planning.split_policies import SplitPolicy
+from monde.planning.staging import Piece
 from monde.weights.host import HostBlobs
 from monde.weights.packing import TORCH_DTYPES
 from monde.weights.table import SlotTable
@@ -53,7 +54,7 @@ class Ahead:
 
     layer: Layer
     blobs: HostBlobs
-    loads: list[list[Piece]]
+    loads: list[tuple[Piece, ...]]
 
 
 class PrefillHub:
@@ -124,15 +125,9 @@ class PrefillHub:
             return None
         num_experts, num_pairs = layer.spec.num_experts, num_tokens * num_topk
         share_E = np.full(num_experts, 1 / num_experts) if layer.share_E is None else layer.share_E
-        step = layer.size.num_staged
-        experts = certain_fetches(
-            share_E * num_pairs, resident_E, num_tokens, self.cost(layer.shape), NUM_BUFFERS * step
-        )
-        loads = [
-            [Piece(e, 0, layer.spec.d_ffn) for e in sorted(experts[i : i + step])]
-            for i in range(0, len(experts), step)
-        ]
-        return Ahead(layer, blobs, loads)
+        limit = NUM_BUFFERS * layer.size.num_staged
+        experts = certain_fetches(share_E * num_pairs, resident_E, num_tokens, self.cost(layer.shape), limit)
+        return Ahead(layer, blobs, layer.size.staging.loads(experts, layer.spec.d_ffn))
 
     def prefetch(self, ahead: Ahead | None, after: Mark | None) -> None:
         """Start on it, after a mark if one is given."""
@@ -144,7 +139,7 @@ class PrefillHub:
         self._ahead = (layer.layer_idx, shipments)
         self._ahead_since_s = time.perf_counter()
 
-    def bus_busy_s(self, shipments: list[Shipment], cost: CostModel) -> float:
+    def bus_busy_s(self, shipments: Sequence[Shipment], cost: CostModel) -> float:
         """What is left of the copies of shipments fetched ahead."""
         if not shipments or shipments[-1].arrived.done():
             return 0.0

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from hostcompute import ExpertSpec
 from hostcompute.layout import BLOB_ALIGN_BYTES, LANES
 from monde.executors.pieces import piece_layout, rows_per_piece
+from monde.planning.staging import Staging
 
 # A copy of 64 MiB takes 1.2 ms on PCIe 5: a hundred times what starting one takes, and Python keeps ahead of it.
 BUFFER_BYTES = 64 << 20
@@ -40,6 +41,10 @@ class LayerPieces:
     @property
     def buffer_bytes(self) -> int:
         return self.num_staged * self.piece_bytes
+
+    @property
+    def staging(self) -> Staging:
+        return Staging(self.piece_rows, self.num_staged, NUM_BUFFERS)
 
 
 @dataclass(frozen=True)

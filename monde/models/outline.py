@@ -104,6 +104,7 @@ def outline_of(
             _normalised(count_E),
             zero_copy=can_read_from_host(module.spec, dtype),
             num_ahead=_num_ahead(module.spec),
+            staging=LayerPieces.of(module.spec).staging,
         )
         for module, count_E in zip(modules, counts, strict=True)
     )

@@ -24,6 +24,7 @@ from monde.planning.prefetch import certain_fetches
 from monde.planning.profile import Curve, ExpertRate, GpuProfile, HardwareProfile, MemoryChannels
 from monde.planning.share import best_share
 from monde.planning.split import Load, best_split
+from monde.planning.staging import Staging
 
 RESOURCES = ("host", "bus", "GPU", "launches")
 # Keys and values a GPU reads and writes for those it holds, per query head that shares them: transformers repeats them
@@ -39,7 +40,7 @@ class MoeLayer:
     """popularity_E: the probability that a routed pair is of expert e; sums to 1.
 
     zero_copy: whether decode's kernels can read these experts in host memory. num_ahead: experts that a prompt fetches
-    at most before their layer's routing is known.
+    at most before their layer's routing is known. staging: how they travel then; None: one by one, with room for all.
     """
 
     shape: ExpertShape
@@ -47,6 +48,7 @@ class MoeLayer:
     popularity_E: NDArray[np.float64]
     zero_copy: bool = True
     num_ahead: int = 0
+    staging: Staging | None = None
 
 
 @dataclass(frozen=True)

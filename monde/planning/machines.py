@@ -193,7 +193,7 @@ DESCRIBED: dict[str, HardwareProfile] = {
             gpu_tflops_per_s=156,
             host_while_copying=Overlap(1.065, 1.0),
             round_trip=AlphaBeta(4e-6, 2e-9 / 31.5),
-            prompt=PromptLaunches(0.0, 0.0, 0.0, 0.0),
+            prompt=PromptLaunches.none(),
         ),
     )
 }  # fmt: skip

@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from monde.core import Placement
 from monde.planning.cost import CostModel
 from monde.planning.forecast import ModelOutline, MoeLayer, dense_decode_s, dense_prefill_s
+from monde.planning.prefill_schedule import add_prefill
 from monde.planning.profile import HardwareProfile
 from monde.planning.schedule import Resource, Schedule, ScheduleBuilder
 from monde.planning.share import best_share
 from monde.planning.simulate import contention_of, simulate
 from monde.planning.split import Load, best_split
-from monde.planning.step import add_experts
+from monde.planning.staging import Staging
 
 RoutedStep = Sequence[NDArray[np.integer]]  # by layer (T, K) expert ids, below 0 where a pair does not count
 
@@ -92,9 +93,13 @@ def schedule_of(
             done = _decode_layer(builder, l, layer, tokens_E, resident_E, num_tokens, cost, dense)
         else:
             load = Load(tokens_E, resident_E, num_tokens, cut_granule=64)
+            slot_E = np.asarray(placement.slot_of_expert_E)
+            staging = layer.staging or Staging.one_by_one(layer.shape.d_ffn, num_experts)
             split = best_split(load, cost)
             own = builder.add(f"layer {l}", Resource.GPU, cost.gpu.prompt.plan_s, [dense])
-            done = add_experts(builder, l, load, split, cost, own)
+            done = [
+                add_prefill(builder, load, split, cost, staging, slot_E, after=[own], layer=f"layer {l} ")
+            ]
     return builder.build()
 
 

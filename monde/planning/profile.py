@@ -122,6 +122,10 @@ class PromptLaunches:
     host_s: float
     fetch_s: float
 
+    @classmethod
+    def none(cls) -> PromptLaunches:
+        return cls(0.0, 0.0, 0.0, 0.0)
+
     def faster(self, factor: float) -> PromptLaunches:
         return PromptLaunches(*(seconds / factor for seconds in astuple(self)))
 

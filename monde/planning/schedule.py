@@ -23,12 +23,16 @@ class Resource(StrEnum):
 
 @dataclass(frozen=True)
 class Task:
-    """seconds_s alone on the machine; after: positions of earlier tasks of the schedule."""
+    """seconds_s alone on the machine; after: positions of earlier tasks of the schedule.
+
+    payload: what is to be done, a record that its executor knows; None where the name says it all.
+    """
 
     name: str
     resource: Resource
     seconds_s: float
     after: tuple[int, ...] = ()
+    payload: object = None
 
 
 @dataclass(frozen=True)
@@ -71,8 +75,15 @@ class ScheduleBuilder:
 
     tasks: list[Task] = field(default_factory=list)
 
-    def add(self, name: str, resource: Resource, seconds_s: float, after: Sequence[int] = ()) -> int:
-        self.tasks.append(Task(name, resource, seconds_s, tuple(after)))
+    def add(
+        self,
+        name: str,
+        resource: Resource,
+        seconds_s: float,
+        after: Sequence[int] = (),
+        payload: object = None,
+    ) -> int:
+        self.tasks.append(Task(name, resource, seconds_s, tuple(after), payload))
         return len(self.tasks) - 1
 
     def build(self) -> Schedule:

@@ -61,3 +61,7 @@ SPLIT_POLICIES: dict[str, SplitPolicy] = {
     "all-host": all_host,
     "all-fetch": all_fetch,
 }
+FETCH_AHEAD = (
+    "best",
+    "all-fetch",
+)  # before a layer's routing is known; the others' rules begin with its loads

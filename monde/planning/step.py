@@ -1,4 +1,4 @@
-"""One pass of a model as a schedule: dense parts in a row, and between them the lanes of every layer's split."""
+"""One pass of a model as a schedule: dense parts in a row, and between them the tasks of every layer's split."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from monde.planning.cost import CostModel
+from monde.planning.prefill_schedule import add_prefill
 from monde.planning.schedule import Resource, Schedule, ScheduleBuilder
-from monde.planning.split import ExpertSplit, Load, Where
+from monde.planning.split import ExpertSplit, Load
+from monde.planning.staging import Staging
 
 
 @dataclass(frozen=True)
@@ -21,41 +23,19 @@ class LayerStep:
     split: ExpertSplit | None = None
 
 
-def step_schedule(layers: Sequence[LayerStep], cost: CostModel) -> Schedule:
-    """Copies start when the router has spoken; the fetched with most tokens first, the cut expert last.
-
-    The host's share of a layer is one task, its round trip included: it starts with the copies.
-    """
+def step_schedule(layers: Sequence[LayerStep], cost: CostModel, staging: Staging | None = None) -> Schedule:
+    """Copies start when the router has spoken. staging None: experts travel one by one and wait for no buffer."""
     builder, done = ScheduleBuilder(), list[int]()
     for l, layer in enumerate(layers):
-        dense = builder.add(f"dense {l}", Resource.GPU, layer.dense_s, done)
-        done = [dense]
+        done = [builder.add(f"dense {l}", Resource.GPU, layer.dense_s, done)]
         if layer.load is not None and layer.split is not None:
-            done = add_experts(builder, l, layer.load, layer.split, cost, dense)
+            load = layer.load
+            num_experts = len(load.tokens_E)
+            through = staging or Staging.one_by_one(cost.shape.d_ffn, num_experts)
+            slot_E = np.where(load.resident_E, np.arange(num_experts), -1)
+            done = [
+                add_prefill(
+                    builder, load, layer.split, cost, through, slot_E, after=done, layer=f"layer {l} "
+                )
+            ]
     return builder.build()
-
-
-def add_experts(
-    builder: ScheduleBuilder, l: int, load: Load, split: ExpertSplit, cost: CostModel, dense: int
-) -> list[int]:
-    """Adds one layer's experts; returns what the next layer waits for."""
-    done, launched = [dense], [dense]
-    if split.launch_s > 0:
-        launched = [builder.add(f"launch {l}", Resource.LAUNCHES, split.launch_s, [dense])]
-        done += launched
-    if split.host_s > 0:
-        done.append(builder.add(f"host {l}", Resource.HOST, split.host_s, [dense]))
-    tokens_resident = load.tokens_E[split.where_E == Where.RESIDENT]
-    if len(tokens_resident):
-        resident_s = float(cost.resident_s(tokens_resident).sum())
-        done.append(builder.add(f"residents {l}", Resource.GPU, resident_s, launched))
-    fetched = np.flatnonzero(split.where_E == Where.FETCHED)
-    fetches = [(int(e), 1.0) for e in fetched[np.argsort(-load.tokens_E[fetched], kind="stable")]]
-    if split.cut_expert is not None:
-        fetches.append((split.cut_expert, split.cut_rows / cost.shape.d_ffn))
-    for expert, share in fetches:
-        name = f"expert {l}.{expert}"
-        copied = builder.add(f"copy {name}", Resource.PCIE_UP, float(cost.copy_s(share)), [dense])
-        gemm_s = float(cost.resident_s(load.tokens_E[expert], share))
-        done.append(builder.add(name, Resource.GPU, gemm_s, [*launched, copied]))
-    return done

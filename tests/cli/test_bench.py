@@ -67,6 +67,18 @@ def test_residents_that_follow_the_routing_are_met_more_often(monde: Monde) -> N
     assert found["dynamic"]["swap_bytes_per_token"] == pytest.approx(swapped_bytes)
 
 
+def test_prompts_can_be_split_by_anothers_rule(monde: Monde) -> None:
+    shape = ("-p", 80, "-n", 0, "-r", 1, "-t", 1, "-o", "json", "--device", "cpu", "--gpu-memory", "768KiB")
+    moved = {
+        rule: records(monde("bench", MODEL, *shape, "--split-policy", rule))[0]["h2d_bytes_per_token"]
+        for rule in ("all-host", "all-fetch")
+    }
+    assert moved["all-fetch"] > 2 * moved["all-host"] > 0
+    refused = monde("bench", MODEL, *shape, "--split-policy", "greedy")
+    assert refused.exit_code == 2
+    assert "'greedy' is not one of 'best', 'monde-rule'" in " ".join(refused.stderr.split())
+
+
 def test_csv_and_jsonl_hold_the_same_records(monde: Monde) -> None:
     lines = monde("bench", MODEL, *SHORT, "-o", "jsonl").stdout.splitlines()
     rows = list(csv.DictReader(io.StringIO(monde("bench", MODEL, *SHORT, "-o", "csv").stdout)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from monde.executors.prefill_hub import PrefillHub
 from monde.executors.prefill_size import PrefillSize
 from monde.planning.cost import CostModel
 from monde.planning.machines import DESCRIBED
+from monde.planning.profile import HardwareProfile, PromptLaunches
 from monde.planning.split import ExpertSplit, Lanes, Load, best_split
 from monde.planning.split_policies import SplitPolicy, all_fetch, all_host
 from monde.weights.host import HostBlobs
@@ -80,6 +81,12 @@ def torch_array(array: Any) -> torch.Tensor:
     return tensor.view(torch.bfloat16) if array.dtype == "bf16" else tensor
 
 
+def launching_for_nothing(profile: HardwareProfile) -> HardwareProfile:
+    """Experts of tests are so small that launching a fetch would never pay."""
+    assert profile.gpu is not None
+    return replace(profile, gpu=replace(profile.gpu, prompt=PromptLaunches.none()))
+
+
 def build(
     specs: Sequence[ExpertSpec],
     residents: Sequence[Sequence[int]],
@@ -93,7 +100,7 @@ def build(
     """Native banks with all experts; `residents` have slots besides."""
     rng = np.random.default_rng(seed)
     size = PrefillSize.of(specs, 4, num_tokens, 32)
-    hub = PrefillHub(device, size, DESCRIBED["h200"], policy, deadline_s)
+    hub = PrefillHub(device, size, launching_for_nothing(DESCRIBED["h200"]), policy, deadline_s)
     layers = Layers(list(specs), [], hub, [], [])
     for layer_idx, (spec, resident) in enumerate(zip(specs, residents, strict=True)):
         experts = {e: make_expert(rng, spec, "separate") for e in range(spec.num_experts)}

@@ -42,6 +42,10 @@ def test_unreadable_sizes(size: Any) -> None:
         ({"max_memory": {0: "1GiB"}, "gpu_memory": 1}, "not both"),
         ({"max_memory": {1: "1GiB"}}, "expected the keys 0"),
         ({"cpu_backend": "cuda"}, "cpu_backend: expected one of auto, native, numba, reference"),
+        (
+            {"split_policy": "greedy"},
+            "split_policy: expected one of best, monde-rule, fiddler, two-ended, all-host, all-fetch, got 'greedy'",
+        ),
         ({"num_threads": 0}, "num_threads: expected a whole number of at least 1"),
         ({"max_context": "4k"}, "max_context: expected a whole number"),
         ({"max_batch": -2}, "max_batch: expected a whole number"),

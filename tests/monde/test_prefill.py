@@ -106,8 +106,8 @@ def test_the_plan_is_what_happens_and_is_counted() -> None:
     layers = build([spec], [[0, 9]], CPU, POLICIES["cut"])
     executor, batch = layers.executors[0], make_batch(rng, spec, 200, 4, "bf16")
     executor.forward(routed(batch, CPU))
-    split, ids = executor.latest, batch.ids_TK
-    assert split is not None
+    assert executor.latest is not None
+    split, ids = executor.latest.split, batch.ids_TK
     wanted = (ids >= 0) & (ids < 10) & (batch.weights_TK.float32() != 0)
     pairs_E = np.bincount(ids[wanted], minlength=10)
     assert split.cut_expert is not None
@@ -226,7 +226,7 @@ def test_grouped_products(policy: str) -> None:
     spec = ExpertSpec(12, 64, 96)
     layers = build([spec], [[0, 5, 11]], CPU, POLICIES[policy])
     layers.hub.block_rows = 40
-    layers.executors[0]._products(torch.bfloat16)._has_grouped = True
+    layers.executors[0].device.products(torch.bfloat16)._has_grouped = True
     for num_tokens, top_k in ((1, 2), (150, 3)):
         check(
             layers, 0, make_batch(rng, spec, num_tokens, top_k, "bf16"), "bf16", f"{policy}, T={num_tokens}"
