@@ -1,8 +1,8 @@
 """The cost model against the machine: predicted and measured seconds of random mixes of experts and tokens.
 
 Each mix is a layer of A experts with token counts drawn apart (log-uniform, so that most are few), of the calibrated
-shape and of two others, which test what the model carries over. On the host: one call of a bank, predicted as the sum
-of CostModel.host_s. With a GPU, besides, every way that its experts can go (bench/cost_model_gpu.py): resident, fetched,
+shape and of two others, which test what the model carries over. On the host: one call of a bank, predicted as a
+call and the sum of CostModel.host_s. With a GPU, besides, every way that its experts can go (bench/cost_model_gpu.py): resident, fetched,
 host beside the GPU, cut along F with all lanes at once, zero-copy alone and beside the host. By kind and over all: the
 median and the 95th percentile of the error. A kind that fails is told in the artefact, and the exit code is 1.
 
@@ -115,7 +115,7 @@ def on_host(bank: ExpertBank, cost: CostModel, num_mixes: int) -> Iterator[Ran]:
     calls = [Call(bank, tokens_A) for tokens_A in random_mixes(rng, num_mixes, MAX_TOKENS, MAX_ACTIVE)]
     rounds = [[call.seconds() for call in calls] for _ in range(NUM_REPEATS + 1)][1:]
     for i, call in enumerate(calls):
-        predicted_s = float(cost.host_s(call.tokens_A).sum())
+        predicted_s = cost.profile.host_call_s + float(cost.host_s(call.tokens_A).sum())
         yield "host", call.tokens_A.tolist(), predicted_s, [one[i] for one in rounds]
 
 

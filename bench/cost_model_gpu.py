@@ -44,7 +44,8 @@ from monde.weights.table import SlotTable
 
 MAX_ACTIVE, MAX_TOKENS = 16, 256
 NUM_REPEATS, NUM_WARM_UPS = 9, 2
-NUM_LAYERS = 8  # of a captured step
+NUM_LAYERS = 8  # of a captured step; more where they are so quick that replaying the step would show
+NUM_RESIDENT_LAYERS = 32
 STEP_TOKENS, STEP_ACTIVE = 16, 8
 NUM_SHARE_STEPS = 60  # the controller needs some to find the share
 
@@ -187,6 +188,10 @@ class Step:
     is_balanced: bool
     predict: Callable[[CostModel, NDArray[np.int64], float], float]
 
+    @property
+    def num_layers(self) -> int:
+        return NUM_RESIDENT_LAYERS if self.is_resident else NUM_LAYERS
+
 
 def steps_of(cost: CostModel) -> tuple[Step, ...]:
     return (
@@ -206,14 +211,19 @@ class Steps:
         self.bank, self.cost, self.step, self.device = bank, cost, step, device
         spec, blobs = bank.spec, HostBlobs(bank)
         self.hub = DecodeHub(
-            [spec] * NUM_LAYERS, [bank] * NUM_LAYERS, torch.bfloat16, device, pool, share=step.share or 0.0
+            [spec] * step.num_layers,
+            [bank] * step.num_layers,
+            torch.bfloat16,
+            device,
+            pool,
+            share=step.share or 0.0,
         )
         slots = slots_of(blobs, spec.num_experts, device) if step.is_resident else None
         slot_E = tuple(range(spec.num_experts)) if step.is_resident else (-1,) * spec.num_experts
         table, heat_E = SlotTable(Placement(slot_E), device), torch.zeros(spec.num_experts, device=device)
         host = blobs if step.share is not None else None
         self.layers = [
-            DecodeExecutor(idx, spec, slots, table, heat_E, self.hub, host) for idx in range(NUM_LAYERS)
+            DecodeExecutor(idx, spec, slots, table, heat_E, self.hub, host) for idx in range(step.num_layers)
         ]
 
     def run(self, mixes: Sequence[NDArray[np.int64]]) -> Iterator[Ran]:
@@ -222,13 +232,13 @@ class Steps:
             A = len(tokens_A)
             batches = [
                 batch_of(tokens_A, l * A, spec.num_experts, spec.d_model, self.device)
-                for l in range(NUM_LAYERS)
+                for l in range(self.step.num_layers)
             ]
             graph = capture(partial(self._forward, batches))
             for _ in range(NUM_SHARE_STEPS if self.step.is_balanced else NUM_WARM_UPS):
                 self._replay(graph)
             share = 0.0 if self.hub.balance is None else self.hub.balance.share
-            samples_s = [self._replay(graph) / NUM_LAYERS for _ in range(NUM_REPEATS)]
+            samples_s = [self._replay(graph) / self.step.num_layers for _ in range(NUM_REPEATS)]
             yield self.step.kind, tokens_A.tolist(), self.step.predict(self.cost, tokens_A, share), samples_s
 
     def _forward(self, batches: Sequence[RoutedBatch]) -> None:

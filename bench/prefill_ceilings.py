@@ -177,8 +177,12 @@ def profile_of(
             block_overhead_s=described.gpu.block_overhead_s,
             decode_layer_s=described.gpu.decode_layer_s,
             prefill_layer_s=described.gpu.prefill_layer_s,
+            prefill_host_s=described.gpu.prefill_host_s,
+            prefill_fetch_s=described.gpu.prefill_fetch_s,
         ),
+        host_call_s=described.host_call_s,
         eager_block_s=described.eager_block_s,
+        step_s=described.step_s,
     )
 
 

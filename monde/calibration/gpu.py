@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,12 +20,12 @@ from monde.calibration.copies import Copies, fit_copies
 from monde.calibration.graph import capture
 from monde.calibration.host import TOKENS, HostProbes, fill, rate_of, rotating
 from monde.calibration.overlap import overlap_of
+from monde.calibration.prompts import PromptLayers, ResidentProducts, layer_seconds
 from monde.calibration.samples import Probe, Samples, Timings, repeated, seconds_of
 from monde.core import Placement, RoutedBatch
 from monde.executors.decode import DecodeExecutor, DecodeHub, why_not_decode
-from monde.executors.prefill import PrefillExecutor
 from monde.executors.prefill_hub import PrefillHub
-from monde.executors.prefill_size import PrefillSize
+from monde.executors.prefill_size import LayerPieces, PrefillSize
 from monde.planning.fit import AlphaBeta, fit_alpha_beta
 from monde.planning.machines import DESCRIBED
 from monde.planning.profile import GpuProfile
@@ -38,6 +39,7 @@ _MAX_DECODE = (
 )
 _TRIP_TOKENS = (1, 4, 16, 64)
 _TRIP_LAYERS = 24
+_STEP_LAYERS = 16  # of a captured step at least: replaying it costs something too
 _NUM_REPLAYS = 20
 
 
@@ -88,7 +90,10 @@ class GpuProbes:
         table = SlotTable(Placement(tuple(range(self.spec.num_experts))), device)
         size = PrefillSize.of([self.spec], torch.bfloat16.itemsize, TOKENS[-1], _MANY)
         self.prefill = PrefillHub(device, size, DESCRIBED["h200"])  # all are resident: nothing is planned
-        self.grouped = PrefillExecutor(0, host.bank, self.slots, table, self.prefill, lambda: None)
+        self.products = ResidentProducts(
+            self.spec, self.slots, self.prefill, LayerPieces.of(self.spec).piece_rows
+        )
+        self.prompts = PromptLayers(self.spec.d_model, pool, device)
         self.hub = DecodeHub([self.spec], [host.bank], torch.bfloat16, device, pool)
         heat_E = torch.zeros(self.spec.num_experts, device=device)
         self.decode = DecodeExecutor(0, self.spec, self.slots, table, heat_E, self.hub)
@@ -97,7 +102,7 @@ class GpuProbes:
         trips = [Probe(_trip_name(t), partial(self._round_trip, t)) for t in _TRIP_TOKENS]
         layers = [Probe(_layer_name(t, a), partial(self._layer, t, a)) for t in TOKENS for a in (_FEW, _MANY)]
         pairs = [Probe("host while copying", self._host_pair), Probe("GPU while copying", self._gpu_pair)]
-        return [*self.copies.probes(), *layers, *trips, *pairs]
+        return [*self.copies.probes(), *layers, *self.prompts.probes(), *trips, *pairs]
 
     def fits(self, samples: dict[str, Samples]) -> GpuFits:
         return GpuFits.of(self.spec.d_model, samples)
@@ -105,7 +110,9 @@ class GpuProbes:
     def profile(self, fits: GpuFits, samples: dict[str, Samples], block_overhead_s: float) -> GpuProfile:
         layers = fits.layers
         of_decode = [layer.alpha_s for t, layer in zip(TOKENS, layers, strict=True) if t <= _MAX_DECODE]
-        of_prefill = [layer.alpha_s for t, layer in zip(TOKENS, layers, strict=True) if t > _MAX_DECODE]
+        prompt_s = layer_seconds(samples)
+        trip_s = float(fits.round_trip.seconds(self.prompts.num_tokens * self.spec.d_model * 2))
+        copied_s = float(fits.h2d.seconds(self.prompts.expert_bytes))
         return GpuProfile(
             memory_bytes=torch.cuda.get_device_properties(self.device).total_memory,
             expert=rate_of(self.spec, expert_s([layer.s_per_unit for layer in layers])),
@@ -117,10 +124,13 @@ class GpuProbes:
             gpu_while_copying=overlap_of("GPU", samples),
             block_overhead_s=block_overhead_s,
             decode_layer_s=statistics.median(of_decode),
-            prefill_layer_s=statistics.median(of_prefill),
+            prefill_layer_s=prompt_s["resident"],
+            prefill_host_s=max(0.0, prompt_s["on the host"] - prompt_s["resident"] - trip_s),
+            prefill_fetch_s=max(0.0, prompt_s["fetched"] - prompt_s["resident"] - copied_s),
         )
 
     def close(self) -> None:
+        self.prompts.close()
         self.prefill.close()
         self.hub.close()
 
@@ -131,27 +141,22 @@ class GpuProbes:
         return {_layer_name(num_tokens, num_active): [s / num_layers for s in samples]}
 
     def _gpu_step(self, num_tokens: int, num_active: int) -> tuple[Callable[[], None], int]:
-        """A step that waits for its end: every expert once, A of them a layer; and how many layers that is."""
-        batches = [
-            _batch(ids_TA, self.spec.d_model, self.device)
-            for ids_TA in rotating(self.spec.num_experts, num_active, num_tokens)
-        ]
+        """A step that waits for its end, every expert at least once, A of them a layer; and how many layers that is."""
+        routings = rotating(self.spec.num_experts, num_active, num_tokens)
+        routings *= -(-_STEP_LAYERS // len(routings))
+        if num_tokens <= _MAX_DECODE:
+            batches = [_batch(ids_TA, self.spec.d_model, self.device) for ids_TA in routings]
+            graph = capture(lambda: [self.decode.forward(batch) for batch in batches])
+        else:
+            launches = [self.products.launches(num_tokens, np.array(ids_TA[0])) for ids_TA in routings]
+            graph = capture(lambda: [launch() for launch in launches])
         stream = torch.cuda.current_stream(self.device)
-        graph = (
-            capture(lambda: [self.decode.forward(batch) for batch in batches])
-            if num_tokens <= _MAX_DECODE
-            else None
-        )
 
         def step() -> None:
-            if graph is not None:
-                graph.replay()
-            else:
-                for batch in batches:
-                    self.grouped.forward(batch)
+            graph.replay()
             stream.synchronize()  # of this stream alone: copies may run beside it
 
-        return step, len(batches)
+        return step, len(routings)
 
     # ---- the way to the host and back ----
     def _round_trip(self, num_tokens: int) -> Timings:
@@ -182,8 +187,8 @@ class GpuProbes:
 
     # ---- two at once ----
     def _host_pair(self) -> Timings:
-        step, _ = self.host.step(1)
-        return self.copies.beside("host", step)
+        few, _ = self.host.few_and_more(1)
+        return self.copies.beside("host", self.host.step(1, few))
 
     def _gpu_pair(self) -> Timings:
         step, _ = self._gpu_step(1, _FEW)

@@ -5,6 +5,7 @@ Letters: T tokens, E experts, A active experts of one call, D model dim, F exper
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -22,8 +23,12 @@ from monde.weights.packing import TORCH_DTYPES
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 FORMAT_TOKENS = (1, 4, 16, 64, 256)  # of other formats, whose curves bend where that of bf16 does
 FORMATS = {"fp32": DType.F32, "fp16": DType.F16}  # besides bf16, by the names of planning.formats
-_NUM_ACTIVE = 8  # of a call with few tokens: what a call costs by itself is shared, as in a layer
-_MAX_ROWS = 128  # and fewer experts where tokens are many, to stay quick
+_FEW, _MORE = (
+    8,
+    4,
+)  # experts of a call, and how many times as many: their difference is free of the call's own cost
+_MAX_ROWS = 128  # of the few; fewer experts where tokens are many, to stay quick
+_CALL_TOKENS = 16  # a call's own cost is told by those with up to so many, whose experts are quick
 
 
 class HostProbes:
@@ -48,11 +53,16 @@ class HostProbes:
         ]
         return reads + in_bf16 + others
 
-    def step(self, num_tokens: int, format_name: str = "bf16") -> tuple[Callable[[], None], int]:
-        """A call in which A experts take `num_tokens` each, others in every call, so that caches hold none; and A."""
-        bank = self.formats.get(format_name, self.bank)
+    def few_and_more(self, num_tokens: int, format_name: str = "bf16") -> tuple[int, int]:
+        """Active experts of the two calls that are timed."""
+        most: int = self._bank(format_name).spec.num_experts
+        few = min(_FEW, max(1, _MAX_ROWS // num_tokens), most // 2)
+        return few, min(_MORE * few, most)
+
+    def step(self, num_tokens: int, num_active: int, format_name: str = "bf16") -> Callable[[], None]:
+        """A call in which A experts take `num_tokens` each, others in every call, so that caches hold none."""
+        bank = self._bank(format_name)
         spec = bank.spec
-        num_active = min(_NUM_ACTIVE, max(1, _MAX_ROWS // num_tokens), spec.num_experts)
         x_TD = torch.randn(num_tokens, spec.d_model).to(TORCH_DTYPES[spec.dtype])
         weights_TA = torch.full((num_tokens, num_active), 1 / num_active)
         out_TD, routings = torch.empty_like(x_TD), rotating(spec.num_experts, num_active, num_tokens)
@@ -61,26 +71,24 @@ class HostProbes:
         def call() -> None:
             bank.forward(x_TD, routings[next(turn) % len(routings)], weights_TA, out=out_TD)
 
-        return call, num_active
+        return call
 
     def read_curve(self, samples: dict[str, Samples]) -> Curve:
         counts = self._thread_counts()
         rates = tuple(1 / samples[_read_name(n)].median_s for n in counts)
         return Curve(tuple(map(float, counts)), rates)
 
-    def expert_rate(self, samples: dict[str, Samples]) -> ExpertRate:
-        seconds = tuple(samples[_expert_name(t)].median_s for t in TOKENS)
-        return rate_of(self.spec, seconds)
+    def expert_rate(self, samples: dict[str, Samples], format_name: str = "bf16") -> ExpertRate:
+        tokens = TOKENS if format_name == "bf16" else FORMAT_TOKENS
+        seconds = tuple(self._fit(samples, t, format_name)[1] for t in tokens)
+        return rate_of(self._bank(format_name).spec, seconds, tokens)
 
     def format_rates(self, samples: dict[str, Samples]) -> dict[str, ExpertRate]:
-        return {
-            name: rate_of(
-                bank.spec,
-                tuple(samples[_expert_name(t, name)].median_s for t in FORMAT_TOKENS),
-                FORMAT_TOKENS,
-            )
-            for name, bank in self.formats.items()
-        }
+        return {name: self.expert_rate(samples, name) for name in self.formats}
+
+    def call_s(self, samples: dict[str, Samples]) -> float:
+        """What a call takes beside its experts."""
+        return statistics.median(self._fit(samples, t)[0] for t in TOKENS if t <= _CALL_TOKENS)
 
     def close(self) -> None:
         for bank in (self.bank, *self.formats.values()):
@@ -96,10 +104,26 @@ class HostProbes:
         return {_read_name(num_threads): [1 / bytes_per_s]}
 
     def _experts(self, num_tokens: int, format_name: str = "bf16") -> Timings:
-        call, num_active = self.step(num_tokens, format_name)
         return {
-            _expert_name(num_tokens, format_name): [s / num_active for s in repeated(call, self.sample_s)]
+            _call_name(num_active, num_tokens, format_name): repeated(
+                self.step(num_tokens, num_active, format_name), self.sample_s / 2
+            )
+            for num_active in self.few_and_more(num_tokens, format_name)
         }
+
+    def _fit(
+        self, samples: dict[str, Samples], num_tokens: int, format_name: str = "bf16"
+    ) -> tuple[float, float]:
+        """Seconds of a call by itself and of one expert; where more experts took no longer, all is the experts'."""
+        few, more = self.few_and_more(num_tokens, format_name)
+        few_s, more_s = (samples[_call_name(a, num_tokens, format_name)].median_s for a in (few, more))
+        expert_s = (more_s - few_s) / (more - few)
+        if expert_s <= 0 or few * expert_s > few_s:
+            return 0.0, more_s / more
+        return few_s - few * expert_s, expert_s
+
+    def _bank(self, format_name: str) -> ExpertBank:
+        return self.formats.get(format_name, self.bank)
 
 
 def format_spec(spec: ExpertSpec, dtype: DType) -> ExpertSpec:
@@ -136,5 +160,12 @@ def _read_name(num_threads: int) -> str:
 
 
 def _expert_name(num_tokens: int, format_name: str = "bf16") -> str:
-    other = "" if format_name == "bf16" else f" in {format_name}"
-    return f"host expert{other}, {num_tokens} tokens"
+    return f"host experts{_in(format_name)}, {num_tokens} tokens"
+
+
+def _call_name(num_active: int, num_tokens: int, format_name: str) -> str:
+    return f"host, {num_active} experts{_in(format_name)}, {num_tokens} tokens each"
+
+
+def _in(format_name: str) -> str:
+    return "" if format_name == "bf16" else f" in {format_name}"

@@ -67,7 +67,9 @@ def calibrate(
             gpu=None
             if gpu is None or fits is None
             else gpu.profile(fits, samples, dense.captured_block_s(samples)),
+            host_call_s=host.call_s(samples),
             eager_block_s=dense.eager_block_s(samples),
+            step_s=dense.step_s(samples),
             noisy=noise_of(samples) + (() if fits is None else poor_fits(fits.named())),
             host_formats=host.format_rates(samples),
         )

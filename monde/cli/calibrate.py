@@ -110,7 +110,9 @@ def describe(profile: HardwareProfile) -> str:
             f"  in {name}": f"{rate.bytes_per_s / 1e9:.3g} GB/s, {max(rate.flops_per_s.y) / 1e12:.3g} TFLOP/s"
             for name, rate in profile.host_formats.items()
         },
+        "call of the host": f"{profile.host_call_s * 1e6:.3g} us from Python, beside its experts",
         "block in Python": f"{profile.eager_block_s * 1e6:.3g} us without experts, one kernel after the other",
+        "decode step": f"{profile.step_s * 1e6:.3g} us beside its blocks",
         "gpu": "none" if gpu is None else str(machine.gpu),
     }
     if gpu is not None:
@@ -120,7 +122,8 @@ def describe(profile: HardwareProfile) -> str:
         rows |= {
             "block in a graph": f"{gpu.block_overhead_s * 1e6:.3g} us without experts",
             "expert layer": f"{gpu.decode_layer_s * 1e6:.3g} us in a graph, {gpu.prefill_layer_s * 1e6:.3g} us for "
-            "long prompts, beside its experts",
+            f"long prompts, beside its experts; {gpu.prefill_host_s * 1e6:.3g} us more where the host takes part, "
+            f"{gpu.prefill_fetch_s * 1e6:.3g} where experts are fetched",
             "zero-copy": f"{gpu.zero_copy_bytes_per_s / 1e9:.3g} GB/s",
             "GPU experts": f"{gpu.expert.bytes_per_s / 1e9:.3g} GB/s with few tokens, "
             f"{max(gpu.expert.flops_per_s.y) / 1e12:.3g} TFLOP/s with many",

@@ -109,9 +109,13 @@ def forecast_decode(
     layer_s = decode_layer_s if is_captured or profile.gpu is None else prefill_layer_s
 
     def step_s(machine: HardwareProfile) -> float:
-        return dense_decode_s(model, machine, batch, context, is_captured) + sum(
-            layer_s(layer, placement, machine, batch)
-            for layer, placement in zip(model.layers, placements, strict=True)
+        return (
+            dense_decode_s(model, machine, batch, context, is_captured)
+            + machine.step_s
+            + sum(
+                layer_s(layer, placement, machine, batch)
+                for layer, placement in zip(model.layers, placements, strict=True)
+            )
         )
 
     return _speed(step_s, profile, batch)
@@ -140,7 +144,12 @@ def faster(profile: HardwareProfile, resource: str, factor: float) -> HardwarePr
     if resource == "host":
         return profile.with_host(lambda rate: _scaled(rate, factor))
     if resource == "launches":
-        profile = replace(profile, eager_block_s=profile.eager_block_s / factor)
+        profile = replace(
+            profile,
+            host_call_s=profile.host_call_s / factor,
+            eager_block_s=profile.eager_block_s / factor,
+            step_s=profile.step_s / factor,
+        )
     if profile.gpu is None:
         return profile
     gpu: GpuProfile = profile.gpu
@@ -156,6 +165,8 @@ def faster(profile: HardwareProfile, resource: str, factor: float) -> HardwarePr
             block_overhead_s=gpu.block_overhead_s / factor,
             decode_layer_s=gpu.decode_layer_s / factor,
             prefill_layer_s=gpu.prefill_layer_s / factor,
+            prefill_host_s=gpu.prefill_host_s / factor,
+            prefill_fetch_s=gpu.prefill_fetch_s / factor,
             round_trip=trip,
         )
     else:
@@ -226,7 +237,7 @@ def decode_layer_s(layer: MoeLayer, placement: Placement, machine: HardwareProfi
     active_E = 1 - (1 - taken_E) ** batch
     tokens_E = np.divide(batch * taken_E, active_E, out=np.zeros_like(active_E), where=active_E > 0)
     if machine.gpu is None:
-        return float(active_E @ cost.host_s(tokens_E))
+        return machine.host_call_s + float(active_E @ cost.host_s(tokens_E))
     resident_E = np.asarray(placement.slot_of_expert_E) >= 0
     cold_E = np.where(resident_E, 0.0, active_E)
     gpu_s = machine.gpu.decode_layer_s + float((active_E - cold_E) @ cost.resident_s(tokens_E))
@@ -255,7 +266,7 @@ def prefill_layer_s(
     cost = CostModel(machine, layer.shape)
     tokens_E = np.rint(num_tokens * np.minimum(layer.num_topk * layer.popularity_E, 1.0)).astype(np.int64)
     if machine.gpu is None:
-        return float(cost.host_s(tokens_E).sum())
+        return machine.host_call_s + float(cost.host_s(tokens_E).sum())
     resident_E = np.asarray(placement.slot_of_expert_E) >= 0
     own_s = machine.gpu.prefill_layer_s
     ahead = certain_fetches(tokens_E.astype(np.float64), resident_E, num_tokens, cost, layer.num_ahead)

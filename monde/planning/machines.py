@@ -29,8 +29,14 @@ BLOCK_OVERHEAD_S = 106e-6
 DECODE_LAYER_S = 19e-6
 # Layers of 512 tokens, all resident, take 1.4 ms there, of which 0.4 read the weights.
 PREFILL_LAYER_S = 1.0e-3
+# Layers of three small experts on an H200 take this much longer where the host computes them, or the bus brings them.
+PREFILL_HOST_S = 0.2e-3
+PREFILL_FETCH_S = 0.25e-3
 # 48 to 56 ms for a step of 48 blocks without experts that Python launches, whatever the GPU does with it.
 EAGER_BLOCK_S = 1.05e-3
+# A call of a bank from Python, and a replayed step of four blocks beside them, on an H200.
+HOST_CALL_S = 0.08e-3
+STEP_S = 0.35e-3
 
 
 def _machine(
@@ -51,6 +57,8 @@ def _machine(
     channels: MemoryChannels | None = None,
     host_while_copying: Overlap = _SHARED_DRAM,
     round_trip: AlphaBeta = _DOORBELL,
+    prefill_host_s: float = PREFILL_HOST_S,
+    prefill_fetch_s: float = PREFILL_FETCH_S,
 ) -> HardwareProfile:
     """A profile from headline figures; tflops_per_s are over tokens of an expert, in units of 1e12."""
     bus = AlphaBeta(_COPY_LATENCY_S, 1e-9 / bus_gbytes_per_s)
@@ -78,8 +86,12 @@ def _machine(
             block_overhead_s=BLOCK_OVERHEAD_S,
             decode_layer_s=DECODE_LAYER_S,
             prefill_layer_s=PREFILL_LAYER_S,
+            prefill_host_s=prefill_host_s,
+            prefill_fetch_s=prefill_fetch_s,
         ),
+        host_call_s=HOST_CALL_S,
         eager_block_s=EAGER_BLOCK_S,
+        step_s=STEP_S,
         memory_channels=channels,
     )
 
@@ -175,7 +187,7 @@ DESCRIBED: dict[str, HardwareProfile] = {
             "NVIDIA A100 40 GB, PCIe 4.0 x16",
             "the paper's memory and bus rates, both nominal, as a simulation uses them. Assumed: arithmetic that "
             "keeps up with the memory at four tokens of bf16 and no further; round trip of the bus alone; copies "
-            "take their bytes out of the 512 GB/s",
+            "take their bytes out of the 512 GB/s; nothing but the transfers for a layer's launches",
             host_gib=512,
             host_gbytes_per_s=512,
             host_tflops_per_s=Curve((1,), (2.048,)),
@@ -185,6 +197,8 @@ DESCRIBED: dict[str, HardwareProfile] = {
             gpu_tflops_per_s=156,
             host_while_copying=Overlap(1.065, 1.0),
             round_trip=AlphaBeta(4e-6, 2e-9 / 31.5),
+            prefill_host_s=0.0,
+            prefill_fetch_s=0.0,
         ),
     )
 }  # fmt: skip

@@ -69,7 +69,7 @@ def schedule_of(
     num_tokens = max((len(ids_TK) for ids_TK in step), default=0)
     is_decode = num_tokens <= (1 if profile.gpu is None else model.decode_tokens)
     dense_s = (
-        dense_decode_s(model, profile, num_tokens, context, profile.gpu is not None)
+        dense_decode_s(model, profile, num_tokens, context, profile.gpu is not None) + profile.step_s
         if is_decode
         else dense_prefill_s(model, profile, num_tokens)
     )
@@ -85,14 +85,15 @@ def schedule_of(
         tokens_E = np.bincount(ids_TK[ids_TK >= 0], minlength=num_experts)
         cost = CostModel(profile, layer.shape)
         if profile.gpu is None:
-            done = [builder.add(f"host {l}", Resource.HOST, float(cost.host_s(tokens_E).sum()), [dense])]
+            host_s = profile.host_call_s + float(cost.host_s(tokens_E).sum())
+            done = [builder.add(f"host {l}", Resource.HOST, host_s, [dense])]
             continue
         resident_E = np.asarray(placement.slot_of_expert_E) >= 0
         if is_decode:
             done = _decode_layer(builder, l, layer, tokens_E, resident_E, num_tokens, cost, dense)
         else:
-            own = builder.add(f"layer {l}", Resource.GPU, cost.gpu.prefill_layer_s, [dense])
             load = Load(tokens_E, resident_E, num_tokens, cut_granule=64)
+            own = builder.add(f"layer {l}", Resource.GPU, cost.gpu.prefill_layer_s, [dense])
             slot_E = np.asarray(placement.slot_of_expert_E)
             staging = layer.staging or Staging.one_by_one(layer.shape.d_ffn, num_experts)
             split = best_split(load, cost)

@@ -123,6 +123,8 @@ def add_prefill(
     from_staged = [_chosen(pieces, (where_E == _RESIDENT) & ~has_slot_E) for pieces in staged]
     reads = [*from_staged, *(Multiply(tuple(range(len(pieces))), pieces) for pieces in loads)]
     first, arrived, read = tuple(after), list[int](), list[int]()
+    if split.launch_s > 0:  # the GPU idles: nothing of this has been launched yet
+        first = (add(f"{layer}launch", Resource.GPU, split.launch_s, first),)
 
     def fetch() -> None:
         """As far as there are buffers whose readers have been issued."""

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from monde.planning.fit import AlphaBeta
 
-PROFILE_VERSION = 4
+PROFILE_VERSION = 5
 _AT_THE_ROOF = 0.1  # measured rates this close to the memory's are taken for limited by it
 
 
@@ -118,7 +118,8 @@ class GpuProfile:
     up_while_down slows copies (to the GPU, from it); calibration does not time it.
     block_overhead_s: a block's small dense kernels in a captured step, beside the bytes they read.
     decode_layer_s: a MoE layer's own kernels in a captured step, beside its experts; the round trip holds it too.
-    prefill_layer_s: what planning and launching a MoE layer of a long prompt takes, beside its experts.
+    prefill_layer_s: what planning and launching a MoE layer of a long prompt takes, beside its experts; and by how much
+    more if the host takes part, beside the round trip, and if experts are fetched, beside their copies.
     """
 
     memory_bytes: int
@@ -132,6 +133,8 @@ class GpuProfile:
     block_overhead_s: float
     decode_layer_s: float
     prefill_layer_s: float
+    prefill_host_s: float
+    prefill_fetch_s: float
     up_while_down: Overlap = _BOTH_WAYS
 
 
@@ -195,7 +198,9 @@ class HardwareProfile:
 
     host_read: bytes per second over threads. host_expert: all threads on one expert after the other, in bf16;
     host_formats: in other formats, by name. A format that is not there is taken to differ by its bytes alone.
+    host_call_s: a call of the host's kernels from Python beside its experts; the GPU's round trip holds its own.
     eager_block_s: one block without experts as Python runs it, kernel by kernel, beside what the kernels take.
+    step_s: a decode step beside its blocks: Python around them, and the next token chosen and brought to the host.
     memory_channels: None where nobody knows them. noisy: what not to trust, accepted by whoever measured.
     """
 
@@ -205,7 +210,9 @@ class HardwareProfile:
     host_read: Curve
     host_expert: ExpertRate
     gpu: GpuProfile | None
+    host_call_s: float
     eager_block_s: float
+    step_s: float
     memory_channels: MemoryChannels | None = None
     noisy: tuple[Noise | PoorFit, ...] = ()
     host_formats: Mapping[str, ExpertRate] = field(default_factory=dict)
@@ -273,6 +280,8 @@ def _gpu(data: dict[str, Any]) -> GpuProfile:
         block_overhead_s=data["block_overhead_s"],
         decode_layer_s=data["decode_layer_s"],
         prefill_layer_s=data["prefill_layer_s"],
+        prefill_host_s=data["prefill_host_s"],
+        prefill_fetch_s=data["prefill_fetch_s"],
         up_while_down=Overlap(**data.get("up_while_down", asdict(_BOTH_WAYS))),
     )
 

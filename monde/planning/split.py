@@ -2,7 +2,8 @@
 
 Three lanes run at once: the bus copies, the GPU multiplies, the host multiplies.
     copy = busy + sum over fetched of copy(share)   gemm = residents + fetched           host = trip + the others
-    time = max(overlapped(host, copy), overlapped(gemm, copy))                      (`cost.overlapped_s`)
+    time = launch + max(overlapped(host, copy), overlapped(gemm, copy))             (`cost.overlapped_s`)
+    launch: Python's, once for whole experts that are fetched and once for a cut one
 Residents are on the GPU already. All experts of a layer have the same bytes, so for a given number fetched the bus
 does not care which; the host is helped most by losing its slowest. Hence an optimum fetches a prefix of the cold
 experts sorted by host seconds, and a cut expert is the next one: scanning prefixes and cuts is exact over all
@@ -59,7 +60,7 @@ class Load:
 class ExpertSplit:
     """where_E[e] is a Where. The cut expert counts as HOST there; its first cut_rows of F are fetched.
 
-    copy_s, gemm_s, host_s: each lane alone; makespan_s: all of them together.
+    copy_s, gemm_s, host_s: each lane alone; launch_s: before all of them; makespan_s: everything together.
     """
 
     where_E: NDArray[np.int8]
@@ -68,6 +69,7 @@ class ExpertSplit:
     copy_s: float
     gemm_s: float
     host_s: float
+    launch_s: float
     makespan_s: float
 
     @property
@@ -93,9 +95,13 @@ class Lanes:
         resident_s = gemm_E[active_E & load.resident_E]
         self.resident_s = float(resident_s.sum()) + len(resident_s) * gpu.expert.overhead_s
         self.copy_one_s = gpu.h2d.alpha_s + gpu.h2d.s_per_unit * cost.shape.expert_bytes
-        self.trip_s = float(cost.round_trip_s(load.num_tokens))
+        self.trip_s = float(cost.prompt_trip_s(load.num_tokens))
 
-    def makespan_s(self, copy_s: ArrayLike, gemm_s: ArrayLike, host_s: ArrayLike) -> Seconds:
+    def launch_s(self, num_fetched: ArrayLike, is_cut: bool) -> Seconds:
+        return self.cost.gpu.prefill_fetch_s * ((np.asarray(num_fetched) > 0) + np.float64(is_cut))
+
+    def lanes_s(self, copy_s: ArrayLike, gemm_s: ArrayLike, host_s: ArrayLike) -> Seconds:
+        """All lanes together, from when they have been launched."""
         gpu = self.cost.gpu
         with_host_s = overlapped_s(host_s, copy_s, gpu.host_while_copying)
         return np.maximum(with_host_s, overlapped_s(gemm_s, copy_s, gpu.gpu_while_copying))
@@ -140,25 +146,29 @@ class Lanes:
         where_E[self.load.tokens_E > 0] = _RESIDENT
         where_E[self.order] = np.where(fetched_n, _FETCHED, _HOST)
         cut_expert = None if cut_idx is None else int(self.order[cut_idx])
-        makespan_s = float(self.makespan_s(copy_s, gemm_s, host_s))
-        return ExpertSplit(where_E, cut_expert, cut_rows, copy_s, gemm_s, host_s, makespan_s)
+        launch_s = float(self.launch_s(np.count_nonzero(fetched_n), cut_expert is not None))
+        makespan_s = launch_s + float(self.lanes_s(copy_s, gemm_s, host_s))
+        return ExpertSplit(where_E, cut_expert, cut_rows, copy_s, gemm_s, host_s, launch_s, makespan_s)
 
 
 def best_split(load: Load, cost: CostModel) -> ExpertSplit:
     """The split of least makespan_s; O(E log E) array operations, no loop over experts."""
     lanes = Lanes(load, cost)
     copy_k, gemm_k, host_k = lanes.prefixes()
-    whole_k = lanes.makespan_s(copy_k, gemm_k, host_k)
+    k = np.arange(len(copy_k))
+    whole_k = lanes.launch_s(k, False) + lanes.lanes_s(copy_k, gemm_k, host_k)
     best_k = int(np.argmin(whole_k))
     rows = np.arange(load.cut_granule, cost.shape.d_ffn, load.cut_granule) if load.cut_granule else None
     if rows is None or len(rows) == 0 or len(lanes.order) == 0:
         return lanes.split(best_k)
     # A cut at k copies at least copy_k and leaves the host at least host_k of the next: few k can still win.
-    hopeful = np.flatnonzero(lanes.makespan_s(copy_k[:-1], gemm_k[:-1], host_k[1:]) < whole_k[best_k])
+    launch_k = lanes.launch_s(k[:-1], True)
+    least_k = launch_k + lanes.lanes_s(copy_k[:-1], gemm_k[:-1], host_k[1:])
+    hopeful = np.flatnonzero(least_k < whole_k[best_k])
     if len(hopeful) == 0:
         return lanes.split(best_k)
     copy_s, gemm_s, saved_s = lanes.cut(hopeful[:, None], rows / cost.shape.d_ffn)
-    cut_s = lanes.makespan_s(
+    cut_s = launch_k[hopeful, None] + lanes.lanes_s(
         copy_k[hopeful, None] + copy_s, gemm_k[hopeful, None] + gemm_s, host_k[hopeful, None] - saved_s
     )
     i, j = np.unravel_index(int(np.argmin(cut_s)), cut_s.shape)

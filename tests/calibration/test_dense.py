@@ -27,7 +27,8 @@ def test_a_block_of_next_to_nothing(device: str) -> None:
     told: list[str] = []
     samples = take(probes.probes(), told.append)
     assert 10e-6 < probes.eager_block_s(samples) < 0.1
+    assert 0 <= probes.step_s(samples) < 0.1
     if device == "cuda":
         assert 1e-6 < probes.captured_block_s(samples) < probes.eager_block_s(samples)
     else:
-        assert told == ["eager block without experts"] * 2
+        assert told == ["eager block without experts", "decode step of one block"] * 2

@@ -41,20 +41,35 @@ def test_a_machine_without_gpu_is_measured() -> None:
         "fp32": FORMAT_TOKENS,
         "fp16": FORMAT_TOKENS,
     }
-    assert {f"host expert in {name}, 4 tokens" for name in ("fp32", "fp16")} <= set(told)
+    assert {f"host experts in {name}, 4 tokens" for name in ("fp32", "fp16")} <= set(told)
 
 
 def test_a_table_of_seconds_is_given_back_whatever_the_machine_did() -> None:
     probes = HostProbes(SMALL.spec, make_pool(1), SMALL.sample_s, SMALL.read_bytes)
     seconds = 1e-5 * np.arange(1, len(TOKENS) + 1)
+    call_s = 3e-5
     samples = {
-        f"host expert, {t} tokens": Samples((s * 0.99,), (s * 1.01,))
+        f"host, {a} experts, {t} tokens each": Samples((call_s + a * s - 1e-7,), (call_s + a * s + 1e-7,))
         for t, s in zip(TOKENS, seconds, strict=True)
+        for a in probes.few_and_more(t)
     }
     rate = probes.expert_rate(samples)
+    assert probes.call_s(samples) == pytest.approx(call_s)
     flops = np.asarray(TOKENS) * 6.0 * 64 * 64
     predicted = np.maximum(SMALL.spec.expert_bytes / rate.bytes_per_s, flops / rate.flops_per_s.at(TOKENS))
     np.testing.assert_allclose(predicted, seconds, rtol=1e-9)
+    probes.close()
+
+
+def test_experts_that_took_no_time_beside_their_call_take_all_of_it() -> None:
+    probes = HostProbes(SMALL.spec, make_pool(1), SMALL.sample_s, SMALL.read_bytes)
+    samples = {
+        f"host, {a} experts, {t} tokens each": Samples((1e-4,), (1e-4,))
+        for t in TOKENS
+        for a in probes.few_and_more(t)
+    }
+    assert probes.call_s(samples) == 0
+    assert (np.asarray(probes.expert_rate(samples).flops_per_s.y) > 0).all()
     probes.close()
 
 
@@ -64,8 +79,9 @@ def test_every_format_that_runs_is_timed_in_its_own_type() -> None:
     for name, dtype in FORMATS.items():
         assert probes.formats[name].spec == format_spec(SMALL.spec, dtype)
         assert probes.formats[name].spec.dtype is dtype
-        step, num_active = probes.step(4, name)
-        step()
+        num_active, more = probes.few_and_more(4, name)
+        assert num_active < more
+        probes.step(4, num_active, name)()
         counts = probes.formats[name].last_counts
         assert counts is not None
         assert counts.num_pairs == 4 * num_active
@@ -75,8 +91,9 @@ def test_every_format_that_runs_is_timed_in_its_own_type() -> None:
 @pytest.mark.parametrize("num_tokens", TOKENS)
 def test_a_step_gives_every_expert_its_tokens_and_takes_turns(num_tokens: int) -> None:
     probes = HostProbes(SMALL.spec, make_pool(1), SMALL.sample_s, SMALL.read_bytes)
-    step, num_active = probes.step(num_tokens)
-    step()
+    num_active, more = probes.few_and_more(num_tokens)
+    assert num_active < more <= SMALL.spec.num_experts
+    probes.step(num_tokens, num_active)()
     counts = probes.bank.last_counts
     assert counts is not None
     assert counts.num_pairs == num_tokens * num_active

@@ -200,7 +200,8 @@ def test_the_checkpoint_says_what_it_holds(monde: Monde) -> None:
 
 
 def test_a_channel_is_worth_something_where_memory_is_the_limit(monde: Monde, tmp_path: Path) -> None:
-    host_only = dataclasses.replace(DESCRIBED["laptop-4060"], gpu=None, eager_block_s=0.0)
+    launches = dict.fromkeys(("eager_block_s", "host_call_s", "step_s"), 0.0)
+    host_only = dataclasses.replace(DESCRIBED["laptop-4060"], gpu=None, **launches)
     host_only.save(tmp_path / "host.json")
     answer = json.loads(monde("plan", MODEL, "-m", tmp_path / "host.json", "--json").stdout)
     assert answer["memory_channels"] == {"num_channels": 2, "channel_bytes_per_s": 44.8e9}

@@ -45,6 +45,8 @@ def costs(draw: st.DrawFn, gpu_expert: ExpertRate | None = None) -> CostModel:
         block_overhead_s=0.0,
         decode_layer_s=0.0,
         prefill_layer_s=0.0,
+        prefill_host_s=draw(st.sampled_from([0.0, 1e-3])),
+        prefill_fetch_s=draw(st.sampled_from([0.0, 1e-3, 0.1])),
     )
     profile = dataclasses.replace(DESCRIBED["h200"], host_expert=draw(experts), gpu=gpu)
     return CostModel(profile, SHAPE)
@@ -73,7 +75,7 @@ def brute_force_s(load: Load, cost: CostModel, prefixes_only: bool = False) -> f
         for k in range(n + 1):
             masks_Mn[k, slowest_first[:k]] = True
     resident_s = cost.resident_s(load.tokens_E[load.resident_E]).sum()
-    trip_s = cost.round_trip_s(load.num_tokens)
+    trip_s = cost.prompt_trip_s(load.num_tokens)
     rows = range(load.cut_granule, SHAPE.d_ffn, load.cut_granule) if load.cut_granule else range(0)
     best_s = np.inf
     for cut, cut_rows in [(None, 0), *((c, r) for c in range(n) for r in rows)]:
@@ -88,7 +90,8 @@ def brute_force_s(load: Load, cost: CostModel, prefixes_only: bool = False) -> f
             copy_M = copy_M + cost.copy_s(share)
             gemm_M = gemm_M + cost.resident_s(tokens_n[cut], share)
             host_M = host_M - host_n[cut] + cost.host_s(tokens_n[cut], 1 - share)
-        makespan_M = np.maximum(
+        launch_M = cost.gpu.prefill_fetch_s * (fetched_Mn.any(1) + np.float64(cut is not None))
+        makespan_M = launch_M + np.maximum(
             overlapped_s(host_M, copy_M, cost.gpu.host_while_copying),
             overlapped_s(gemm_M, copy_M, cost.gpu.gpu_while_copying),
         )
@@ -139,7 +142,7 @@ def test_two_ended_queue_is_the_loop_it_stands_for(load: Load, cost: CostModel) 
     cold = [e for e in range(len(load.tokens_E)) if load.tokens_E[e] > 0 and not load.resident_E[e]]
     cold.sort(key=lambda e: (-cost.host_s(load.tokens_E[e]), -load.tokens_E[e]))
     gpu_free_s = float(cost.resident_s(load.tokens_E[load.resident_E]).sum())
-    host_free_s = float(cost.round_trip_s(load.num_tokens))
+    host_free_s = float(cost.prompt_trip_s(load.num_tokens))
     num_fetched = 0
     while cold:
         heaviest, lightest = load.tokens_E[cold[0]], load.tokens_E[cold[-1]]
@@ -162,13 +165,25 @@ def test_fiddler_ignores_that_the_bus_is_busy() -> None:
     assert best_split(load, cost).makespan_s < 0.8 * fiddler(load, cost).makespan_s
 
 
+def test_nothing_is_fetched_for_less_than_its_launch_takes() -> None:
+    described = DESCRIBED["h200"]
+    assert described.gpu is not None
+    load = Load(np.array([90, 30, 9]), np.zeros(3, bool), 90, 64)
+    for fetch_s, is_worth_it in ((0.0, True), (1e-3, False)):
+        gpu = dataclasses.replace(described.gpu, prefill_fetch_s=fetch_s)
+        cost = CostModel(dataclasses.replace(described, gpu=gpu), ExpertShape(2048, 768))
+        split = best_split(load, cost)
+        assert (split.copy_s > 0) == is_worth_it
+        assert split.launch_s == fetch_s * (split.num_fetched > 0) + fetch_s * (split.cut_expert is not None)
+
+
 def test_one_large_expert_is_cut() -> None:
     cost = CostModel(DESCRIBED["h200"], ExpertShape(4096, 14336))
     load = Load(np.array([1]), np.array([False]), 1, 64)
     cut = best_split(load, cost)
     assert cut.cut_expert == 0
     assert 0.2 < cut.cut_rows / 14336 < 0.5
-    assert cut.makespan_s < 0.85 * best_split(dataclasses.replace(load, cut_granule=None), cost).makespan_s
+    assert cut.makespan_s < 0.9 * best_split(dataclasses.replace(load, cut_granule=None), cost).makespan_s
 
 
 def zipf_load(num_experts: int) -> Load:
