@@ -173,6 +173,8 @@ class PrefillExecutor:
                 case Multiply():
                     assert blobs is not None
                     self.device.multiply_arrived(placed, position, shipments[task.after[0]], blobs)
+                case None:  # seconds that nobody does anything for
+                    pass
                 case other:
                     raise AssertionError(other)
         self._account(plan, sum(shipment.num_bytes for shipment in fetched))
@@ -184,7 +186,7 @@ class PrefillExecutor:
         if pending is not None:
             answer = hub.host.wait(pending, self.layer_idx, self.totals)
             y_TD = answer.y_TD
-            hub.heard(plan.split.host_s - float(cost.round_trip_s(num_tokens)), answer.busy_s)
+            hub.heard(plan.split.host_s - float(cost.prompt_trip_s(num_tokens)), answer.busy_s)
         times.append(time.perf_counter())
         hub.copied(plan.split.copy_s - plan.load.bus_busy_s, fetched)
         if posted is not None:

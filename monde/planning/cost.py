@@ -115,6 +115,10 @@ class CostModel:
         copies_s = np.asarray(self.gpu.d2h.seconds(act_bytes)) + np.asarray(self.gpu.h2d.seconds(fp32_bytes))
         return np.asarray(np.minimum(self.gpu.round_trip.seconds(act_bytes), copies_s))
 
+    def prompt_trip_s(self, num_tokens: ArrayLike) -> Seconds:
+        """What the host's part in a long prompt's layer takes beside its experts, Python's share included."""
+        return self.round_trip_s(num_tokens) + self.gpu.prompt.host_s
+
     def work_s(self, rate: ExpertRate, tokens: ArrayLike) -> Seconds:
         """Seconds of a whole expert without the overhead; a share of F takes that share of them."""
         t = np.asarray(tokens, np.float64)

@@ -124,11 +124,11 @@ def add_prefill(
     reads = [*from_staged, *(Multiply(tuple(range(len(pieces))), pieces) for pieces in loads)]
     first, arrived, read = tuple(after), list[int](), list[int]()
 
-    def fetch() -> None:
+    def fetch(limit: int = len(incoming)) -> None:
         """As far as there are buffers whose readers have been issued."""
-        while len(arrived) < min(len(incoming), staging.num_buffers + len(read)):
+        while len(arrived) < min(limit, len(incoming), staging.num_buffers + len(read)):
             pieces, before = incoming[len(arrived)], len(arrived) - staging.num_buffers
-            waits = (*first, read[before]) if before >= 0 else first
+            waits = (*leads, read[before]) if before >= 0 else leads
             name = f"{layer}fetch {len(arrived)}"
             arrived.append(add(name, Resource.PCIE_UP, seconds.copy(pieces), waits, Fetch(pieces)))
 
@@ -143,14 +143,16 @@ def add_prefill(
         arrived.append(add(f"{layer}arriving {idx}", Resource.PCIE_UP, left_s, first, Arriving(idx)))
     if not staged and load.bus_busy_s > 0:
         add(f"{layer}bus busy", Resource.PCIE_UP, load.bus_busy_s, first)
-    fetch()
-    done = list(first)
+    leads = (add(f"{layer}lead", Resource.LAUNCHES, split.lead_s, first),) if split.lead_s > 0 else first
+    fetch(limit=len(staged) + 1)  # keeps the bus busy for longer than it takes to launch the host
+    done = list(leads)
     if on_host_E.any():
         on_host = OnHost(on_host_E, split.cut_expert, split.cut_rows)
         done.append(add(f"{layer}host", Resource.HOST, split.host_s, first, on_host))
+    fetch()
     ahead = [piece.expert_id for chosen in from_staged for piece in chosen.pieces]
     rows = np.concatenate([np.array(ahead, np.int64), residents, fetched, np.array(cut, np.int64)])
-    placed = add(f"{layer}place", Resource.LAUNCHES, split.launch_s, first, Place(rows))
+    placed = add(f"{layer}place", Resource.LAUNCHES, split.launch_s - split.lead_s, first, Place(rows))
     done.append(placed)
     for i in range(len(staged)):
         multiply(i)

@@ -113,8 +113,8 @@ _BOTH_WAYS = Overlap(55.4 / 50.6, 55.4 / 50.6)
 class PromptLaunches:
     """What Python takes in a MoE layer of a long prompt.
 
-    plan_s: before anything of the layer can start. Then, while GPU, bus and host work, it launches: layer_s in any
-    case, host_s more where the host takes part, fetch_s more for whole experts that are fetched, and again for a cut one.
+    plan_s: before anything of the layer can start. layer_s: before the products, while bus and host work. What holds a
+    side up besides, before it begins and after it ends: host_s the host, where it takes part, fetch_s the bus.
     """
 
     plan_s: float

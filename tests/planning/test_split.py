@@ -73,7 +73,7 @@ def brute_force_s(load: Load, cost: CostModel, prefixes_only: bool = False) -> f
         for k in range(n + 1):
             masks_Mn[k, slowest_first[:k]] = True
     resident_s = cost.resident_s(load.tokens_E[load.resident_E]).sum()
-    trip_s = cost.round_trip_s(load.num_tokens)
+    trip_s = cost.prompt_trip_s(load.num_tokens)
     rows = range(load.cut_granule, SHAPE.d_ffn, load.cut_granule) if load.cut_granule else range(0)
     best_s = np.inf
     for cut, cut_rows in [(None, 0), *((c, r) for c in range(n) for r in rows)]:
@@ -89,8 +89,8 @@ def brute_force_s(load: Load, cost: CostModel, prefixes_only: bool = False) -> f
             gemm_M = gemm_M + cost.resident_s(tokens_n[cut], share)
             host_M = host_M - host_n[cut] + cost.host_s(tokens_n[cut], 1 - share)
         prompt = cost.gpu.prompt
-        launch_M = prompt.layer_s + prompt.host_s * ~fetched_Mn.all(1)
-        launch_M = launch_M + prompt.fetch_s * (fetched_Mn.any(1) + np.float64(cut is not None))
+        lead_M = prompt.fetch_s * (fetched_Mn.any(1) | (cut is not None))
+        launch_M, copy_M = prompt.layer_s + lead_M, lead_M + copy_M
         makespan_M = np.maximum(
             overlapped_s(host_M, copy_M, cost.gpu.host_while_copying),
             overlapped_s(gemm_M, copy_M, cost.gpu.gpu_while_copying),
@@ -143,7 +143,7 @@ def test_two_ended_queue_is_the_loop_it_stands_for(load: Load, cost: CostModel) 
     cold = [e for e in range(len(load.tokens_E)) if load.tokens_E[e] > 0 and not load.resident_E[e]]
     cold.sort(key=lambda e: (-cost.host_s(load.tokens_E[e]), -load.tokens_E[e]))
     gpu_free_s = float(cost.resident_s(load.tokens_E[load.resident_E]).sum())
-    host_free_s = float(cost.round_trip_s(load.num_tokens))
+    host_free_s = float(cost.prompt_trip_s(load.num_tokens))
     num_fetched = 0
     while cold:
         heaviest, lightest = load.tokens_E[cold[0]], load.tokens_E[cold[-1]]
@@ -175,7 +175,7 @@ def test_nothing_is_fetched_or_cut_for_less_than_its_launch_takes() -> None:
         cost = CostModel(dataclasses.replace(described, gpu=gpu), ExpertShape(2048, 768))
         split = best_split(load, cost)
         assert (split.copy_s > 0) == is_worth_it
-        assert split.launch_s == fetch_s * (split.num_fetched > 0) + fetch_s * (split.cut_expert is not None)
+        assert split.lead_s == split.launch_s == (fetch_s if is_worth_it else 0.0)
 
 
 def test_one_large_expert_is_cut() -> None:
