@@ -67,7 +67,7 @@ def generate(
 
       monde generate ./my-model - --device cpu < prompt.txt
 
-      torchrun --nproc-per-node 2 -m monde.cli generate MODEL "The moon"     # the experts lie on both ranks
+      torchrun --nproc-per-node 2 -m monde generate MODEL "The moon"     # the experts lie on both ranks
     """
     tokenizer = load_tokenizer(model)
     if tokenizer is None:

@@ -33,7 +33,7 @@ def train(
 
       monde train examples/train.toml
 
-      torchrun --nproc-per-node 2 -m monde.cli train examples/train.toml
+      torchrun --nproc-per-node 2 -m monde train examples/train.toml
     """
     from monde.training.config import read_config
 
