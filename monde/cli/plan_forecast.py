@@ -82,8 +82,19 @@ class Question:
             spread=self._spread(outlined, profile),
         )
         placements = self._placements(outlined, outlined.size.layers, memory.slots_bytes, profile)
-        decode = forecast_decode(outlined.outline, placements, profile, self.batch, self.context)
-        return Forecast(memory, decode, forecast_prefill(outlined.outline, placements, profile, self.prompt))
+        if outlined.halves is None:
+            decode = forecast_decode(outlined.outline, placements, profile, self.batch, self.context)
+            return Forecast(
+                memory, decode, forecast_prefill(outlined.outline, placements, profile, self.prompt)
+            )
+        halves = outlined.halves
+        encoders, decoders = (
+            [placements[i] for i in ids] for ids in (halves.encoder_ids, halves.decoder_ids)
+        )
+        # A step reads its own keys and values and those of the prompt, which are as large.
+        seen = self.context + self.prompt
+        decode = forecast_decode(halves.decoder, decoders, profile, self.batch, seen)
+        return Forecast(memory, decode, forecast_prefill(halves.encoder, encoders, profile, self.prompt))
 
     def _placements(
         self, outlined: Outlined, layers: Sequence[LayerSize], slots_bytes: int, profile: HardwareProfile
@@ -100,6 +111,10 @@ class Question:
 
     def played(self, outlined: Outlined, forecast: Forecast, trace: Path) -> Played:
         """A recorded routing under the forecast's placement. Errors: ValueError for a trace of another model."""
+        if outlined.halves is not None:
+            raise ValueError(
+                "--trace: a step of an encoder-decoder runs half of its layers, which is not played; leave --trace out"
+            )
         slots_bytes = forecast.plan.slots_bytes
         placements = self._placements(outlined, outlined.size.layers, slots_bytes, self.profile)
         return play(Trace.load(trace).steps, outlined.outline, placements, self.profile, self.context)

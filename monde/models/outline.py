@@ -17,6 +17,7 @@ from monde.executors.prefill_size import NUM_BUFFERS, LayerPieces, PrefillSize
 from monde.executors.zero_copy import can_read_from_host
 from monde.models.configuration import read_configuration
 from monde.models.experts import find_experts
+from monde.models.halves import Halves, halves_of
 from monde.models.loading import model_class
 from monde.models.sizing import TOPK_NAMES, heads_of, model_size, shape_of, topk_of
 from monde.models.stored import (
@@ -36,7 +37,7 @@ from monde.routing.heat import Heat
 class Outlined:
     """What the memory plan needs, what the forecast needs, and what the checkpoint holds, None without one.
 
-    index: where the checkpoint's files are not here, but what names their tensors is.
+    index: where the checkpoint's files are not here, but what names their tensors is. halves: of encoder-decoders.
     """
 
     size: ModelSize
@@ -46,6 +47,7 @@ class Outlined:
     stored_dtype: (
         torch.dtype
     )  # config.json's, else the checkpoint's, else its index's by bytes a weight, else bf16
+    halves: Halves | None = None
 
 
 def outline_of(
@@ -62,15 +64,10 @@ def outline_of(
     checkpoint's, else what its index's bytes say. Experts are as popular as `heat` says, else equally. on_gpu: whether dense weights will run there.
     Errors: those of read_configuration; CheckpointError for files or an index that are damaged or
     of another model;
-    UnsupportedModelError; ValueError for encoder-decoders, heat of another model, and when the configuration does not
+    UnsupportedModelError; ValueError for heat of another model, halves that cannot be told apart, and when the configuration does not
     say how many experts a token takes.
     """
     config = read_configuration(path_or_id)
-    if config.is_encoder_decoder:
-        raise ValueError(
-            f"plan: {config.model_type} has an encoder and a decoder, which are not forecast yet; load it to see "
-            "its memory plan, model.monde.plan.explain()"
-        )
     cls = model_class(config)
     # An auto class, of configurations without architectures, has the public method only.
     from_config = getattr(cls, "_from_config", None) or cls.from_config
@@ -125,7 +122,10 @@ def outline_of(
             [module.spec for module in modules], dtype.itemsize, size.num_tokens, num_topk
         ).chunk_tokens(num_topk),
     )
-    return Outlined(size, outline, stored_sizes(model, modules, files) if files else None, index, stored)
+    halves = halves_of(model, modules, outline) if config.is_encoder_decoder else None
+    return Outlined(
+        size, outline, stored_sizes(model, modules, files) if files else None, index, stored, halves
+    )
 
 
 def _normalised(count_E: NDArray[np.floating]) -> NDArray[np.float64]:

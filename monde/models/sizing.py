@@ -51,6 +51,8 @@ TOPK_NAMES = (
     "moe_top_k",
     "top_k",
 )
+# Of architectures whose configurations do not say it.
+_FIXED_TOPK = {"switch_transformers": 1, "nllb-moe": 2}
 _GPU_SHARE = 0.9  # of what is free: the rest covers the CUDA context's growth and the allocator's fragments
 
 
@@ -190,7 +192,7 @@ def topk_of(*configs: Any) -> int | None:
                 value = getattr(source, name, None)
                 if isinstance(value, int) and value > 0:
                     return value
-    return None
+    return next((k for k in (_FIXED_TOPK.get(getattr(c, "model_type", "")) for c in configs) if k), None)
 
 
 def model_size(
@@ -252,12 +254,27 @@ def _layer_size(spec: ExpertSpec) -> LayerSize:
 
 
 def _kv_values_per_token(text_config: Any) -> int:
-    """Keys and values of all layers for one token; every layer is taken for one with full attention."""
+    """Keys and values of all layers for one token; every layer is taken for one with full attention.
+
+    A decoder behind an encoder keeps those of its own tokens and, of its cross-attention, those of the prompt.
+    """
+    if text_config.is_encoder_decoder and decoder_layers_of(text_config):
+        return 2 * decoder_layers_of(text_config) * _kv_values_of_layer(text_config)
     if text_config.is_heterogeneous:
         return sum(map(_kv_values_of_layer, text_config.per_layer_config))
     return _first(text_config, "num_hidden_layers", "num_layers", default=1) * _kv_values_of_layer(
         text_config
     )
+
+
+def encoder_layers_of(config: Any) -> int:
+    """0 where the configuration does not say."""
+    return _first(config, "encoder_layers", "num_layers")
+
+
+def decoder_layers_of(config: Any) -> int:
+    """0 where the configuration does not say."""
+    return _first(config, "decoder_layers", "num_decoder_layers")
 
 
 @dataclass(frozen=True)
@@ -273,7 +290,7 @@ def heads_of(config: Any) -> Heads:
     first = partial(_first, config)
     num_heads = first("num_attention_heads", "num_heads", "n_heads", default=1)
     num_kv_heads = num_heads if first("qk_head_dim") else first("num_key_value_heads", default=num_heads)
-    head_dim = first("head_dim", default=first("hidden_size", "d_model") // num_heads)
+    head_dim = first("head_dim", "d_kv", default=first("hidden_size", "d_model") // num_heads)
     return Heads(num_heads, max(1, num_heads // num_kv_heads), head_dim)
 
 

@@ -57,7 +57,8 @@ class ModelOutline:
 
     dense_read_bytes: dense weights that every step reads. kv_repeats: query heads that share a key and value.
     attention_dim: query heads times the dim of one. decode_tokens: the most that decode's kernels take in a step.
-    chunk_tokens: of a prompt at once, every chunk reads its experts anew.
+    chunk_tokens: of a prompt at once, every chunk reads its experts anew. is_captured: whether a decode step becomes a
+    graph, if it is one of so few tokens.
     """
 
     layers: tuple[MoeLayer, ...]
@@ -69,6 +70,7 @@ class ModelOutline:
     attention_dim: int
     decode_tokens: int
     chunk_tokens: int
+    is_captured: bool = True
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,9 @@ def forecast_decode(
     model: ModelOutline, placements: Sequence[Placement], profile: HardwareProfile, batch: int, context: int
 ) -> Speed:
     """One token for each of `batch` sequences of `context` tokens."""
-    is_captured = profile.gpu is not None and batch <= model.decode_tokens
-    layer_s = decode_layer_s if is_captured or profile.gpu is None else prefill_layer_s
+    is_few = profile.gpu is not None and batch <= model.decode_tokens
+    is_captured = is_few and model.is_captured
+    layer_s = decode_layer_s if is_few or profile.gpu is None else prefill_layer_s
 
     def step_s(machine: HardwareProfile) -> float:
         return (

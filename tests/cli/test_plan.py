@@ -303,3 +303,26 @@ def test_a_measured_network_is_of_one_mesh(monde: Monde, tmp_path: Path) -> None
     assert monde("plan", MODEL, "--mesh", "2x4", "--network", tmp_path / "net.json").exit_code == 0
     outcome = monde("plan", MODEL, "--mesh", "4x2", "--network", tmp_path / "net.json")
     assert "was measured on 2x4 ranks" in outcome.stderr
+
+
+def test_an_encoder_decoder_is_planned(monde: Monde, tmp_path: Path) -> None:
+    """From its configuration alone: a prompt is the encoder's, a step the decoder's with both halves' attention."""
+    from transformers import SwitchTransformersConfig
+
+    shape = {"d_model": 64, "d_ff": 128, "num_experts": 8, "num_layers": 2, "num_sparse_encoder_layers": 1}
+    speeds = {}
+    for name, num_decoder_layers in (("short", 2), ("deep", 8)):
+        config = SwitchTransformersConfig(
+            **shape, num_decoder_layers=num_decoder_layers, num_sparse_decoder_layers=1
+        )
+        config.save_pretrained(tmp_path / name)
+        outcome = monde("plan", tmp_path / name, "-m", "h200", "--json")
+        assert outcome.exit_code == 0, outcome.stderr
+        speeds[name] = json.loads(outcome.stdout)
+    short, deep = (speeds[name] for name in ("short", "deep"))
+    assert deep["decode"]["tokens_per_s"] < 0.4 * short["decode"]["tokens_per_s"]
+    assert deep["prefill"]["tokens_per_s"] > 0.9 * short["prefill"]["tokens_per_s"]
+    Trace("demo", (8, 8), ()).save(tmp_path / "t")
+    refused = monde("plan", tmp_path / "short", "-m", "h200", "--trace", tmp_path / "t")
+    assert refused.exit_code == 2
+    assert "--trace: a step of an encoder-decoder runs half of its layers" in refused.stderr

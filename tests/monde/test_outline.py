@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import SwitchTransformersConfig
+from transformers import AutoModelForSeq2SeqLM, NllbMoeConfig, SwitchTransformersConfig
 
 from monde.config import MondeConfig
 from monde.models.experts import ExpertsModule, find_experts
@@ -167,9 +167,78 @@ def test_without_a_gpu_nothing_is_kept_for_its_libraries(tmp_path: Path) -> None
     assert outline_of(str(tmp_path), 16, 1).size.library_bytes > 0
 
 
-def test_what_cannot_be_forecast_is_refused(tmp_path: Path) -> None:
-    SwitchTransformersConfig(vocab_size=64, d_model=32, d_ff=48, num_experts=4).save_pretrained(
-        tmp_path / "switch"
+SEQ2SEQ = {
+    "switch": SwitchTransformersConfig(
+        vocab_size=64,
+        d_model=32,
+        d_ff=48,
+        d_kv=16,
+        num_heads=4,
+        num_experts=4,
+        num_layers=4,
+        num_decoder_layers=2,
+        num_sparse_encoder_layers=2,
+        num_sparse_decoder_layers=1,
+    ),
+    "nllb": NllbMoeConfig(
+        vocab_size=64,
+        d_model=32,
+        num_experts=4,
+        encoder_layers=4,
+        decoder_layers=2,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=24,
+        encoder_sparse_step=2,
+        decoder_sparse_step=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SEQ2SEQ)
+def test_an_encoder_and_a_decoder_are_forecast_apart(name: str, tmp_path: Path) -> None:
+    config = SEQ2SEQ[name]
+    config.save_pretrained(tmp_path)
+    outlined = outline_of(str(tmp_path), 16, 1, dtype=torch.float32)
+    halves = outlined.halves
+    assert halves is not None
+    # Every other block has experts: two of the encoder's four, one of the decoder's two.
+    assert (halves.encoder_ids, halves.decoder_ids) == ((0, 1), (2,))
+    assert [layer.num_topk for layer in outlined.outline.layers] == [1 if name == "switch" else 2] * 3
+    assert not halves.decoder.is_captured
+    model = AutoModelForSeq2SeqLM.from_config(config)
+    encoder, decoder = model.get_encoder(), model.get_decoder()
+    keys_and_values = [
+        m.get_parameter(p)
+        for m in decoder.modules()
+        if type(m).__name__ in ("SwitchTransformersLayerCrossAttention", "NllbMoeAttention")
+        and (name == "switch" or m in [layer.cross_attention for layer in decoder.layers])
+        for p, _ in m.named_parameters()
+        if ".k." in f".{p}" or ".v." in f".{p}" or "k_proj" in p or "v_proj" in p
+    ]
+    cross = sum(p.nbytes for p in keys_and_values)
+    assert cross == 2 * 2 * (32 * (64 if name == "switch" else 32) + (0 if name == "switch" else 32)) * 4
+    experts = {id(p) for m in find_experts(model) for p in _params(m)}
+    embedding = model.get_input_embeddings().weight
+
+    def dense(half: torch.nn.Module) -> int:
+        return sum(
+            p.nbytes
+            for path, p in half.named_parameters()
+            if id(p) not in experts and p is not embedding and "relative_attention_bias" not in path
+        )
+
+    assert halves.encoder.dense_read_bytes == dense(encoder) + cross
+    assert halves.decoder.dense_read_bytes == dense(decoder) - cross + embedding.nbytes
+    # Own tokens and the prompt's, in both blocks of the decoder: what the cache of one step holds.
+    ids = torch.zeros(1, 1, dtype=torch.long)
+    seen = encoder.eval()(input_ids=ids)
+    cache = model.eval()(encoder_outputs=seen, decoder_input_ids=ids, use_cache=True).past_key_values
+    held = sum(
+        t.nbytes
+        for half in (cache.self_attention_cache, cache.cross_attention_cache)
+        for layer in half.layers
+        for t in (layer.keys, layer.values)
     )
-    with pytest.raises(ValueError, match="has an encoder and a decoder"):
-        outline_of(str(tmp_path / "switch"), 16, 1)
+    assert outlined.size.kv_bytes_per_token == 2 * halves.decoder.kv_bytes_per_token == held
