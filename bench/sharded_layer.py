@@ -5,6 +5,8 @@ W ranks, T tokens a rank, E experts, C rows of an expert and rank (padded), D mo
 
 from __future__ import annotations
 
+import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -33,7 +35,7 @@ from monde.weights.parts import FfnSlice, Part, SomeExperts
 from monde.weights.staging import Staging
 
 DEADLINE_S = 600.0
-ROUND_BUDGET_S, MIN_ROUNDS, MAX_ROUNDS = 1.5, 7, 40
+ROUND_BUDGET_S, MIN_ROUNDS, MAX_ROUNDS = 3.0, 9, 60
 PADDED_ROUNDS = 2
 MAX_PADDED_ROWS = 13_000  # of a rank, 120 GFLOP: more would take minutes on a core
 # Sums of D and of F products, rounded in another order: errors grow with the root of their number; eight deviations.
@@ -55,6 +57,17 @@ class CountedCompute:
         assert counts is not None
         self.work += counts.num_pairs * self.part.spec.d_ffn
         return y_TD
+
+
+def paired(samples_s: list[float], beside_s: list[float]) -> dict[str, float]:
+    """Of the ratios within rounds: the median, and from where to where it lies with 95% confidence (a sign test)."""
+    ratios = sorted(a / b for a, b in zip(samples_s, beside_s, strict=True))
+    n, outside, below = len(ratios), 0.0, 0
+    while below < (n - 1) // 2 and outside + math.comb(n, below) / 2**n <= 0.025:
+        outside += math.comb(n, below) / 2**n
+        below += 1
+    first = max(0, below - 1)
+    return {"median": statistics.median(ratios), "low": ratios[first], "high": ratios[n - 1 - first]}
 
 
 def expert_arrays(num_experts: int) -> Iterator[dict[str, Tensor]]:
@@ -130,6 +143,7 @@ class RankedLayer:
 
         contenders: dict[str, Callable[[], Tensor]] = {
             "dropless": lambda: self.peers.forward(ranked()),
+            "control": lambda: self.peers.forward(ranked()),
             "sharded": lambda: self.sharded.forward(ranked(), 1),
             "chosen": chosen,
         }
@@ -139,7 +153,7 @@ class RankedLayer:
         work = {name: self._checked(name, step, wanted, dropped) for name, step in contenders.items()}
         samples = self._samples(contenders)
         median_s = {name: statistics.median(one) for name, one in samples.items()}
-        beside = [a / b for a, b in zip(samples["chosen"], samples["dropless"], strict=True)]
+        over = {name: paired(samples[name], samples["dropless"]) for name in ("chosen", "control")}
         pairs = num_tokens * self.ranks.size * D_FFN
         return {
             "num_ranks": self.ranks.size, "num_experts": self.num_experts, "num_tokens": num_tokens,
@@ -147,7 +161,7 @@ class RankedLayer:
             "imbalance": {name: imbalance(by_rank) for name, by_rank in work.items()},
             "work_over_needed": {name: sum(by_rank) / pairs for name, by_rank in work.items()},
             "dropped": {name: sum(self.ranks.agree(dropped[0])) if name == "deepspeed" else 0 for name in contenders},
-            "median_s": median_s, "chosen_of_dropless": statistics.median(beside), "samples_s": samples,
+            "median_s": median_s, "of_dropless": over, "samples_s": samples,
         }  # fmt: skip
 
     def _batch(self, num_tokens: int, router: Router) -> RoutedBatch:
@@ -191,11 +205,11 @@ class RankedLayer:
         return torch.stack([rows[t] for t in range(len(ids))])
 
     def _samples(self, contenders: dict[str, Callable[[], Tensor]]) -> dict[str, list[float]]:
-        """Rounds, the first contender rotating, until the budget is spent; DeepSpeed's take so long that two must do."""
+        """Rounds in random order, until the budget is spent; DeepSpeed's take so long that two must do."""
         samples: dict[str, list[float]] = {name: [] for name in contenders}
-        names, spent_s = list(contenders), 0.0
+        shuffled, spent_s = random.Random(0), 0.0  # alike on all ranks
         for i in range(MAX_ROUNDS):
-            for name in names[i % len(names) :] + names[: i % len(names)]:
+            for name in shuffled.sample(list(contenders), len(contenders)):
                 if name == "deepspeed" and len(samples[name]) == PADDED_ROUNDS:
                     continue
                 self.ranks.exchange(torch.zeros(1, dtype=torch.int32))  # a barrier

@@ -35,7 +35,8 @@ class RankGroup:
     """This process among the ranks of a 1-D mesh. Making one, and every method but `check`, is for all of them.
 
     timeout_s: how long a rank waits for the others, anywhere. Ranks that have lost each other stay so.
-    cores: this rank's share of the cores that it and others on the machine may use.
+    cores: this rank's share of the cores that it and others on the machine may use. machine_W: the first rank of each
+    rank's machine.
     """
 
     def __init__(self, mesh: DeviceMesh, timeout_s: float) -> None:
@@ -56,7 +57,10 @@ class RankGroup:
 
         self.control, self.inward, self.outward = self.guarded(groups)
         here = (socket.gethostname(), _boot_id(), tuple(sorted(os.sched_getaffinity(0))))
-        neighbours = [rank for rank, there in enumerate(self.agree(here)) if there == here]
+        places_W = self.agree(here)
+        machines_W = [there[:2] for there in places_W]
+        self.machine_W = tuple(map(machines_W.index, machines_W))
+        neighbours = [rank for rank, there in enumerate(places_W) if there == here]
         self.cores = CoreShare(neighbours.index(self.rank), len(neighbours))
 
     # ---- agreements, at loading ----
