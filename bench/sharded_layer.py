@@ -27,10 +27,18 @@ from monde.core import RoutedBatch
 from monde.executors.host import HostExecutor
 from monde.executors.peers import PeersExecutor
 from monde.executors.rank_probe import measure_ranks
+from monde.executors.ranked import RankedExecutor
 from monde.executors.ranked_batch import RankedBatch, exchange_batch
 from monde.executors.ranks import RankGroup
 from monde.executors.sharded import ShardedExecutor
-from monde.planning.sharding import BatchPlan, Way, assign_experts, cut_ffn, plan_batch
+from monde.planning.sharding import (
+    BatchPlan,
+    RankedCounts,
+    WayFactors,
+    assign_experts,
+    cut_ffn,
+    plan_batch,
+)
 from monde.weights.parts import FfnSlice, Part, SomeExperts
 from monde.weights.staging import Staging
 
@@ -121,20 +129,13 @@ class RankedLayer:
         batch = self._batch(num_tokens, router)
         C = capacity(num_tokens, self.num_experts, capacity_factor(self.num_experts))
         dropped = [0]
-        plans: list[BatchPlan] = []
+
+        chosen = RankedExecutor(
+            self.ranks, 0, self.first_W1, self._plan, self.sharded, self.peers
+        )  # feedback of this case alone
 
         def ranked() -> RankedBatch:
             return exchange_batch(self.ranks, 0, batch, self.home_E1, self.num_experts)
-
-        def chosen() -> Tensor:
-            known = ranked()
-            plan = plan_batch(known.counts, self.cost)
-            plans.append(plan)
-            return (
-                self.peers.forward(known)
-                if plan.way is Way.PEERS
-                else self.sharded.forward(known, plan.num_chunks)
-            )
 
         def padded() -> Tensor:
             made = self.padded.forward(batch, C)
@@ -145,24 +146,28 @@ class RankedLayer:
             "dropless": lambda: self.peers.forward(ranked()),
             "control": lambda: self.peers.forward(ranked()),
             "sharded": lambda: self.sharded.forward(ranked(), 1),
-            "chosen": chosen,
+            "chosen": lambda: chosen.forward(batch),
         }
         if C * self.num_experts <= MAX_PADDED_ROWS:
             contenders["deepspeed"] = padded
         wanted = [self._float64(batch)]
         work = {name: self._checked(name, step, wanted, dropped) for name, step in contenders.items()}
         samples = self._samples(contenders)
+        assert chosen.last_plan is not None
         median_s = {name: statistics.median(one) for name, one in samples.items()}
         over = {name: paired(samples[name], samples["dropless"]) for name in ("chosen", "control")}
         pairs = num_tokens * self.ranks.size * D_FFN
         return {
             "num_ranks": self.ranks.size, "num_experts": self.num_experts, "num_tokens": num_tokens,
-            "router": router.name, "cost": asdict(self.cost), "plan": asdict(plans[-1]), "capacity": C,
+            "router": router.name, "cost": asdict(self.cost), "plan": asdict(chosen.last_plan), "capacity": C,
             "imbalance": {name: imbalance(by_rank) for name, by_rank in work.items()},
             "work_over_needed": {name: sum(by_rank) / pairs for name, by_rank in work.items()},
             "dropped": {name: sum(self.ranks.agree(dropped[0])) if name == "deepspeed" else 0 for name in contenders},
             "median_s": median_s, "of_dropless": over, "samples_s": samples,
         }  # fmt: skip
+
+    def _plan(self, counts: RankedCounts, factors: WayFactors) -> BatchPlan:
+        return plan_batch(counts, self.cost, factors=factors)
 
     def _batch(self, num_tokens: int, router: Router) -> RoutedBatch:
         rng = np.random.default_rng(self.ranks.rank)

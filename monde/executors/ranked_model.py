@@ -26,6 +26,7 @@ from monde.planning.sharding import (
     RankedCost,
     RankedCounts,
     Way,
+    WayFactors,
     assign_experts,
     cut_ffn,
     plan_batch,
@@ -137,11 +138,11 @@ class RankedModel:
             peers = PeersExecutor(self.ranks, compute_of[Way.PEERS], first_W1[self.ranks.rank])
         spec = self.whole[layer_idx]
 
-        def plan(counts: RankedCounts) -> BatchPlan:
+        def plan(counts: RankedCounts, factors: WayFactors) -> BatchPlan:
             cost = self._cost_of.get(spec)
             if cost is None:  # before anything was measured
                 return BatchPlan(self.ways[0], 1, math.nan, math.nan, math.nan)
-            return plan_batch(counts, cost, self.ways)
+            return plan_batch(counts, cost, self.ways, factors)
 
         return RankedExecutor(self.ranks, layer_idx, first_W1, plan, sharded, peers)
 

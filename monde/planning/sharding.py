@@ -92,6 +92,14 @@ class BatchPlan:
     rho: float
 
 
+@dataclass(frozen=True)
+class WayFactors:
+    """Measured over predicted seconds of recent steps, by way; 1 where nothing is known."""
+
+    sharded: float = 1.0
+    peers: float = 1.0
+
+
 def cut_ffn(d_ffn: int, share_W: Sequence[float]) -> tuple[int, ...]:
     """Rank w holds rows [w] to [w + 1] of F: as close to its share as whole panels allow, at least one row.
 
@@ -117,18 +125,24 @@ def assign_experts(num_experts: int, num_ranks: int) -> tuple[int, ...]:
     return tuple(num_experts * w // num_ranks for w in range(num_ranks + 1))
 
 
-def plan_batch(counts: RankedCounts, cost: RankedCost, ways: Sequence[Way] = tuple(Way)) -> BatchPlan:
+def plan_batch(
+    counts: RankedCounts,
+    cost: RankedCost,
+    ways: Sequence[Way] = tuple(Way),
+    factors: WayFactors = WayFactors(),
+) -> BatchPlan:
     """The way and the number of chunks with the fewest predicted seconds, of the ways that the ranks can go.
 
-    Whole experts, where they can be had, are left for a gain above MARGIN only.
+    Whole experts, where they can be had, are left for a gain above MARGIN only. factors scale what `cost` predicts.
     """
     pairs_E = np.asarray(counts.pairs_E, np.int64)
     chunked_s = _sharded_s(counts, cost, pairs_E)
     num_chunks = min(chunked_s, key=lambda c: chunked_s[c])
-    there_s = _peers_s(counts, cost, pairs_E)
-    peers = Way.SHARDED not in ways or (Way.PEERS in ways and (1 - MARGIN) * there_s <= chunked_s[num_chunks])
+    sharded_s = chunked_s[num_chunks] * factors.sharded
+    there_s = _peers_s(counts, cost, pairs_E) * factors.peers
+    peers = Way.SHARDED not in ways or (Way.PEERS in ways and (1 - MARGIN) * there_s <= sharded_s)
     way = Way.PEERS if peers else Way.SHARDED
-    return BatchPlan(way, num_chunks, chunked_s[num_chunks], there_s, _imbalance(_by_rank(pairs_E, cost)))
+    return BatchPlan(way, num_chunks, sharded_s, there_s, _imbalance(_by_rank(pairs_E, cost)))
 
 
 def sharded_s(counts: RankedCounts, cost: RankedCost, num_chunks: int) -> float:
