@@ -18,14 +18,15 @@ from monde.executors.ranks import RankError, RankGroup
 from monde.executors.rows import gather_rows
 from monde.planning.sharding import ROUTING_WORDS, RankedCounts
 
-FIELDS = ("layer", "tokens", "top-k", "model dim", "element type", "last step", "digest", "digest")
+FIELDS = ("layer", "tokens", "top-k", "model dim", "element type", "call", "last step", "digest", "digest")
 _SAME = {
     "layer": 0,
     "top-k": 2,
     "model dim": 3,
     "element type": 4,
+    "call of the model": 5,
 }  # what ranks must agree on, and where it is
-_TOKENS, _LAST_US, _DIGEST = 1, 5, [6, 7]
+_TOKENS, _LAST_US, _DIGEST = 1, 6, [7, 8]
 # From here on ranks with one and the same batch divide its tokens; fewer are bound by reading weights, and one more
 # exchange would take longer than computing them on every rank.
 DIVIDED_TOKENS = 32
@@ -64,6 +65,11 @@ def unpack_routing(words_TM: Tensor) -> tuple[Tensor, Tensor]:
     return words_TM[:, :num_topk].long(), words_TM[:, num_topk:].contiguous().view(torch.float32)
 
 
+def header_words(num_ranks: int, num_experts: int) -> int:
+    """H of a layer."""
+    return len(FIELDS) + num_ranks + num_experts + ROUTING_WORDS
+
+
 def exchange_batch(
     ranks: RankGroup,
     layer_idx: int,
@@ -89,14 +95,15 @@ def exchange_batch(
     counted = torch.cat((_digest(x_TD, words_TM), counted)).cpu()
 
     num_counts = len(FIELDS) + ranks.size + num_experts
-    header_H = torch.zeros(num_counts + ROUTING_WORDS, dtype=torch.int32)
-    fields = (layer_idx, len(x_TD), ids_TK.shape[1], x_TD.shape[1], _DTYPES.index(x_TD.dtype), last_us)
+    header_H = torch.zeros(header_words(ranks.size, num_experts), dtype=torch.int32)
+    kind = (layer_idx, len(x_TD), ids_TK.shape[1], x_TD.shape[1], _DTYPES.index(x_TD.dtype))
+    fields = (*kind, ranks.num_calls % 2**31, last_us)
     header_H[: len(fields)] = torch.tensor(fields)
     header_H[len(fields) : num_counts] = counted
     if words_TM.numel() <= ROUTING_WORDS:
         header_H[num_counts : num_counts + words_TM.numel()] = words_TM.flatten()
     header_WH = ranks.exchange(header_H)
-    _check(header_WH[:, : len(FIELDS)])
+    _check(ranks, header_WH[:, : len(FIELDS)])
 
     here = RoutedBatch(x_TD, ids_TK, weights_TK)
     slowest_us = int(header_WH[:, _LAST_US].max())
@@ -152,10 +159,11 @@ def _digest(x_TD: Tensor, words_TM: Tensor) -> Tensor:
     return (rows_T * (place_T | 1)).sum().view(1).view(torch.int32)
 
 
-def _check(fields_WF: Tensor) -> None:
+def _check(ranks: RankGroup, fields_WF: Tensor) -> None:
     for name, column in _SAME.items():
         values = fields_WF[:, column].tolist()
         if len(set(values)) > 1:
+            ranks.look()  # a rank that failed in its call may have gone on to the next
             raise RankError(
                 f"mesh: the ranks are in different calls, {name} by rank: {values}; every rank must call the same "
                 "model equally often (generate does; a rank that has nothing to ask feeds one token)"
