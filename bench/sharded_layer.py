@@ -43,7 +43,7 @@ from monde.weights.parts import FfnSlice, Part, SomeExperts
 from monde.weights.staging import Staging
 
 DEADLINE_S = 600.0
-ROUND_BUDGET_S, MIN_ROUNDS, MAX_ROUNDS = 3.0, 9, 60
+ROUND_BUDGET_S, MIN_ROUNDS, MAX_ROUNDS = 2.0, 9, 60
 PADDED_ROUNDS = 2
 MAX_PADDED_ROWS = 13_000  # of a rank, 120 GFLOP: more would take minutes on a core
 # Sums of D and of F products, rounded in another order: errors grow with the root of their number; eight deviations.

@@ -136,7 +136,7 @@ def plan_batch(
     Whole experts, where they can be had, are left for a gain above MARGIN only. factors scale what `cost` predicts.
     """
     pairs_E = np.asarray(counts.pairs_E, np.int64)
-    chunked_s = _sharded_s(counts, cost, pairs_E)
+    chunked_s = _sharded_s(counts, cost, pairs_E, NUM_CHUNKS)
     num_chunks = min(chunked_s, key=lambda c: chunked_s[c])
     sharded_s = chunked_s[num_chunks] * factors.sharded
     there_s = _peers_s(counts, cost, pairs_E) * factors.peers
@@ -147,11 +147,13 @@ def plan_batch(
 
 def sharded_s(counts: RankedCounts, cost: RankedCost, num_chunks: int) -> float:
     """Predicted seconds of a layer cut along F."""
-    return _sharded_s(counts, cost, np.asarray(counts.pairs_E, np.int64))[num_chunks]
+    return _sharded_s(counts, cost, np.asarray(counts.pairs_E, np.int64), (num_chunks,))[num_chunks]
 
 
-def _sharded_s(counts: RankedCounts, cost: RankedCost, pairs_E: NDArray[np.int64]) -> dict[int, float]:
-    """By number of chunks."""
+def _sharded_s(
+    counts: RankedCounts, cost: RankedCost, pairs_E: NDArray[np.int64], num_chunks: Sequence[int]
+) -> dict[int, float]:
+    """By number of chunks; those whose compute alone takes longer than an earlier one's whole layer are left out."""
     # What comes in is everybody else's rows; what goes out, its own to everybody else. Sums go the other way.
     total, W = sum(counts.num_tokens_W), len(counts.num_tokens_W)
     busiest = max(total - min(counts.num_tokens_W), max(counts.num_tokens_W) * (W - 1))
@@ -162,13 +164,15 @@ def _sharded_s(counts: RankedCounts, cost: RankedCost, pairs_E: NDArray[np.int64
     most = max(NUM_CHUNKS)
     experts_P = np.bincount(np.minimum(pairs_E, most), minlength=most + 1).tolist()
     num_pairs = int(pairs_E.sum())
-    seconds = {}
-    for C in NUM_CHUNKS:
+    seconds: dict[int, float] = {}
+    for C in num_chunks:
         reads = sum(min(p, C) * num for p, num in enumerate(experts_P)) / C
         x = max(cost.share_W) * (cost.expert.alpha_s * reads + cost.expert.s_per_unit * num_pairs / C)
         chunk_values = busiest * cost.d_model / C
         g = 0.0 if counts.is_everywhere else _s(cost.gather, chunk_values * cost.act_bytes_per_value)
         s = _s(cost.sum, chunk_values * _FP32_BYTES)
+        if seconds and routing_s + g + C * x + s >= min(seconds.values()):
+            continue
         seconds[C] = routing_s + pipeline_s(g, x, s, C, cost.computing)
     return seconds
 

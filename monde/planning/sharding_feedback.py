@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from monde.planning.sharding import BatchPlan, Way, WayFactors
 
-_NUM_KEPT = 3  # the median of as many: one late step changes nothing
+_NUM_KEPT = 9  # the median of as many: a late step changes nothing, and noise does not go from way to way
 _MOST = 4.0  # a step takes longer than that only because of something that has nothing to do with its way
 
 
