@@ -149,7 +149,9 @@ class ExpertBank:
         self._check_open("place")
         self._check_id(expert_id, "place")
         if self._places is None:
-            raise ValueError("[place] this bank has places of its own; build it with ExpertBank(places=HostPlaces(...))")
+            raise ValueError(
+                "[place] this bank has places of its own; build it with ExpertBank(places=HostPlaces(...))"
+            )
         if not NOWHERE <= place < self._places.num_places:
             raise ValueError(f"[place] place: expected -1..{self._places.num_places - 1}, got {place}")
         backend: Any = self._backend

@@ -27,7 +27,9 @@ class HostPlaces:
         try:
             from hostcompute import _native
         except ImportError as error:
-            raise RuntimeError(f"HostPlaces: needs the native backend ({error}); build it: `pip install .`") from error
+            raise RuntimeError(
+                f"HostPlaces: needs the native backend ({error}); build it: `pip install .`"
+            ) from error
         self.blob_bytes, self.num_places = layout.blob_bytes, num_places
         self.arena: Any = _native.Arena(num_bytes)
 

@@ -23,7 +23,9 @@ class BackendChoice:
     name: str
     isa: str
     why: str
-    build: Callable[[ExpertSpec, Any, HostPlaces | None], Backend]  # spec, pool, places: native alone uses those
+    build: Callable[
+        [ExpertSpec, Any, HostPlaces | None], Backend
+    ]  # spec, pool, places: native alone uses those
 
 
 def choose(name: str = "auto", isa: str | None = None) -> BackendChoice:
@@ -86,6 +88,4 @@ def _numba(why: str) -> BackendChoice:
 
 
 def _reference(why: str) -> BackendChoice:
-    return BackendChoice(
-        "reference", "numpy-float64", why, lambda spec, pool, places: ReferenceBackend(spec)
-    )
+    return BackendChoice("reference", "numpy-float64", why, lambda spec, pool, places: ReferenceBackend(spec))

@@ -140,7 +140,7 @@ class PrefillExecutor:
         fetched = fetched[np.argsort(-tokens_E[fetched], kind="stable")]
         cut = [] if split.cut_expert is None else [split.cut_expert]
         # ---- start ----
-        sends = self._loads(fetched.tolist())
+        sends = self._loads(fetched.tolist(), blobs)
         sends += [[piece] for e in cut for piece in pieces_of(e, split.cut_rows, self.size.piece_rows)]
         leaving, arriving = deque(sends), deque[Shipment]()
 
@@ -215,13 +215,15 @@ class PrefillExecutor:
             counts_E.copy_(counts_E1[:-1], non_blocking=True)
         return ids_TK, counts_E, hub.lanes.mark()
 
-    def _loads(self, experts: Sequence[int]) -> list[list[Piece]]:
+    def _loads(self, experts: Sequence[int], blobs: HostBlobs | None) -> list[list[Piece]]:
         """Pieces by staging buffer. Neighbours in host memory travel in one copy: each buffer in their order."""
+        if blobs is None:
+            return []
         if not self.is_whole:
             return [[p] for e in experts for p in pieces_of(e, self.spec.d_ffn, self.size.piece_rows)]
         step = self.size.num_staged
         return [
-            [Piece(e, 0, self.spec.d_ffn) for e in sorted(experts[i : i + step])]
+            [Piece(e, 0, self.spec.d_ffn) for e in sorted(experts[i : i + step], key=blobs.place_of)]
             for i in range(0, len(experts), step)
         ]
 

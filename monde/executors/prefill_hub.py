@@ -129,7 +129,7 @@ class PrefillHub:
             share_E * num_pairs, resident_E, num_tokens, self.cost(layer.shape), NUM_BUFFERS * step
         )
         loads = [
-            [Piece(e, 0, layer.spec.d_ffn) for e in sorted(experts[i : i + step])]
+            [Piece(e, 0, layer.spec.d_ffn) for e in sorted(experts[i : i + step], key=blobs.place_of)]
             for i in range(0, len(experts), step)
         ]
         return Ahead(layer, blobs, loads)
@@ -162,7 +162,7 @@ class PrefillHub:
         return []
 
     def forget(self) -> None:
-        """Weights change: what was fetched ahead is old."""
+        """Weights change, or their places: what was fetched ahead is old, or not what was meant."""
         for shipment in self._ahead[1]:
             self.ring.release(shipment)
         self._ahead = (-1, [])

@@ -33,7 +33,7 @@ def test_an_expert_computes_the_same_wherever_it_lies() -> None:
     assert list(bank.place_of_expert_E) == [3, 2, 1, NOWHERE]
     exported = bank.export(1)
     bank.place(1, NOWHERE)
-    with pytest.raises(KeyError, match="1.*never loaded"):
+    with pytest.raises(KeyError, match=r"1.*never loaded"):
         bank.export(1)
     bank.place(1, 2, is_filled=True)  # its bytes are there still
     assert np.array_equal(bank.export(1).up.numpy(), exported.up.numpy())
@@ -66,7 +66,7 @@ def test_what_cannot_be_is_refused() -> None:
         ExpertBank(SPEC, "reference", places=HostPlaces(layout, 2))
     with pytest.raises(ValueError, match=f"expected {layout.blob_bytes} bytes each, got"):
         ExpertBank(SPEC, "native", places=HostPlaces(make_layout(ExpertSpec(4, 240, 400)), 2))
-    with pytest.raises(ValueError, match="HostPlaces: .* this machine has"):
+    with pytest.raises(ValueError, match=r"HostPlaces: .* this machine has"):
         HostPlaces(make_layout(ExpertSpec(1, 65536, 65536)), 1000)
     bank.close()
     with pytest.raises(RuntimeError, match="closed"):
