@@ -5,7 +5,6 @@ W ranks, T tokens a rank, E experts, C rows of an expert and rank (padded), D mo
 
 from __future__ import annotations
 
-import math
 import random
 import statistics
 import time
@@ -21,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from bench.moeshard import D_FFN, D_MODEL, Router, capacity, capacity_factor
 from bench.padded_ep import PaddedExperts
+from bench.rounds import paired
 from bench.sharded_simulated import imbalance
 from hostcompute import Activation, ActivationKind, DType, ExpertBank, ExpertSpec, make_pool
 from monde.core import RoutedBatch
@@ -65,17 +65,6 @@ class CountedCompute:
         assert counts is not None
         self.work += counts.num_pairs * self.part.spec.d_ffn
         return y_TD
-
-
-def paired(samples_s: list[float], beside_s: list[float]) -> dict[str, float]:
-    """Of the ratios within rounds: the median, and from where to where it lies with 95% confidence (a sign test)."""
-    ratios = sorted(a / b for a, b in zip(samples_s, beside_s, strict=True))
-    n, outside, below = len(ratios), 0.0, 0
-    while below < (n - 1) // 2 and outside + math.comb(n, below) / 2**n <= 0.025:
-        outside += math.comb(n, below) / 2**n
-        below += 1
-    first = max(0, below - 1)
-    return {"median": statistics.median(ratios), "low": ratios[first], "high": ratios[n - 1 - first]}
 
 
 def expert_arrays(num_experts: int) -> Iterator[dict[str, Tensor]]:

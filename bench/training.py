@@ -21,7 +21,8 @@ from typing import Any
 from bench import artefact
 from bench.emulated_nodes import BURST, CWND, QUEUE, WINDOW, TwoNodes, why_not
 from bench.training_layers import study
-from bench.training_rank import ROUNDS, SCHEDULED, SHAPE, TRIAL_ROUNDS
+from bench.training_rank import ROUNDS, SCHEDULED, SHAPE
+from monde.training.auto import CONFIRM_ROUNDS, TRIAL_ROUNDS
 
 LINKS_MBIT = (0.0, 200.0, 400.0, 1000.0)  # 0: as fast as the kernel is
 
@@ -45,8 +46,10 @@ def describe(mbit: str, found: dict[str, Any]) -> None:
     for where, layer in found["layers"].items():
         chunks = layer["degrees"][SCHEDULED]
         errors = ", ".join(f"{p['predicted_s'] / p['measured_s'] - 1:+.0%}" for p in layer["predictions"])
+        gain = found["gain"][where]
         print(
-            f"  {where}: chunks {chunks['forward']}/{chunks['backward']}, simulator off by {errors}",
+            f"  {where}: chunks {chunks['forward']}/{chunks['backward']}, gain within rounds {gain['median']:.2f} "
+            f"({gain['low']:.2f} to {gain['high']:.2f}), simulator off by {errors}",
             flush=True,
         )
 
@@ -77,6 +80,7 @@ def main() -> None:
     configuration = SHAPE | {
         "rounds": ROUNDS,
         "trial_rounds": TRIAL_ROUNDS,
+        "confirm_rounds": CONFIRM_ROUNDS,
         "nodes": 2,
         "ranks_per_node": arguments.per_node,
         "tcp_window": WINDOW,

@@ -23,18 +23,19 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from bench.emulated_nodes import shape_link
+from bench.rounds import paired
 from bench.training_peers import CAPACITIES, deepspeed_layers, deepspeed_loss, dropped_share
 from hostcompute import DType, ExpertSpec
 from monde.planning.pipeline import Degrees, layer_timeline
 from monde.planning.training_profile import BACKWARD, FORWARD, DegreePlanner, Observation
 from monde.routing.gates import make_gate
-from monde.training.auto import agreed
+from monde.training.auto import CONFIRM_ROUNDS, TRIAL_ROUNDS, agreed
 from monde.training.fabric import Fabric
 from monde.training.layer import MoELayer
 from monde.training.profiling import profile_layer
 
 SHAPE = {"num_experts": 8, "d_model": 256, "d_ffn": 1024, "tokens": 2048, "top_k": 2}  # tokens of a node
-ROUNDS, TRIAL_ROUNDS = 7, 2
+ROUNDS = 15
 TIMEOUT = timedelta(seconds=120)
 UNSCHEDULED, SCHEDULED = "unscheduled", "scheduled"
 # Where experts lie: a mesh (node, local), or one dim, as DeepSpeed has them.
@@ -89,6 +90,11 @@ class Ours:
             self.tried += self.step(degrees)[1]
         self.planner.settle(self.rows, self.tried)
         self.planner.correct(self.tried)
+        confirming = self.planner.to_confirm(self.rows, CONFIRM_ROUNDS)
+        if confirming:
+            both = [one for degrees in confirming for one in self.step(degrees)[1]]
+            self.planner.confirm(self.rows, both)
+            self.tried += both
         self.ways = {UNSCHEDULED: Degrees(), SCHEDULED: self.planner(self.rows)}
         self.seen: dict[str, list[Observation]] = {name: [] for name in self.ways}
 
@@ -162,6 +168,10 @@ def measured(fabrics: dict[str, Fabric], num_tokens: int, peers: bool) -> dict[s
             samples[name].append(steps[name]())
     return {
         "step_s": samples,
+        "gain": {
+            where: paired(samples[f"{UNSCHEDULED}, {where}"], samples[f"{SCHEDULED}, {where}"])
+            for where in ours
+        },
         "dropped_share": dropped,
         "layers": {where: one.found() for where, one in ours.items()},
     }

@@ -12,7 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from bench.moeshard import EXPERTS, MEASURED, PAPER, PUBLISHED_CODE, capacity, capacity_factor
 from bench.padded_ep import PaddedExperts
-from bench.sharded_layer import MIN_ROUNDS, paired
+from bench.rounds import paired
+from bench.sharded_layer import MIN_ROUNDS
 from bench.sharded_ranks import measure
 from bench.sharded_simulated import EXPERT_FLOPS, NUM_RANKS, ROW_BYTES, Gpu, Layer, dense_s, encoder_s
 from bench.sharded_study import BATCHES, SKEWS, against_measured, case

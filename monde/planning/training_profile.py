@@ -174,6 +174,33 @@ class DegreePlanner:
         self._known[_rounded(busiest_rows)] = Degrees(best[FORWARD], best[BACKWARD])
         return self(busiest_rows)
 
+    def to_confirm(self, busiest_rows: int, num_rounds: int) -> list[Degrees]:
+        """Steps without chunks and as settled, in turn; none where nothing was settled that needs it.
+
+        The best of several that were tried twice is as likely lucky as good, so that what is no gain would be kept.
+        """
+        settled = self(busiest_rows)
+        return [] if settled == Degrees() else [Degrees(), settled] * num_rounds
+
+    def confirm(self, busiest_rows: int, observations: Sequence[Observation]) -> Degrees:
+        """observations: of `to_confirm`. Each way keeps its chunks if the median over pairs of steps gains `slack`, and
+        three pairs of four gain anything.
+        """
+        settled, kept = self(busiest_rows), {}
+        for way, degree in ((FORWARD, settled.forward), (BACKWARD, settled.backward)):
+            mine = [seen for seen in observations if seen.direction == way]
+            without = [seen.total_s for seen in mine if seen.degree == 1]
+            ratios = [
+                a.total_s / b for a, b in zip((o for o in mine if o.degree == degree), without, strict=False)
+            ]
+            gains = sum(ratio < 1 for ratio in ratios)
+            good = (
+                bool(ratios) and statistics.median(ratios) <= 1 - self.slack and gains >= 0.75 * len(ratios)
+            )
+            kept[way] = degree if good else 1
+        self._known[_rounded(busiest_rows)] = Degrees(kept[FORWARD], kept[BACKWARD])
+        return self(busiest_rows)
+
     def correct(self, observations: Sequence[Observation]) -> None:
         """Scale the profile to what was observed, keeping degrees that were settled."""
         self.profile = refitted(self.profile, drift(self.profile, observations))

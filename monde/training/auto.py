@@ -19,14 +19,15 @@ from monde.training.profiling import profile_layer
 
 LOOK_EVERY = 50  # steps; a look costs the stamps of one step and one small all-reduce
 TRIAL_ROUNDS = 2
+CONFIRM_ROUNDS = 4
 _HEADROOM = 1.25  # rows beyond those of the first step that are profiled
 
 
 class AutoSchedule:
     """Degrees and gradient slices of the layers that `reducer` knows. before_step and after_step are collective.
 
-    The first step is profiled, the next dozen try degrees, then the best of them run until costs drift: every
-    LOOK_EVERY steps one is compared with what was predicted, and if that is far off all begins again.
+    The first step is profiled, the next dozen try degrees, up to eight more try the best of them against none in turn;
+    what is left runs until costs drift: every LOOK_EVERY steps one is compared with what was predicted, and if that is far off all begins again.
     planners: by shape of experts, from the first step on. gradient_plan: the newest. report: told in a line whenever
     something was planned.
     """
@@ -39,6 +40,8 @@ class AutoSchedule:
         self.gradient_plan: GradientPlan | None = None
         self._trials: list[Degrees] = []
         self._tried: list[Observation] = []
+        self._confirms = False
+        self._busiest_rows = 0  # that trials are of
 
     def before_step(self, step_idx: int) -> None:
         """step_idx counts from where this process began."""
@@ -57,7 +60,7 @@ class AutoSchedule:
         elif self._trials:
             self._trials.pop(0)
             self._tried += seen
-            if not self._trials:
+            if not self._trials and not self._starts_to_confirm():
                 self._settle(seen)
         elif self._look(seen):
             self._start_trials()
@@ -66,18 +69,26 @@ class AutoSchedule:
         """Of the layers' common degrees: layers of several shapes are not told apart in observations."""
         first = self.reducer.layers[0]
         assert first.load is not None
-        self._trials = self.planners[first.weights.spec].trials(first.load.busiest_rows) * TRIAL_ROUNDS
-        self._tried = []
+        self._busiest_rows = first.load.busiest_rows
+        self._trials = self.planners[first.weights.spec].trials(self._busiest_rows) * TRIAL_ROUNDS
+        self._tried, self._confirms = [], False
+
+    def _starts_to_confirm(self) -> bool:
+        """After the trials: whether there are chunks to be tried against none, which are the next trials then."""
+        if self._confirms or len(self.planners) > 1:
+            return False
+        planner = next(iter(self.planners.values()))
+        planner.settle(self._busiest_rows, self._tried)
+        planner.correct(self._tried)
+        self._trials = planner.to_confirm(self._busiest_rows, CONFIRM_ROUNDS)
+        self._tried, self._confirms = [], True
+        return bool(self._trials)
 
     def _settle(self, newest: list[Observation]) -> None:
         for layer in self.reducer.layers:
-            planner = self.planners[layer.weights.spec]
-            assert layer.load is not None
-            if len(self.planners) == 1:
-                planner.settle(layer.load.busiest_rows, self._tried)
-            layer.schedule = planner
-        if len(self.planners) == 1:
-            next(iter(self.planners.values())).correct(self._tried)
+            layer.schedule = self.planners[layer.weights.spec]
+        if self._confirms and self._tried:
+            next(iter(self.planners.values())).confirm(self._busiest_rows, self._tried)
         self._plan_gradients(newest)
 
     def _profile(self) -> None:

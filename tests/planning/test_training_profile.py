@@ -121,6 +121,27 @@ def test_what_was_measured_beats_the_model() -> None:
     assert Degrees(8, 8) in planner.trials(4096)
 
 
+def test_chunks_are_kept_where_most_pairs_of_steps_gain() -> None:
+    """Forward gains a fifth in all pairs. Backward gains 6% in the median and nothing in half of them: luck."""
+    planner = DegreePlanner(PROFILE)
+    planner.settle(
+        4096,
+        [Observation(way, d, 4096, {}, 1.0 / d) for way in (FORWARD, BACKWARD) for d in (1, 2)],
+    )
+    assert planner.to_confirm(4096, 4) == [Degrees(), Degrees(2, 2)] * 4
+    both = []
+    for backward_s in (0.85, 0.86, 1.02, 1.05):
+        both += [Observation(way, 1, 4096, {}, 1.0) for way in (FORWARD, BACKWARD)]
+        both += [
+            Observation(FORWARD, 2, 4096, {}, 0.8),
+            Observation(BACKWARD, 2, 4096, {}, backward_s),
+        ]
+    assert planner.confirm(4096, both) == planner(4096) == Degrees(2, 1)
+    assert planner.confirm(4096, both) == Degrees(2, 1)
+    planner.settle(4096, [Observation(way, 1, 4096, {}, 1.0) for way in (FORWARD, BACKWARD)])
+    assert planner.to_confirm(4096, 4) == []
+
+
 def test_refit_touches_what_drifted() -> None:
     after = refitted(PROFILE, {"intra": 2.0})
     assert after == replace(PROFILE, intra=AlphaBeta(2e-4, 1e-9))
