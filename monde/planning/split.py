@@ -9,6 +9,13 @@ does not care which; the host is helped most by losing its slowest. Hence an opt
 experts sorted by host seconds, and a cut expert is the next one: scanning prefixes and cuts is exact over all
 assignments as long as the GPU's arithmetic is not what bounds the step, and exact over prefixes when it is.
 
+Exact over all assignments then, too, would be PARTITION (two equal lanes, one sum to halve), so it is bounded instead.
+Let no later expert of the order take longer on the GPU, nor gain more host seconds per GPU second. Of any assignment
+without a cut take the longest prefix with no more GPU seconds: its experts are the longest, so they are no more and
+copy no more; they gain the most per GPU second, so what the host lacks is less than one expert. `overlapped` grows no
+faster than its parts: the best prefix is within one expert's host seconds of the best assignment, within two of one
+that cuts. Otherwise nothing is promised.
+
 E experts, F expert hidden dim, t_E tokens of each expert.
 """
 
