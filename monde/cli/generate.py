@@ -11,6 +11,7 @@ import typer
 from monde.cli.options import (
     BackendName,
     BackendOption,
+    DeferredOption,
     DeviceOption,
     DTypeName,
     DTypeOption,
@@ -51,6 +52,7 @@ def generate(
     backend: BackendOption = BackendName.AUTO,
     threads: ThreadsOption = None,
     parallel: ParallelOption = ParallelName.SHARDED,
+    deferred_experts: DeferredOption = 0,
 ) -> None:
     """Continue PROMPT, word by word on standard output.
 
@@ -96,6 +98,7 @@ def generate(
             max_context=num_tokens + max_new_tokens,
             mesh=mesh,
             parallel=parallel,
+            deferred_experts=deferred_experts,
         )
         loaded: Any = options.load_with_monde()
         set_seed(seed)  # the same on all ranks, which go on with the same token

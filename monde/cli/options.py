@@ -75,6 +75,15 @@ ResidencyOption = Annotated[
 HeatOption = Annotated[
     Path | None, typer.Option(help="A heat file: who is resident at first.", show_default="first experts")
 ]
+DeferredOption = Annotated[
+    int,
+    typer.Option(
+        "--deferred-experts",
+        min=0,
+        metavar="N",
+        help="Add the N lightest experts of a token one layer later in decode; changes the answer.",
+    ),
+]
 ParallelOption = Annotated[
     ParallelName,
     typer.Option(
@@ -100,6 +109,7 @@ class LoadOptions:
     heat_file: Path | None = None
     mesh: Any = None  # ranks that hold the experts together
     parallel: ParallelName = ParallelName.SHARDED
+    deferred_experts: int = 0
 
     def torch_dtype(self) -> Any:
         """What from_pretrained takes as `dtype`."""
@@ -129,6 +139,7 @@ class LoadOptions:
             heat_file=self.heat_file,
             mesh=self.mesh,
             parallel=self.parallel.value,
+            deferred_experts=self.deferred_experts,
             dtype=self.torch_dtype(),
         )
 
