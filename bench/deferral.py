@@ -7,7 +7,8 @@ step with the text's own token. Every number of deferred experts is compared wit
 positions whose likeliest token stays the same, and the divergence KL(none || deferred). Next to it the same pairs are
 left out altogether, which is what deferral must beat. fp32, so that nothing else differs.
 
-The gain is a bound by arithmetic from a recorded run of bench.decode, not a measurement.
+The gain is a bound by arithmetic from a recorded run of bench.decode, not a measurement. The artefact grows text by
+text; the same command goes on where it was interrupted.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from monde.models.sizing import topk_of
 ROOT = Path(__file__).parents[1]
 MODEL, TEXT = ROOT / "assets" / "moe-3m", ROOT / "monde" / "cli" / "text" / "literature.txt"
 DECODE_RUN = artefact.RESULTS / "decode_16gib_gpu_machine.json"
-NUM_TOKENS, NUM_PROMPT, NUM_WINDOWS = 512, 32, 16
+NUM_TOKENS, NUM_PROMPT, NUM_WINDOWS = 512, 32, 8
 
 
 @dataclass(frozen=True)
@@ -183,32 +184,25 @@ def table(qualities: list[Quality]) -> str:
     return "\n".join(lines)
 
 
+def earlier(out: Path, configuration: dict[str, Any]) -> list[Quality]:
+    """What the same command at the same commit has written already."""
+    if not out.exists():
+        return []
+    record = json.loads(out.read_text())
+    if (record["configuration"], record["commit"]) != (configuration, artefact.commit()):
+        return []
+    kept = [{k: v for k, v in q.items() if k != "perplexity"} for q in record["results"]["quality"]]
+    return [Quality(**q | {"way": Way(**q["way"])}) for q in kept]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("models", nargs="*", type=Path, default=[MODEL])
     parser.add_argument("--texts", nargs="+", type=Path, default=[TEXT])
-    parser.add_argument("--out", type=Path, help="where to write the artefact")
+    parser.add_argument("--out", type=Path, default=artefact.RESULTS / "deferral-quality.json")
     args = parser.parse_args()
-    qualities: list[Quality] = []
-    for folder in args.models:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        num_topk = topk_of(AutoConfig.from_pretrained(folder))
-        assert num_topk is not None
-        ways = [Way("deferred", 0)]
-        ways += [Way(name, n) for n in range(1, num_topk) for name in ("deferred", "left out")]
-        models = {way: load(folder, way) for way in ways}
-        for text in args.texts:
-            ids_WT = windows(tokenizer(text.read_text(), verbose=False).input_ids)
-            qualities += judge(models, folder.name, text.name, ids_WT)
-            print(table([q for q in qualities if (q.model, q.text) == (folder.name, text.name)]), flush=True)
-    print(table(qualities))
-    bound = gains(json.loads(DECODE_RUN.read_text()))
-    for gain in bound:
-        print(
-            f"{gain['skew']}, {gain['num_experts']} deferred: at most {gain['recorded_s'] / gain['least_s']:.2f}x"
-        )
     configuration = {
         "models": [folder.name for folder in args.models],
         "texts": [text.name for text in args.texts],
@@ -218,8 +212,28 @@ def main() -> None:
         "dtype": "float32",
         "gains_from": DECODE_RUN.name,
     }
-    quality = [asdict(q) | {"perplexity": q.perplexity} for q in qualities]
-    artefact.write("deferral", configuration, {"quality": quality, "gain": bound}, args.out)
+    qualities = earlier(args.out, configuration)
+    bound = gains(json.loads(DECODE_RUN.read_text()))
+    for folder in args.models:
+        texts = [t for t in args.texts if (folder.name, t.name) not in {(q.model, q.text) for q in qualities}]
+        if not texts:
+            continue
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        num_topk = topk_of(AutoConfig.from_pretrained(folder))
+        assert num_topk is not None
+        ways = [Way("deferred", 0)]
+        ways += [Way(name, n) for n in range(1, num_topk) for name in ("deferred", "left out")]
+        models = {way: load(folder, way) for way in ways}
+        for text in texts:
+            ids_WT = windows(tokenizer(text.read_text(), verbose=False).input_ids)
+            qualities += judge(models, folder.name, text.name, ids_WT)
+            quality = [asdict(q) | {"perplexity": q.perplexity} for q in qualities]
+            artefact.write("deferral", configuration, {"quality": quality, "gain": bound}, args.out)
+    print(table(qualities))
+    for gain in bound:
+        print(
+            f"{gain['skew']}, {gain['num_experts']} deferred: at most {gain['recorded_s'] / gain['least_s']:.2f}x"
+        )
 
 
 if __name__ == "__main__":

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import monde
-from bench import deferral
-from bench.deferral import Step, Way, judge, windows
+from bench import artefact, deferral
+from bench.deferral import Quality, Step, Way, earlier, judge, windows
 from tests.monde import tiny
 
 
@@ -43,6 +45,15 @@ def test_without_deferral_it_is_the_model_itself(monkeypatch: pytest.MonkeyPatch
         assert other.same_greedy < 1
         assert other.kl > 1e-4
     assert deferred.nll_W != without.nll_W
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
+    out, configuration = tmp_path / "one.json", {"texts": ["a", "b"]}
+    one = Quality("model", "a", Way("left out", 1), [1.5, 2.0], 0.9, 0.1)
+    assert earlier(out, configuration) == []
+    artefact.write("deferral", configuration, {"quality": [asdict(one) | {"perplexity": 5.0}]}, out)
+    assert earlier(out, configuration) == [one]
+    assert earlier(out, {"texts": ["a"]}) == []
 
 
 @pytest.mark.parametrize("share", [0.125, 0.25, 0.5, 0.875])
