@@ -63,6 +63,9 @@ class MondeConfig(QuantizationConfigMixin):
         holds both and chooses per batch by measured costs, at twice the memory for experts.
     mesh_shares: how much of every expert each rank holds, where devices are unequal; by default equally much.
     mesh_timeout_s: how long a rank waits for the others before it gives up with an error.
+    deferred_experts: of a token's experts in a decode step, how many of smallest routing weight are added one MoE layer
+        later, where the host can compute them during attention. Changes the answer: docs/deferral.md has by how much.
+        0, the default, is exact.
     max_context, max_batch: the longest sequence and largest batch that gpu_memory must leave room for.
 
     Errors: ValueError with the remedy for sizes that cannot be read, are negative or exceed the machine.
@@ -86,6 +89,7 @@ class MondeConfig(QuantizationConfigMixin):
         parallel: str = "sharded",
         mesh_shares: Sequence[float] | None = None,
         mesh_timeout_s: float = 300.0,
+        deferred_experts: int = 0,
         quant_method: str = QUANT_METHOD,
     ) -> None:
         self.quant_method = quant_method  # type: ignore[assignment]
@@ -124,6 +128,15 @@ class MondeConfig(QuantizationConfigMixin):
             raise ValueError(
                 f'heat_file: ranks with parallel="{parallel}" hold other experts than it names; leave it'
             )
+        if type(deferred_experts) is not int or deferred_experts < 0:
+            raise ValueError(
+                f"deferred_experts: expected a whole number from 0 up, below the experts per token, got {deferred_experts!r}"
+            )
+        if deferred_experts and mesh is not None:
+            raise ValueError(
+                "deferred_experts: experts over ranks are never deferred; leave it 0, or mesh out"
+            )
+        self.deferred_experts = deferred_experts
         self.max_context = _positive("max_context", max_context)
         self.max_batch = _positive("max_batch", max_batch)
         self.nllb_upstream_routing = nllb_upstream_routing

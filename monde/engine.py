@@ -18,13 +18,14 @@ from hostcompute.topology import ALL_CORES
 from monde.config import MOVING, MondeConfig
 from monde.core import Counters, LoadReport, Placement
 from monde.executors.decode import MAX_DECODE_TOPK, DecodeExecutor, DecodeHub, why_not_decode
+from monde.executors.deferral import DeferredSteps
 from monde.executors.host import HostExecutor, HostTotals, host_pool
 from monde.executors.prefill import PrefillExecutor
 from monde.executors.prefill_hub import PrefillHub
 from monde.executors.prefill_size import PrefillSize
 from monde.executors.ranked_model import RankedModel
 from monde.executors.zero_copy import first_share
-from monde.layer import MoELayer, RankedLayer
+from monde.layer import DeferringLayer, Front, MoELayer, RankedLayer
 from monde.planning.budget import MemoryPlan
 from monde.planning.placement import best_experts
 from monde.planning.split_policies import FETCH_AHEAD, SPLIT_POLICIES
@@ -81,7 +82,11 @@ class Engine:
             exchanging=self._forget_fetches,
         )
         self.layers = [self._build_layer(layer_idx, bank) for layer_idx, bank in enumerate(banks)]
-        self.fronts: Sequence[MoELayer | RankedLayer] = self.layers
+        self.fronts: Sequence[Front] = self.layers
+        self.deferred: DeferredSteps | None = None
+        if config.deferred_experts:
+            self.deferred = DeferredSteps(config.deferred_experts, len(banks))
+            self.fronts = [DeferringLayer(layer, self.deferred) for layer in self.layers]
         if ranked is not None:
             self.fronts = [self._build_front(ranked, layer_idx) for layer_idx in range(len(ranked.whole))]
         self.why_not_decode = why_not_decode(self.device, self.host_choice)

@@ -4,6 +4,8 @@
     many                   prefill: counts are read back, a plan is made; GPU, bus and host stream at once
     no slots, no GPU       the host computes all of it
 
+Over ranks, and where pairs of a decode step are deferred, other classes stand in front of these layers.
+
 Letters are explained in `monde.core`.
 """
 
@@ -18,9 +20,11 @@ from torch import Tensor
 from hostcompute import ExpertSpec
 from monde.core import RoutedBatch
 from monde.executors.decode import DecodeExecutor
+from monde.executors.deferral import DeferredSteps
 from monde.executors.host import HostExecutor
 from monde.executors.prefill import PrefillExecutor
 from monde.executors.ranked import RankedExecutor
+from monde.routing.deferral import apart
 from monde.weights.table import SlotTable
 
 
@@ -96,3 +100,32 @@ class RankedLayer:
         """As MoELayer.forward, of this rank's tokens; every rank calls it. Errors: RankError."""
         self.parts[0].enter()
         return self.executor.forward(RoutedBatch(x_TD, topk_ids_TK, topk_weights_TK))
+
+
+class DeferringLayer:
+    """A layer that leaves pairs of a decode step to the next one (docs/deferral.md); all others as MoELayer.
+
+    What a layer leaves is computed from its own input; it is added to the output of the next layer's experts.
+    """
+
+    def __init__(self, layer: MoELayer, steps: DeferredSteps) -> None:
+        self.layer, self.steps = layer, steps
+
+    def forward(self, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
+        """As MoELayer.forward. Errors: ValueError where so many pairs cannot be left, RuntimeError out of order."""
+        layer, steps = self.layer, self.steps
+        if not steps.enter(layer.layer_idx):
+            return layer.forward(x_TD, topk_ids_TK, topk_weights_TK)
+        layer.enter()
+        batch, left_TD = RoutedBatch(x_TD, topk_ids_TK, topk_weights_TK), None
+        num_left = steps.leaves(layer.layer_idx)
+        # Where Python waits for the host nothing can be hidden, so both halves are computed together.
+        if num_left:
+            y_TD, left_TD = layer.compute(apart(batch, num_left), torch.float32).chunk(2)
+        else:
+            y_TD = layer.compute(batch, torch.float32)
+        earlier_TD = steps.exchange(left_TD)
+        return (y_TD if earlier_TD is None else y_TD + earlier_TD).to(x_TD.dtype)
+
+
+Front = MoELayer | RankedLayer | DeferringLayer  # what a model's modules call

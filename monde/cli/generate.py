@@ -11,6 +11,7 @@ import typer
 from monde.cli.options import (
     BackendName,
     BackendOption,
+    DeferredOption,
     DeviceOption,
     DTypeName,
     DTypeOption,
@@ -54,6 +55,7 @@ def generate(
     threads: ThreadsOption = None,
     split_policy: SplitPolicyOption = SplitPolicyName.BEST,
     parallel: ParallelOption = ParallelName.SHARDED,
+    deferred_experts: DeferredOption = 0,
 ) -> None:
     """Continue PROMPT, word by word on standard output.
 
@@ -100,6 +102,7 @@ def generate(
             mesh=mesh,
             parallel=parallel,
             split_policy=split_policy,
+            deferred_experts=deferred_experts,
         )
         loaded: Any = options.load_with_monde()
         set_seed(seed)  # the same on all ranks, which go on with the same token

@@ -88,6 +88,15 @@ SplitPolicyOption = Annotated[
 HeatOption = Annotated[
     Path | None, typer.Option(help="A heat file: who is resident at first.", show_default="first experts")
 ]
+DeferredOption = Annotated[
+    int,
+    typer.Option(
+        "--deferred-experts",
+        min=0,
+        metavar="N",
+        help="Add the N lightest experts of a token one layer later in decode; changes the answer.",
+    ),
+]
 ParallelOption = Annotated[
     ParallelName,
     typer.Option(
@@ -114,6 +123,7 @@ class LoadOptions:
     mesh: Any = None  # ranks that hold the experts together
     parallel: ParallelName = ParallelName.SHARDED
     split_policy: SplitPolicyName = SplitPolicyName.BEST
+    deferred_experts: int = 0
 
     def torch_dtype(self) -> Any:
         """What from_pretrained takes as `dtype`."""
@@ -144,6 +154,7 @@ class LoadOptions:
             split_policy=self.split_policy.value,
             mesh=self.mesh,
             parallel=self.parallel.value,
+            deferred_experts=self.deferred_experts,
             dtype=self.torch_dtype(),
         )
 

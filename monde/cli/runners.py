@@ -76,6 +76,8 @@ def load_monde(options: LoadOptions) -> Runner:
         backend += f", {report.num_resident_experts}/{report.num_experts} experts on the GPU"
     if report.num_released_experts:
         backend += f", {engine.plan.released_text}"
+    if options.deferred_experts:
+        backend += f", {options.deferred_experts} experts a token deferred"
     if engine.ranked is not None:
         return _over_ranks(engine, backend, model, loading)
     facts = runner_facts("monde", backend, model, loading)

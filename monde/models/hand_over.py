@@ -12,6 +12,7 @@ from torch import Tensor
 
 from monde.engine import Engine
 from monde.models.decode_graph import install_on_gpu
+from monde.models.deferral import defer_in_decode
 from monde.models.experts import ExpertsModule
 from monde.models.mesh import run_over_ranks
 from monde.models.norms import fuse_norms
@@ -27,6 +28,7 @@ def hand_over(model: Any, engine: Engine, modules: Sequence[ExpertsModule]) -> N
         install_on_gpu(model, engine)
     else:
         run_over_ranks(model, engine, engine.ranked.ranks)
+    defer_in_decode(model, engine)
     fuse_norms(model)
     speed_up_on_cpu(model, engine.device, engine.pool)
     taken = [param for module in modules for param in module.taken.values()]

@@ -11,6 +11,7 @@ from monde.config import MondeConfig
 from monde.engine import Engine
 from monde.executors.ranked_model import RankedModel
 from monde.executors.ranks import RankGroup
+from monde.models.deferral import check_deferral
 from monde.models.experts import find_experts
 from monde.models.fill import ProgressBar, fill_layer, load_report
 from monde.models.hand_over import hand_over
@@ -39,6 +40,7 @@ def _offload(model: Any, config: MondeConfig, ranks: RankGroup | None) -> PreTra
     start_s = time.perf_counter()
     modules = find_experts(model)
     device = resolve_device(config)
+    check_deferral(model.config, modules, config, device)
     specs = [module.spec for module in modules]
     ranked = None if ranks is None else RankedModel(ranks, config, specs)
     plan = plan_for(model, modules, config, device, ranked)

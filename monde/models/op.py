@@ -1,4 +1,4 @@
-"""From a model's module to its MoELayer: a plain call, or one opaque operator under torch.compile."""
+"""From a model's module to its layer: a plain call, or one opaque operator under torch.compile."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from monde.layer import MoELayer, RankedLayer
+from monde.layer import Front
 
 _NO_GRADIENT = (
     "monde runs experts for inference only: no gradient flows through them; "
     "use torch.no_grad(), or train the original model without monde"
 )
-_layers: weakref.WeakValueDictionary[int, MoELayer | RankedLayer] = weakref.WeakValueDictionary()
+_layers: weakref.WeakValueDictionary[int, Front] = weakref.WeakValueDictionary()
 _next_layer_id = itertools.count()
 
 
@@ -25,7 +25,7 @@ class ExpertsHandle:
     A copied module shares the experts of the original; pickling is refused.
     """
 
-    def __init__(self, layer: MoELayer | RankedLayer) -> None:
+    def __init__(self, layer: Front) -> None:
         self.layer = layer
         self.layer_id = next(_next_layer_id)
         _layers[self.layer_id] = layer
@@ -50,9 +50,7 @@ class _ForwardOnly(torch.autograd.Function):
     """Forward as usual, for dense parameters require gradients even in plain inference; backward refuses."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, layer: MoELayer | RankedLayer
-    ) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, layer: Front) -> Tensor:
         return layer.forward(x_TD, topk_ids_TK, topk_weights_TK)
 
     @staticmethod

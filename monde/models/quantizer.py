@@ -25,6 +25,7 @@ from monde.config import QUANT_METHOD, MondeConfig
 from monde.engine import Engine
 from monde.executors.ranked_model import RankedModel
 from monde.executors.ranks import RankGroup
+from monde.models.deferral import check_deferral
 from monde.models.experts import ExpertsModule, find_experts
 from monde.models.fill import ProgressBar, fill_layer, load_report
 from monde.models.hand_over import hand_over
@@ -87,6 +88,7 @@ class MondeQuantizer(HfQuantizer):
             )
         modules = find_experts(model)
         device = resolve_device(config)
+        check_deferral(model.config, modules, config, device)
         specs = [module.spec for module in modules]
         ranked = None if ranks is None else RankedModel(ranks, config, specs)
         plan = plan_for(model, modules, config, device, ranked)

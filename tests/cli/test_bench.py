@@ -54,6 +54,15 @@ def test_generation_reads_top_k_experts_of_every_layer(monde: Monde) -> None:
     assert record["h2d_bytes_per_token"] == record["d2h_bytes_per_token"] == 0
 
 
+def test_deferral_is_named_and_no_bug_next_to_a_baseline(monde: Monde) -> None:
+    """In fp32 any other difference from the baseline's tokens would be an error; the same experts are read."""
+    what = ("-p", 0, "-n", 4, "-r", 1, "-t", 1, "-o", "json", "--dtype", "fp32", "--baseline", "transformers")
+    record = records(monde("bench", MODEL, *what, "--deferred-experts", 1))[0]
+    assert record["backends"].endswith("1 experts a token deferred")
+    assert record["agreement"] < 1
+    assert record["host_weight_bytes_per_token"] == 4 * 2 * 3 * 128 * 64 * 4
+
+
 def test_residents_that_follow_the_routing_are_met_more_often(monde: Monde) -> None:
     """Half of moe-3m's experts have slots, and the CPU stands in for the GPU."""
     shape = ("-p", 0, "-n", 200, "-r", 1, "-t", 1, "-o", "json", "--device", "cpu", "--gpu-memory", "768KiB")

@@ -54,3 +54,26 @@ def test_the_budget_leaves_room_for_what_will_run(monde: Monde, monkeypatch: pyt
     with pytest.raises(AttributeError):
         monde("bench", MODEL, "-p", 300, "-n", 20, "-d", "0,200", "-b", "1,3")
     assert (settings["max_context"], settings["max_batch"]) == (500, 3)
+
+
+def test_deferred_experts_change_the_text_as_from_pretrained_does(monde: Monde) -> None:
+    import monde as library
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
+    texts = []
+    for num_deferred in (0, 1):
+        model: Any = library.from_pretrained(
+            str(MODEL), device="cpu", dtype=torch.float32, deferred_experts=num_deferred
+        )
+        tokens = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+        texts.append(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    assert texts[0] != texts[1]
+    outcome = monde("generate", MODEL, PROMPT, "-n", 24, "--dtype", "fp32", "--deferred-experts", 1)
+    assert outcome.stdout.strip() == texts[1].strip()
+
+
+def test_more_deferred_experts_than_a_token_has(monde: Monde) -> None:
+    outcome = monde("generate", MODEL, PROMPT, "--deferred-experts", 2)
+    assert outcome.exit_code != 0
+    assert "deferred_experts: expected 0..1 for a model of 2 experts per token, got 2" in outcome.stderr
