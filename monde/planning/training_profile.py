@@ -183,21 +183,13 @@ class DegreePlanner:
         return [] if settled == Degrees() else [Degrees(), settled] * num_rounds
 
     def confirm(self, busiest_rows: int, observations: Sequence[Observation]) -> Degrees:
-        """observations: of `to_confirm`. Each way keeps its chunks if the median over pairs of steps gains `slack`, and
-        three pairs of four gain anything.
-        """
+        """observations: of `to_confirm`. Each way keeps its chunks if the median over pairs of steps gains `slack`."""
         settled, kept = self(busiest_rows), {}
         for way, degree in ((FORWARD, settled.forward), (BACKWARD, settled.backward)):
             mine = [seen for seen in observations if seen.direction == way]
-            without = [seen.total_s for seen in mine if seen.degree == 1]
-            ratios = [
-                a.total_s / b for a, b in zip((o for o in mine if o.degree == degree), without, strict=False)
-            ]
-            gains = sum(ratio < 1 for ratio in ratios)
-            good = (
-                bool(ratios) and statistics.median(ratios) <= 1 - self.slack and gains >= 0.75 * len(ratios)
-            )
-            kept[way] = degree if good else 1
+            without, with_chunks = ([o.total_s for o in mine if o.degree == d] for d in (1, degree))
+            ratios = [a / b for a, b in zip(with_chunks, without, strict=False)]
+            kept[way] = degree if ratios and statistics.median(ratios) <= 1 - self.slack else 1
         self._known[_rounded(busiest_rows)] = Degrees(kept[FORWARD], kept[BACKWARD])
         return self(busiest_rows)
 

@@ -19,14 +19,14 @@ from monde.training.profiling import profile_layer
 
 LOOK_EVERY = 50  # steps; a look costs the stamps of one step and one small all-reduce
 TRIAL_ROUNDS = 2
-CONFIRM_ROUNDS = 4
+CONFIRM_ROUNDS = 8
 _HEADROOM = 1.25  # rows beyond those of the first step that are profiled
 
 
 class AutoSchedule:
     """Degrees and gradient slices of the layers that `reducer` knows. before_step and after_step are collective.
 
-    The first step is profiled, the next dozen try degrees, up to eight more try the best of them against none in turn;
+    The first step is profiled, the next dozen try degrees, up to sixteen more try the best of them against none in turn;
     what is left runs until costs drift: every LOOK_EVERY steps one is compared with what was predicted, and if that is far off all begins again.
     planners: by shape of experts, from the first step on. gradient_plan: the newest. report: told in a line whenever
     something was planned.

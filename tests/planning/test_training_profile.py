@@ -121,16 +121,16 @@ def test_what_was_measured_beats_the_model() -> None:
     assert Degrees(8, 8) in planner.trials(4096)
 
 
-def test_chunks_are_kept_where_most_pairs_of_steps_gain() -> None:
-    """Forward gains a fifth in all pairs. Backward gains 6% in the median and nothing in half of them: luck."""
+def test_chunks_are_kept_where_pairs_of_steps_gain() -> None:
+    """Forward gains a fifth in every pair. Backward, the best of the trials, gains 4% in the median: luck."""
     planner = DegreePlanner(PROFILE)
     planner.settle(
         4096,
         [Observation(way, d, 4096, {}, 1.0 / d) for way in (FORWARD, BACKWARD) for d in (1, 2)],
     )
-    assert planner.to_confirm(4096, 4) == [Degrees(), Degrees(2, 2)] * 4
+    assert planner.to_confirm(4096, 8) == [Degrees(), Degrees(2, 2)] * 8
     both = []
-    for backward_s in (0.85, 0.86, 1.02, 1.05):
+    for backward_s in (0.85, 0.86, 1.02, 1.05, 0.8, 0.97, 0.95, 1.1):
         both += [Observation(way, 1, 4096, {}, 1.0) for way in (FORWARD, BACKWARD)]
         both += [
             Observation(FORWARD, 2, 4096, {}, 0.8),
@@ -139,7 +139,7 @@ def test_chunks_are_kept_where_most_pairs_of_steps_gain() -> None:
     assert planner.confirm(4096, both) == planner(4096) == Degrees(2, 1)
     assert planner.confirm(4096, both) == Degrees(2, 1)
     planner.settle(4096, [Observation(way, 1, 4096, {}, 1.0) for way in (FORWARD, BACKWARD)])
-    assert planner.to_confirm(4096, 4) == []
+    assert planner.to_confirm(4096, 8) == []
 
 
 def test_refit_touches_what_drifted() -> None:

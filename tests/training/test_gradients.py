@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from monde.planning.pipeline import Degrees
-from monde.training.auto import AutoSchedule, agreed
+from monde.training.auto import CONFIRM_ROUNDS, TRIAL_ROUNDS, AutoSchedule, agreed
 from monde.training.convert import convert, converted_experts
 from monde.training.fabric import Fabric
 from monde.training.gradients import GradientReducer, clip_gradients
@@ -105,7 +105,8 @@ def auto(mesh_shape: tuple[int, ...]) -> Any:
     reducer = GradientReducer(model, fabric)
     schedule = AutoSchedule(fabric, reducer, lines.append)
     norms = []
-    for step in range(1 + 2 * 7):  # the first is profiled, then at most seven degrees are tried twice
+    # The first is profiled, then at most seven degrees are tried, then the best of them and none.
+    for step in range(1 + 7 * TRIAL_ROUNDS + 2 * CONFIRM_ROUNDS):
         schedule.before_step(step)
         reducer.begin()
         loss_of(model, ids).backward()
