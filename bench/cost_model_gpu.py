@@ -44,10 +44,10 @@ from monde.weights.table import SlotTable
 
 MAX_ACTIVE, MAX_TOKENS = 16, 256
 NUM_REPEATS, NUM_WARM_UPS = 9, 2
-NUM_LAYERS = 8  # of a captured step; more where they are so quick that replaying the step would show
-NUM_RESIDENT_LAYERS = 32
+# Layers of a captured step at least: replaying a step takes something too, as much as some layers of residents.
+NUM_LAYERS, NUM_RESIDENT_LAYERS = 8, 32
 STEP_TOKENS, STEP_ACTIVE = 16, 8
-NUM_SHARE_STEPS = 60  # the controller needs some to find the share
+NUM_SHARE_STEPS = 40  # the controller needs some to find the share
 
 Ran = tuple[
     str, list[int], float, list[float]
@@ -87,7 +87,7 @@ def prompt_s(cost: CostModel, tokens_A: NDArray[np.int64], prompt: Prompt) -> tu
     resident_A = np.full(len(tokens_A), prompt.is_resident)
     load = Load(tokens_A, resident_A, int(tokens_A.max()), PAD_K)
     split = prompt.policy(load, cost)
-    layer = LayerStep(cost.gpu.prefill_layer_s, load, split)
+    layer = LayerStep(cost.gpu.prompt.plan_s, load, split)
     timeline = simulate(step_schedule([layer], cost), contention_of(cost.profile))
     return timeline.makespan_s, split.cut_expert is not None
 
@@ -188,9 +188,9 @@ class Step:
     is_balanced: bool
     predict: Callable[[CostModel, NDArray[np.int64], float], float]
 
-    @property
-    def num_layers(self) -> int:
-        return NUM_RESIDENT_LAYERS if self.is_resident else NUM_LAYERS
+    def num_layers(self, num_experts: int, num_active: int) -> int:
+        """So many that a step reads every expert of the bank: caches hold some hundred megabytes from step to step."""
+        return max(NUM_RESIDENT_LAYERS if self.is_resident else NUM_LAYERS, -(-num_experts // num_active))
 
 
 def steps_of(cost: CostModel) -> tuple[Step, ...]:
@@ -203,16 +203,23 @@ def steps_of(cost: CostModel) -> tuple[Step, ...]:
 
 
 class Steps:
-    """Layers of one bank as a captured decode step. Needs CUDA; close() when done."""
+    """Layers of one bank as a captured decode step of one mix. Needs CUDA; close() when done."""
 
     def __init__(
-        self, bank: ExpertBank, cost: CostModel, pool: Any, device: torch.device, step: Step
+        self,
+        bank: ExpertBank,
+        cost: CostModel,
+        pool: Any,
+        device: torch.device,
+        step: Step,
+        tokens_A: NDArray[np.int64],
     ) -> None:
-        self.bank, self.cost, self.step, self.device = bank, cost, step, device
-        spec, blobs = bank.spec, HostBlobs(bank)
+        self.cost, self.step, self.device, self.tokens_A = cost, step, device, tokens_A
+        spec, blobs, A = bank.spec, HostBlobs(bank), len(tokens_A)
+        self.num_layers = step.num_layers(spec.num_experts, A)
         self.hub = DecodeHub(
-            [spec] * step.num_layers,
-            [bank] * step.num_layers,
+            [spec] * self.num_layers,
+            [bank] * self.num_layers,
             torch.bfloat16,
             device,
             pool,
@@ -223,26 +230,23 @@ class Steps:
         table, heat_E = SlotTable(Placement(slot_E), device), torch.zeros(spec.num_experts, device=device)
         host = blobs if step.share is not None else None
         self.layers = [
-            DecodeExecutor(idx, spec, slots, table, heat_E, self.hub, host) for idx in range(step.num_layers)
+            DecodeExecutor(idx, spec, slots, table, heat_E, self.hub, host) for idx in range(self.num_layers)
+        ]
+        self.batches = [
+            batch_of(tokens_A, l * A, spec.num_experts, spec.d_model, device) for l in range(self.num_layers)
         ]
 
-    def run(self, mixes: Sequence[NDArray[np.int64]]) -> Iterator[Ran]:
-        spec = self.bank.spec
-        for tokens_A in mixes:
-            A = len(tokens_A)
-            batches = [
-                batch_of(tokens_A, l * A, spec.num_experts, spec.d_model, self.device)
-                for l in range(self.step.num_layers)
-            ]
-            graph = capture(partial(self._forward, batches))
-            for _ in range(NUM_SHARE_STEPS if self.step.is_balanced else NUM_WARM_UPS):
-                self._replay(graph)
-            share = 0.0 if self.hub.balance is None else self.hub.balance.share
-            samples_s = [self._replay(graph) / self.step.num_layers for _ in range(NUM_REPEATS)]
-            yield self.step.kind, tokens_A.tolist(), self.step.predict(self.cost, tokens_A, share), samples_s
+    def run(self) -> Ran:
+        graph = capture(self._forward)
+        for _ in range(NUM_SHARE_STEPS if self.step.is_balanced else NUM_WARM_UPS):
+            self._replay(graph)
+        share = 0.0 if self.hub.balance is None else self.hub.balance.share
+        samples_s = [self._replay(graph) / self.num_layers for _ in range(NUM_REPEATS)]
+        predicted_s = self.step.predict(self.cost, self.tokens_A, share)
+        return self.step.kind, self.tokens_A.tolist(), predicted_s, samples_s
 
-    def _forward(self, batches: Sequence[RoutedBatch]) -> None:
-        for layer, batch in zip(self.layers, batches, strict=True):
+    def _forward(self) -> None:
+        for layer, batch in zip(self.layers, self.batches, strict=True):
             layer.forward(batch)
 
     def _replay(self, graph: torch.cuda.CUDAGraph) -> float:
@@ -266,7 +270,7 @@ def run_kinds(
     """Every kind by name, and what runs it; the bank's memory must be pinned. A kind that fails stops no other."""
     rng = np.random.default_rng(bank.spec.d_ffn)
     long = random_mixes(rng, num_mixes, MAX_TOKENS, MAX_ACTIVE)
-    short = random_mixes(rng, num_mixes // 2, STEP_TOKENS, STEP_ACTIVE)
+    short = random_mixes(rng, num_mixes // 3, STEP_TOKENS, STEP_ACTIVE)
 
     def prompts(prompt: Prompt) -> Iterator[Ran]:
         layers = Prompts(bank, cost, device)
@@ -276,11 +280,12 @@ def run_kinds(
             layers.close()
 
     def steps(step: Step) -> Iterator[Ran]:
-        layers = Steps(bank, cost, pool, device, step)
-        try:
-            yield from layers.run(short)
-        finally:
-            layers.close()
+        for tokens_A in short:
+            layers = Steps(bank, cost, pool, device, step, tokens_A)
+            try:
+                yield layers.run()
+            finally:
+                layers.close()
 
     for prompt in PROMPTS:
         yield prompt.kind, partial(prompts, prompt)

@@ -23,6 +23,9 @@ from transformers import Qwen3MoeConfig
 TOKENIZER = Path(__file__).resolve().parents[1] / "assets" / "moe-3m"
 DTYPE = torch.bfloat16
 STD = 0.02
+# Large beside what layers add, so that tokens stay apart and all experts are chosen, as in models trained to balance:
+# with small ones, later layers choose among a third of their experts.
+EMBEDDING_STD = 1.0
 
 
 def demo_config(num_layers: int, num_experts: int) -> Qwen3MoeConfig:
@@ -70,12 +73,12 @@ def layer_tensors(config: Qwen3MoeConfig, layer_idx: int) -> dict[str, Tensor]:
     return {f"model.layers.{layer_idx}.{name}.weight": _values(shape) for name, shape in shapes.items()}
 
 
-def _values(shape: tuple[int, ...]) -> Tensor:
-    """Ones for norms, else N(0, STD); a GPU draws them a hundred times faster."""
+def _values(shape: tuple[int, ...], std: float = STD) -> Tensor:
+    """Ones for norms, else N(0, std); a GPU draws them a hundred times faster."""
     if len(shape) == 1:
         return torch.ones(shape, dtype=DTYPE)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.empty(shape, dtype=DTYPE, device=device).normal_(0, STD).cpu()
+    return torch.empty(shape, dtype=DTYPE, device=device).normal_(0, std).cpu()
 
 
 def write_model(out: Path, config: Qwen3MoeConfig) -> int:
@@ -93,7 +96,10 @@ def write_model(out: Path, config: Qwen3MoeConfig) -> int:
             tensors = layer_tensors(config, shard_idx)
         else:
             ends = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,), "lm_head.weight": (V, D)}
-            tensors = {name: _values(shape) for name, shape in ends.items()}
+            tensors = {
+                name: _values(shape, EMBEDDING_STD if "embed" in name else STD)
+                for name, shape in ends.items()
+            }
         file_name = f"model-{shard_idx + 1:05d}-of-{L + 1:05d}.safetensors"
         save_file(tensors, out / file_name, metadata={"format": "pt"})
         where |= dict.fromkeys(tensors, file_name)

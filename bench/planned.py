@@ -87,7 +87,7 @@ def budgets(question: Question) -> list[int]:
 
 def measured(model: str, gpu_bytes: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Results of `monde bench` in a process of its own. Errors: RuntimeError with its last line."""
-    command = [sys.executable, "-m", "monde.cli", "bench", model, "--gpu-memory", str(gpu_bytes)]
+    command = [sys.executable, "-m", "monde", "bench", model, "--gpu-memory", str(gpu_bytes)]
     command += ["--residency", "static", "-p", str(options.prompt), "-n", str(options.generate), "-o", "json"]
     command += ["-b", str(options.batch), "-r", str(options.repetitions)]
     command += ["--device", options.device] if options.device else []

@@ -5,6 +5,8 @@ W ranks, T tokens a rank, E experts, C rows of an expert and rank (padded), D mo
 
 from __future__ import annotations
 
+import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -25,15 +27,23 @@ from monde.core import RoutedBatch
 from monde.executors.host import HostExecutor
 from monde.executors.peers import PeersExecutor
 from monde.executors.rank_probe import measure_ranks
+from monde.executors.ranked import RankedExecutor
 from monde.executors.ranked_batch import RankedBatch, exchange_batch
 from monde.executors.ranks import RankGroup
 from monde.executors.sharded import ShardedExecutor
-from monde.planning.sharding import BatchPlan, Way, assign_experts, cut_ffn, plan_batch
+from monde.planning.sharding import (
+    BatchPlan,
+    RankedCounts,
+    WayFactors,
+    assign_experts,
+    cut_ffn,
+    plan_batch,
+)
 from monde.weights.parts import FfnSlice, Part, SomeExperts
 from monde.weights.staging import Staging
 
 DEADLINE_S = 600.0
-ROUND_BUDGET_S, MIN_ROUNDS, MAX_ROUNDS = 1.5, 7, 40
+ROUND_BUDGET_S, MIN_ROUNDS, MAX_ROUNDS = 2.0, 9, 60
 PADDED_ROUNDS = 2
 MAX_PADDED_ROWS = 13_000  # of a rank, 120 GFLOP: more would take minutes on a core
 # Sums of D and of F products, rounded in another order: errors grow with the root of their number; eight deviations.
@@ -55,6 +65,17 @@ class CountedCompute:
         assert counts is not None
         self.work += counts.num_pairs * self.part.spec.d_ffn
         return y_TD
+
+
+def paired(samples_s: list[float], beside_s: list[float]) -> dict[str, float]:
+    """Of the ratios within rounds: the median, and from where to where it lies with 95% confidence (a sign test)."""
+    ratios = sorted(a / b for a, b in zip(samples_s, beside_s, strict=True))
+    n, outside, below = len(ratios), 0.0, 0
+    while below < (n - 1) // 2 and outside + math.comb(n, below) / 2**n <= 0.025:
+        outside += math.comb(n, below) / 2**n
+        below += 1
+    first = max(0, below - 1)
+    return {"median": statistics.median(ratios), "low": ratios[first], "high": ratios[n - 1 - first]}
 
 
 def expert_arrays(num_experts: int) -> Iterator[dict[str, Tensor]]:
@@ -108,20 +129,13 @@ class RankedLayer:
         batch = self._batch(num_tokens, router)
         C = capacity(num_tokens, self.num_experts, capacity_factor(self.num_experts))
         dropped = [0]
-        plans: list[BatchPlan] = []
+
+        chosen = RankedExecutor(
+            self.ranks, 0, self.first_W1, self._plan, self.sharded, self.peers
+        )  # feedback of this case alone
 
         def ranked() -> RankedBatch:
             return exchange_batch(self.ranks, 0, batch, self.home_E1, self.num_experts)
-
-        def chosen() -> Tensor:
-            known = ranked()
-            plan = plan_batch(known.counts, self.cost)
-            plans.append(plan)
-            return (
-                self.peers.forward(known)
-                if plan.way is Way.PEERS
-                else self.sharded.forward(known, plan.num_chunks)
-            )
 
         def padded() -> Tensor:
             made = self.padded.forward(batch, C)
@@ -130,25 +144,30 @@ class RankedLayer:
 
         contenders: dict[str, Callable[[], Tensor]] = {
             "dropless": lambda: self.peers.forward(ranked()),
+            "control": lambda: self.peers.forward(ranked()),
             "sharded": lambda: self.sharded.forward(ranked(), 1),
-            "chosen": chosen,
+            "chosen": lambda: chosen.forward(batch),
         }
         if C * self.num_experts <= MAX_PADDED_ROWS:
             contenders["deepspeed"] = padded
         wanted = [self._float64(batch)]
         work = {name: self._checked(name, step, wanted, dropped) for name, step in contenders.items()}
         samples = self._samples(contenders)
+        assert chosen.last_plan is not None
         median_s = {name: statistics.median(one) for name, one in samples.items()}
-        beside = [a / b for a, b in zip(samples["chosen"], samples["dropless"], strict=True)]
+        over = {name: paired(samples[name], samples["dropless"]) for name in ("chosen", "control")}
         pairs = num_tokens * self.ranks.size * D_FFN
         return {
             "num_ranks": self.ranks.size, "num_experts": self.num_experts, "num_tokens": num_tokens,
-            "router": router.name, "cost": asdict(self.cost), "plan": asdict(plans[-1]), "capacity": C,
+            "router": router.name, "cost": asdict(self.cost), "plan": asdict(chosen.last_plan), "capacity": C,
             "imbalance": {name: imbalance(by_rank) for name, by_rank in work.items()},
             "work_over_needed": {name: sum(by_rank) / pairs for name, by_rank in work.items()},
             "dropped": {name: sum(self.ranks.agree(dropped[0])) if name == "deepspeed" else 0 for name in contenders},
-            "median_s": median_s, "chosen_of_dropless": statistics.median(beside), "samples_s": samples,
+            "median_s": median_s, "of_dropless": over, "samples_s": samples,
         }  # fmt: skip
+
+    def _plan(self, counts: RankedCounts, factors: WayFactors) -> BatchPlan:
+        return plan_batch(counts, self.cost, factors=factors)
 
     def _batch(self, num_tokens: int, router: Router) -> RoutedBatch:
         rng = np.random.default_rng(self.ranks.rank)
@@ -191,11 +210,11 @@ class RankedLayer:
         return torch.stack([rows[t] for t in range(len(ids))])
 
     def _samples(self, contenders: dict[str, Callable[[], Tensor]]) -> dict[str, list[float]]:
-        """Rounds, the first contender rotating, until the budget is spent; DeepSpeed's take so long that two must do."""
+        """Rounds in random order, until the budget is spent; DeepSpeed's take so long that two must do."""
         samples: dict[str, list[float]] = {name: [] for name in contenders}
-        names, spent_s = list(contenders), 0.0
+        shuffled, spent_s = random.Random(0), 0.0  # alike on all ranks
         for i in range(MAX_ROUNDS):
-            for name in names[i % len(names) :] + names[: i % len(names)]:
+            for name in shuffled.sample(list(contenders), len(contenders)):
                 if name == "deepspeed" and len(samples[name]) == PADDED_ROUNDS:
                     continue
                 self.ranks.exchange(torch.zeros(1, dtype=torch.int32))  # a barrier

@@ -173,8 +173,11 @@ class Layer:
         expert = AlphaBeta(EXPERT_BYTES / self.gpu.bytes_per_s, EXPERT_FLOPS / self.gpu.flops_per_s)
         shares = (1 / NUM_RANKS,) * NUM_RANKS
         return RankedCost(
-            link, link, link, expert, shares, self.first_expert_W1, D_MODEL, VALUE_BYTES, _BESIDE
-        )
+            gather=link, swap=link, sum=link, expert=expert,
+            alone=expert, machine_W=tuple(range(NUM_RANKS)),  # each has a GPU of its own
+            share_W=shares, first_expert_W1=self.first_expert_W1,
+            d_model=D_MODEL, act_bytes_per_value=VALUE_BYTES, computing=_BESIDE,
+        )  # fmt: skip
 
 
 def imbalance(rows_W: ArrayLike) -> float:

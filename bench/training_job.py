@@ -39,7 +39,7 @@ ONE, CONTROL, TWO, KILLED = (
 
 def command(config: Path, num_ranks: int) -> list[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-    return [sys.executable, *(launcher if num_ranks > 1 else []), "-m", "monde.cli", "train", str(config)]
+    return [sys.executable, *(launcher if num_ranks > 1 else []), "-m", "monde", "train", str(config)]
 
 
 def config_file(folder: Path, name: str) -> Path:

@@ -2,6 +2,7 @@
 
 from hostcompute.bank import ExpertBank, PendingForward
 from hostcompute.layout import ExpertLayout, make_layout
+from hostcompute.places import HostPlaces
 from hostcompute.pool import make_pool, shared_pool
 from hostcompute.probe import compute_peak, read_bandwidth
 from hostcompute.spec import Activation, ActivationKind, Cut, DType, ExpertSpec, RoutedCounts
@@ -14,6 +15,7 @@ __all__ = [
     "ExpertBank",
     "ExpertLayout",
     "ExpertSpec",
+    "HostPlaces",
     "PendingForward",
     "RoutedCounts",
     "compute_peak",

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import os
 import weakref
+from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
 
@@ -15,6 +16,7 @@ from hostcompute.arrays import HostArray, as_host_array, empty_like, row_major
 from hostcompute.backends.base import Backend, ExpertWeights, Pending
 from hostcompute.backends.select import BackendChoice, choose
 from hostcompute.layout import LANES, PAD_K, make_layout
+from hostcompute.places import NOWHERE, HostPlaces
 from hostcompute.spec import Cut, ExpertSpec, RoutedCounts
 from hostcompute.topology import machine_memory_bytes
 
@@ -26,6 +28,7 @@ class ExpertBank:
 
     spec: shape and arithmetic. backend: "auto" (native, else numba), "native", "numba" or "reference".
     pool: from `make_pool` (default: the process's own). isa: force one instruction set of the native backend.
+    places: memory that banks share, native ones alone; `place` says which expert lies where, at first none does.
     `bank.choice` says which backend and ISA run and why.
 
         bank = ExpertBank(ExpertSpec(num_experts=8, d_model=64, d_ffn=128))
@@ -40,12 +43,23 @@ class ExpertBank:
     """
 
     def __init__(
-        self, spec: ExpertSpec, backend: str = "auto", pool: Any = None, isa: str | None = None
+        self,
+        spec: ExpertSpec,
+        backend: str = "auto",
+        pool: Any = None,
+        isa: str | None = None,
+        places: HostPlaces | None = None,
     ) -> None:
-        _check_fits(spec)
         self.spec = spec
         self.choice: BackendChoice = choose(backend, isa)
-        self._backend = self.choice.build(spec, pool)
+        if places is None:
+            _check_fits(spec)
+        else:
+            _check_places(spec, places, self.choice)
+        self._backend = self.choice.build(spec, pool, places)
+        self._places = places
+        num_experts = spec.num_experts
+        self._place_of_expert_E = list(range(num_experts)) if places is None else [NOWHERE] * num_experts
         self._loaded: set[int] = set()
         self._closed = False
         self.last_counts: RoutedCounts | None = None  # what the latest `forward` did
@@ -66,7 +80,7 @@ class ExpertBank:
 
         Any strides will do, so interleaved and transposed checkpoints are views. Not concurrent with forward.
         The native backend packs a copy; numba refers to matrices that have the bank's type and rows of unit
-        stride, so those must not change afterwards.
+        stride, so those must not change afterwards. An expert without a place is checked and its biases are kept.
 
         Errors: ValueError on shapes, on biases in a bank without them, and on NaN or infinite weights.
         """
@@ -107,7 +121,8 @@ class ExpertBank:
                 )
             arrays[name] = array
         self._backend.load(expert_id, ExpertWeights(**arrays))
-        self._loaded.add(expert_id)
+        if self._place_of_expert_E[expert_id] != NOWHERE:
+            self._loaded.add(expert_id)
 
     def export(self, expert_id: int) -> ExpertWeights:
         """A row-major copy of one expert, in the bank's storage type; what `load` took, bit for bit."""
@@ -121,7 +136,31 @@ class ExpertBank:
         self._check_open("release")
         self._check_id(expert_id, "release")
         self._loaded.discard(expert_id)
+        if self._places is not None:
+            self._place_of_expert_E[expert_id] = NOWHERE
         self._backend.release(expert_id)
+
+    def place(self, expert_id: int, place: int, is_filled: bool = False) -> None:
+        """In shared memory the expert lies in this place from now on, or nowhere (NOWHERE); its biases stay.
+
+        is_filled: its panels are there already; else `load` puts them there. Other experts may be computed meanwhile.
+        Errors: ValueError for a place that is not there and for a bank with places of its own.
+        """
+        self._check_open("place")
+        self._check_id(expert_id, "place")
+        if self._places is None:
+            raise ValueError(
+                "[place] this bank has places of its own; build it with ExpertBank(places=HostPlaces(...))"
+            )
+        if not NOWHERE <= place < self._places.num_places:
+            raise ValueError(f"[place] place: expected -1..{self._places.num_places - 1}, got {place}")
+        backend: Any = self._backend
+        backend.native_bank.place(expert_id, place, is_filled)
+        self._place_of_expert_E[expert_id] = place
+        if is_filled and place != NOWHERE:
+            self._loaded.add(expert_id)
+        else:
+            self._loaded.discard(expert_id)
 
     # ---- compute ----
     def forward(self, x_TD: Any, topk_ids_TK: Any, topk_weights_TK: Any, out: Any = None) -> Any:
@@ -168,6 +207,11 @@ class ExpertBank:
     @property
     def loaded_experts(self) -> frozenset[int]:
         return frozenset(self._loaded)
+
+    @property
+    def place_of_expert_E(self) -> Sequence[int]:
+        """Where experts lie, in units of blob_bytes from the beginning of the memory; follows what `place` changes."""
+        return self._place_of_expert_E
 
     @property
     def resident_bytes(self) -> int:
@@ -242,6 +286,19 @@ def _check_fits(spec: ExpertSpec) -> None:
         raise ValueError(
             f"ExpertBank: {spec.num_experts} experts of D={spec.d_model}, F={spec.d_ffn} in {spec.dtype.value} take "
             f"{bank_bytes / 2**30:.3g} GiB, this machine has {have_bytes / 2**30:.3g} GiB; use fewer or smaller experts"
+        )
+
+
+def _check_places(spec: ExpertSpec, places: HostPlaces, choice: BackendChoice) -> None:
+    if choice.name != "native":
+        raise ValueError(
+            f'ExpertBank: places need the native backend, this is {choice.name}; use backend="native", or no places'
+        )
+    wanted_bytes = make_layout(spec).blob_bytes
+    if places.blob_bytes != wanted_bytes:
+        raise ValueError(
+            f"ExpertBank: places: expected {wanted_bytes} bytes each, got {places.blob_bytes}; "
+            "make them with HostPlaces(make_layout(spec), ...)"
         )
 
 

@@ -70,7 +70,7 @@ class Counters:
     num_fetched_pairs: int  # and from experts that came over the bus for them
     host_weight_bytes: int  # expert weights read from host memory
     h2d_bytes: int
-    d2h_bytes: int
+    d2h_bytes: int  # with those of experts whose only copy was in a slot that another one took
     host_busy_s: float  # time the host spent computing experts
     num_swaps: int  # experts that took another's slot
     swap_bytes: int  # what they copied to the device, besides h2d_bytes
@@ -88,6 +88,7 @@ class LoadReport:
     peak_host_bytes is the growth of resident host memory over its value at the start, at its worst; after
     from_pretrained at least what the model holds, though some of it is read from the checkpoint at the first step.
     Over ranks, of this rank: num_experts counts the experts, or slices of them, that it holds.
+    num_released_experts are residents that move without a copy on the host, which saves saved_host_bytes.
     """
 
     seconds_s: float
@@ -97,3 +98,5 @@ class LoadReport:
     num_moe_layers: int
     num_experts: int
     num_resident_experts: int
+    num_released_experts: int
+    saved_host_bytes: int

@@ -32,6 +32,7 @@ from monde.profile_store import profile_of, this_machine
 from monde.residency import POLICIES, Residency
 from monde.routing.heat import Heat
 from monde.weights.host import from_host_arrays
+from monde.weights.places import place_pools
 from monde.weights.staging import Staging
 
 
@@ -61,10 +62,24 @@ class Engine:
         self._hubs: dict[torch.dtype, DecodeHub] = {}
         self._decoders: dict[tuple[int, torch.dtype], DecodeExecutor] = {}
         placements, heat = placements_of(config, plan)
-        banks = [ExpertBank(spec, config.cpu_backend, self.pool) for spec in specs]
+        pools = place_pools(specs, plan.num_cold_of_released, plan.num_spare_places)
+        banks = [
+            ExpertBank(spec, config.cpu_backend, self.pool, places=pools[l].memory if l in pools else None)
+            for l, spec in enumerate(specs)
+        ]
         policy = POLICIES.get(config.residency, POLICIES["dynamic"])
-        self.residency = Residency(banks, placements, plan.size.layers, device, plan.moves, policy, heat)
         self.prefill = self._prefill_hub(specs)
+        self.residency = Residency(
+            banks,
+            placements,
+            plan.size.layers,
+            device,
+            plan.moves,
+            policy,
+            heat,
+            pools,
+            exchanging=self._forget_fetches,
+        )
         self.layers = [self._build_layer(layer_idx, bank) for layer_idx, bank in enumerate(banks)]
         self.fronts: Sequence[MoELayer | RankedLayer] = self.layers
         if ranked is not None:
@@ -87,6 +102,10 @@ class Engine:
     def _build_front(self, ranked: RankedModel, layer_idx: int) -> RankedLayer:
         parts = [self.layers[held.part_idx] for held in ranked.held_LP[layer_idx]]
         return RankedLayer(parts, ranked.executor(layer_idx, [part.compute for part in parts]))
+
+    def _forget_fetches(self) -> None:
+        if self.prefill is not None:
+            self.prefill.forget()
 
     def _prefill_hub(self, specs: Sequence[ExpertSpec]) -> PrefillHub | None:
         """None where all experts are on the host and the host is all there is."""
@@ -191,8 +210,7 @@ class Engine:
     def _load(self, layer_idx: int, expert_id: int, arrays: Mapping[str, Tensor]) -> None:
         layer = self.layers[layer_idx]
         slot = layer.table.placement.slot_of_expert_E[expert_id]
-        if self.prefill is not None:
-            self.prefill.forget()
+        self._forget_fetches()
         slots = self.residency.slots[layer_idx]
         if slot >= 0 and slots is not None:
             slots.write(slot, arrays)
@@ -213,7 +231,7 @@ class Engine:
         layer = self.layers[layer_idx]
         slot = layer.table.placement.slot_of_expert_E[expert_id]
         slots = self.residency.slots[layer_idx]
-        if slot >= 0 and slots is not None and not self.residency.moves(layer_idx):
+        if slot >= 0 and slots is not None and expert_id not in layer.host.bank.loaded_experts:
             return {role: tensor.cpu() for role, tensor in slots.read(slot).items()}
         return from_host_arrays(layer.host.bank.export(expert_id))
 
@@ -246,7 +264,7 @@ class Engine:
             num_fetched_pairs=num_fetched_pairs,
             host_weight_bytes=sum(t.weight_bytes for t in totals),
             h2d_bytes=sum(t.h2d_bytes for t in totals),
-            d2h_bytes=sum(t.d2h_bytes for t in totals),
+            d2h_bytes=sum(t.d2h_bytes for t in totals) + self.residency.returned_bytes,
             host_busy_s=sum(t.busy_s for t in totals),
             num_swaps=self.residency.num_swaps,
             swap_bytes=self.residency.swap_bytes,
@@ -254,6 +272,7 @@ class Engine:
 
     def reset_counters(self) -> None:
         self._num_replays = self.residency.num_swaps = self.residency.swap_bytes = 0
+        self.residency.returned_bytes = 0
         for hub in self._hubs.values():
             hub.reset_totals()
         for layer in self.layers:

@@ -38,7 +38,7 @@ class MoELayer:
     """The experts of one layer. The model's own router has decided already; shared experts stay in the model.
 
     device is None where the model has no GPU, nor a CPU that stands in for one. `host` is present always, and holds
-    the experts without a slot, or all where residents may change; the table says, to everybody, who is resident.
+    the experts without a slot, or, where residents may change and memory allows, all; the table says, to everybody, who is resident.
     watch hears of every call as layer_idx.
     decoder gives the decode executor for a type of activations, or None where there cannot be one.
     """

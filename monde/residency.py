@@ -7,7 +7,7 @@ L layers, E experts of a layer, N sum of E over layers, T tokens, K experts per 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,12 +16,14 @@ from hostcompute import ExpertBank
 from monde.core import Placement, RoutedBatch
 from monde.device.copies import Arrival, copies_of
 from monde.device.pinned import PinnedRange
+from monde.executors.exchange import ExchangeMover
 from monde.executors.mover import SlotMover
-from monde.planning.budget import LayerSize
+from monde.planning.budget import MAX_SPARE_PLACES, LayerSize
 from monde.planning.placement import plan_swaps, swap_limit
 from monde.routing.heat import Heat, HeatTracker
 from monde.routing.replay import DynamicSettings
 from monde.weights.host import HostBlobs, runs
+from monde.weights.places import PlacePool, PlaceTable
 from monde.weights.slots import ExpertSlots
 from monde.weights.table import SlotTable
 
@@ -38,7 +40,7 @@ POLICIES = {
     # A swap reads an expert from host memory once, as the host does each time it computes it: at this share swaps cost
     # decode at most as much of its bandwidth. A prompt is one step of many tokens: right after it the estimate of what
     # the host reads is far too high, hence a limit as well.
-    "dynamic": SwapPolicy(DynamicSettings(max_swaps=16), swap_share=1 / 50),
+    "dynamic": SwapPolicy(DynamicSettings(max_swaps=MAX_SPARE_PLACES), swap_share=1 / 50),
     # Least recently used: a step weighs 256 times the one before, so that the last use decides. As many swaps as it
     # takes, as soon as those before are done.
     "lru": SwapPolicy(
@@ -50,7 +52,8 @@ POLICIES = {
 class Residency:
     """Tables, slots and heat of all layers. One step of the model runs at a time, as everywhere in monde.
 
-    moves: whether residents may change; then the banks, native ones, hold every expert of layers with some slots.
+    moves: whether residents may change; then the banks, native ones, hold every expert of layers with some slots, but
+    in layers of `pools` those without a slot alone. exchanging() is called before such experts change places.
     """
 
     @torch.inference_mode(
@@ -65,6 +68,8 @@ class Residency:
         moves: bool,
         policy: SwapPolicy,
         heat: Heat | None = None,
+        pools: Mapping[int, PlacePool] | None = None,
+        exchanging: Callable[[], None] = lambda: None,
     ) -> None:
         self.settings, self.swap_share = policy.settings, policy.swap_share
         self.device, self._layers, self._banks = device, layers, banks
@@ -82,15 +87,21 @@ class Residency:
             self.tracker.load(heat)
         self.tracker.step(self.settings.interval_steps)
         self._steps_in_round, self._last_layer = 0, len(banks)
-        self.num_swaps = self.swap_bytes = 0
+        self.num_swaps = self.swap_bytes = self.returned_bytes = 0
         self._movable = {
             l: slots
             for l, slots in enumerate(self.slots)
             if moves and slots is not None and slots.num_slots < banks[l].spec.num_experts
         }
-        self._blobs = {l: HostBlobs(banks[l]) for l in self._fetched_layers(placements)}
+        self._exchanging = exchanging
+        self._places = {l: PlaceTable(banks[l], p, placements[l], device) for l, p in (pools or {}).items()}
+        self._blobs = {l: self._blobs_of(l) for l in self._fetched_layers(placements)}
         self._copies = copies_of(device)
-        self._mover = SlotMover(self.tables, self._movable, self._blobs, self._copies)
+        self._mover: SlotMover | ExchangeMover = SlotMover(
+            self.tables, self._movable, self._blobs, self._copies
+        )
+        if self._places:
+            self._mover = ExchangeMover(self._mover, self._movable, self._places, self._blobs, self._copies)
         self._read_N2 = self._copies.host_like(self.tracker.state_N2) if self._movable else None
         self._reading: Arrival | None = None
         self._pinned: dict[int, list[PinnedRange]] = {}
@@ -115,6 +126,8 @@ class Residency:
         done = self._mover.finish()
         self.num_swaps += len(done)
         self.swap_bytes += sum(self._layers[swap.layer].slot_bytes for swap in done)
+        back = (self._layers[swap.layer] for swap in done if self._places)
+        self.returned_bytes += sum(layer.slot_bytes - layer.kept_bytes for layer in back)
         if self._steps_in_round >= self.settings.interval_steps:
             if self._read_N2 is not None and self._reading is None:
                 self._reading = self._copies.to_host(self._read_N2, self.tracker.state_N2)
@@ -128,13 +141,24 @@ class Residency:
 
     def _swap(self, heat: Heat) -> None:
         placements = [table.placement for table in self.tables]
+        # An exchange moves two experts through host memory.
+        share = self.swap_share / 2 if self._places else self.swap_share
         limit = swap_limit(
-            placements, heat.hits_per_step_L, self._layers, self.settings.interval_steps, self.swap_share
+            placements, heat.hits_per_step_L, self._layers, self.settings.interval_steps, share
         )
-        limit = 1 if self._why_not_pinned else min(limit, self.settings.max_swaps)
+        limit = min(limit, self.settings.max_swaps, self._most_swaps)
         swaps = plan_swaps(placements, heat.count_L, limit, self.settings.hysteresis)
         if swaps:
+            if self._places:
+                self._exchanging()
             self._mover.start(swaps)
+
+    @property
+    def _most_swaps(self) -> int:
+        """What the host's memory allows in one round."""
+        if isinstance(self._mover, ExchangeMover):
+            return 0 if self._why_not_pinned else self._mover.num_free
+        return 1 if self._why_not_pinned else self.settings.max_swaps
 
     def heat(self) -> Heat:
         """As of now; waits for the device. Errors: ValueError where nothing counts it."""
@@ -156,13 +180,17 @@ class Residency:
             if has_device and bank.choice.name == "native" and placement.num_resident < bank.spec.num_experts
         ]
 
+    def _blobs_of(self, layer_idx: int) -> HostBlobs:
+        places = self._places.get(layer_idx)
+        return HostBlobs(self._banks[layer_idx], None if places is None else places.place_of_expert_E)
+
     def fetchable(self, layer_idx: int) -> HostBlobs | None:
         """The layer's experts on the host, where copies from there run at full speed; else None."""
         blobs = self._blobs.get(layer_idx)
         return blobs if self.device.type != "cuda" or layer_idx in self._pinned else None
 
     def moves(self, layer_idx: int) -> bool:
-        """Whether the host must hold this layer's residents too."""
+        """Whether this layer's residents may change, so that the host's bank must know them too."""
         return layer_idx in self._movable
 
     def loaded(self, layer_idx: int) -> None:
@@ -174,20 +202,29 @@ class Residency:
             return
         bank, blobs = self._banks[layer_idx], self._blobs[layer_idx]
         num_expected = bank.spec.num_experts
-        if not self.moves(layer_idx):
+        if not self.moves(layer_idx) or layer_idx in self._places:
             num_expected -= self.tables[layer_idx].placement.num_resident
         if self._why_not_pinned or len(bank.loaded_experts) < num_expected:
             return
+        places = [bank.place_of_expert_E[expert_id] for expert_id in bank.loaded_experts]
+        if layer_idx in self._places:
+            # Spare places follow all others; they go with the last layer that shares them.
+            pool = self._places[layer_idx].pool
+            sharing = {l for l, table in self._places.items() if table.pool is pool}
+            places += pool.free if sharing <= {layer_idx, *self._pinned} else ()
         try:
             self._pinned[layer_idx] = [
                 PinnedRange(*blobs.range_of(first, count), blobs, self.device)
-                for first, count in runs(bank.loaded_experts)
+                for first, count in runs(places)
             ]
         except RuntimeError as error:
             self._why_not_pinned = str(error)
+            residents = (
+                "stay as they are" if self._places else "change slowly, one at a time through a pinned buffer"
+            )
             warnings.warn(
-                "residents change slowly, one at a time through a pinned buffer, and prompts leave all experts "
-                f"without a slot to the host: {error}; raise `ulimit -l`",
+                f"residents {residents}, and prompts leave all experts without a slot to the host: {error}; "
+                "raise `ulimit -l`",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -23,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 RANK = {
     "monde": 10,  # the public names; the command line uses them as any user does
     "monde.cli": 11,
+    "monde.__main__": 12,
     "monde.models": 6,
     "monde.calibration": 7,  # times blocks as monde.models runs them
     "monde.calibration.network": 9,  # times the exchanges that training makes

@@ -9,6 +9,7 @@ import numpy as np
 from hostcompute import _native, env
 from hostcompute.arrays import HostArray
 from hostcompute.backends.base import ExpertWeights
+from hostcompute.places import HostPlaces
 from hostcompute.pool import shared_pool
 from hostcompute.spec import ExpertSpec, RoutedCounts
 
@@ -36,7 +37,9 @@ class NativeBackend:
 
     name = "native"
 
-    def __init__(self, spec: ExpertSpec, pool: Any = None, isa: str | None = None) -> None:
+    def __init__(
+        self, spec: ExpertSpec, pool: Any = None, isa: str | None = None, places: HostPlaces | None = None
+    ) -> None:
         self.spec = spec
         self.isa, _ = choose_isa(isa)
         act = spec.activation
@@ -52,6 +55,7 @@ class NativeBackend:
             act.alpha,
             self.isa,
             pool or shared_pool(),
+            None if places is None else places.arena,
         )
 
     def load(self, expert_id: int, weights: ExpertWeights) -> None:
@@ -114,7 +118,7 @@ class NativeBackend:
 
     @property
     def memory_range(self) -> tuple[int, int]:
-        """Address and bytes of the arena: page aligned, so that it can be pinned for a GPU as a whole."""
+        """Address and bytes of the arena, the places that banks share if they do: page aligned, so that it can be pinned."""
         address, num_bytes = self._bank.memory_range
         return address, num_bytes
 

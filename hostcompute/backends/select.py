@@ -10,6 +10,7 @@ from typing import Any
 from hostcompute import env
 from hostcompute.backends.base import Backend
 from hostcompute.backends.reference import ReferenceBackend
+from hostcompute.places import HostPlaces
 from hostcompute.spec import ExpertSpec
 
 BACKENDS = ("native", "numba", "reference")
@@ -22,7 +23,9 @@ class BackendChoice:
     name: str
     isa: str
     why: str
-    build: Callable[[ExpertSpec, Any], Backend]
+    build: Callable[
+        [ExpertSpec, Any, HostPlaces | None], Backend
+    ]  # spec, pool, places: native alone uses those
 
 
 def choose(name: str = "auto", isa: str | None = None) -> BackendChoice:
@@ -61,7 +64,10 @@ def _native(why: str, isa: str | None) -> BackendChoice:
         ) from error
     chosen, isa_why = choose_isa(isa)
     return BackendChoice(
-        "native", chosen, f"{why}; {isa_why}", lambda spec, pool: NativeBackend(spec, pool, chosen)
+        "native",
+        chosen,
+        f"{why}; {isa_why}",
+        lambda spec, pool, places: NativeBackend(spec, pool, chosen, places),
     )
 
 
@@ -73,7 +79,7 @@ def _numba(why: str) -> BackendChoice:
             f"the numba backend is not available ({error}); install it with `pip install numba`"
         ) from error
 
-    def build(spec: ExpertSpec, pool: Any) -> Backend:
+    def build(spec: ExpertSpec, pool: Any, places: HostPlaces | None) -> Backend:
         from hostcompute.backends.numba_backend import NumbaBackend
 
         return NumbaBackend(spec, None if pool is None else pool.num_threads)
@@ -82,4 +88,4 @@ def _numba(why: str) -> BackendChoice:
 
 
 def _reference(why: str) -> BackendChoice:
-    return BackendChoice("reference", "numpy-float64", why, lambda spec, pool: ReferenceBackend(spec))
+    return BackendChoice("reference", "numpy-float64", why, lambda spec, pool, places: ReferenceBackend(spec))

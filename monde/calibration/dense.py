@@ -1,17 +1,19 @@
 """What a block costs beside its experts and its bytes: Python and launches where it runs eagerly, kernels in a graph;
 and a decode step beside its blocks.
 
-Models of next to nothing, without experts, run the way the runtime runs models: norms fused, on a static cache.
+Models without experts, run the way the runtime runs models: norms fused, on a static cache. Those that Python is timed
+on are next to nothing; kernels in a graph have the dims of Qwen3-30B-A3B, and the bytes they read are taken off again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, StaticCache
 
 from monde.calibration.graph import capture
 from monde.calibration.samples import Probe, Samples, Timings, seconds_of
@@ -21,7 +23,7 @@ from monde.models.decode_graph import install, step_cache
 from monde.models.decode_runner import CAPTURE_AFTER_STEPS
 from monde.models.norms import fuse_norms
 
-_NUM_BLOCKS = 12
+_NUM_BLOCKS, _NUM_CAPTURED = 12, 6
 _NUM_POSITIONS = 256
 _NUM_SAMPLES = 30
 _EAGER, _CAPTURED = "eager block without experts", "captured block without experts"
@@ -41,10 +43,13 @@ class DenseProbes:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._model, self._one_block = _model(_NUM_BLOCKS, device), _model(1, device)
+        self._small, self._one_block = _model(_NUM_BLOCKS, device), _model(1, device)
+        self._large = None
         if device.type == "cuda":
+            self._large = _model(
+                _NUM_CAPTURED, device, hidden_size=2048, num_attention_heads=32, head_dim=128
+            )
             install(self._one_block, CudaCapture(device), KvRoom(1 << 24, 1))
-        self._cache = static_cache(self._model.config, _NUM_POSITIONS)
         self._ids_11 = torch.zeros(1, 1, dtype=torch.long, device=device)
 
     def probes(self) -> list[Probe]:
@@ -55,47 +60,51 @@ class DenseProbes:
     def eager_block_s(samples: dict[str, Samples]) -> float:
         return samples[_EAGER].median_s
 
-    @staticmethod
-    def captured_block_s(samples: dict[str, Samples]) -> float:
-        return samples[_CAPTURED].median_s
+    def captured_block_s(self, samples: dict[str, Samples], bytes_per_s: float) -> float:
+        """Beside reading its weights at `bytes_per_s`."""
+        assert self._large is not None
+        embeddings = self._large.get_input_embeddings().weight  # of which a step reads a row
+        num_read = sum(p.numel() for p in self._large.parameters()) - embeddings.numel()
+        read_s = num_read * embeddings.dtype.itemsize / bytes_per_s
+        return max(0.0, samples[_CAPTURED].median_s - float(read_s) / _NUM_CAPTURED)
 
     @staticmethod
     def step_s(samples: dict[str, Samples]) -> float:
-        """Of a step beside its blocks."""
+        """Of a step beside its blocks, of which it has one."""
         block_s = samples[_CAPTURED if _CAPTURED in samples else _EAGER].median_s
         return max(0.0, samples[_STEP].median_s - block_s)
-
-    @torch.no_grad()
-    def _step(self) -> None:
-        self._model(self._ids_11, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
 
     def _wait(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
 
     def _eager(self) -> Timings:
-        def step() -> None:
-            self._step()
-            self._wait()
-
-        return {_EAGER: self._timed(step)}
+        cache = static_cache(self._small.config, _NUM_POSITIONS)
+        step = partial(self._step, self._small, cache)
+        return {_EAGER: self._timed(step, cache, _NUM_BLOCKS)}
 
     def _captured(self) -> Timings:
-        graph = capture(self._step)
+        assert self._large is not None
+        cache = static_cache(self._large.config, _NUM_POSITIONS)
+        graph = capture(partial(self._step, self._large, cache))
+        return {_CAPTURED: self._timed(graph.replay, cache, _NUM_CAPTURED)}
 
-        def step() -> None:
-            graph.replay()
+    @torch.no_grad()
+    def _step(self, model: Any, cache: StaticCache) -> None:
+        model(self._ids_11, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    def _timed(self, step: Callable[[], None], cache: StaticCache, num_blocks: int) -> list[float]:
+        """Seconds of a block; every step is the first one of its cache."""
+
+        def finished() -> None:
+            step()
             self._wait()
 
-        return {_CAPTURED: self._timed(step)}
-
-    def _timed(self, step: Callable[[], None]) -> list[float]:
-        """Seconds of a block; every step is the first one of its cache."""
         samples = []
         for _ in range(_NUM_SAMPLES + 2):
-            self._cache.reset()
+            cache.reset()
             self._wait()
-            samples.append(seconds_of(step) / _NUM_BLOCKS)
+            samples.append(seconds_of(finished) / num_blocks)
         return samples[2:]  # the first ones allocate and fill caches of code
 
     @torch.inference_mode()
@@ -114,7 +123,7 @@ class DenseProbes:
         return {_STEP: samples[_WARM_UP_STEPS:]}
 
 
-def _model(num_blocks: int, device: torch.device) -> Any:
+def _model(num_blocks: int, device: torch.device, **large: int) -> Any:
     dims: dict[str, Any] = dict(
         vocab_size=8192,
         hidden_size=64,
@@ -126,6 +135,7 @@ def _model(num_blocks: int, device: torch.device) -> Any:
         num_experts=16,
         num_experts_per_tok=4,
     )
+    dims |= large
     with torch.device(device):
         model: Any = Qwen3MoeForCausalLM(Qwen3MoeConfig(**dims))
     for layer in model.model.layers:

@@ -20,7 +20,7 @@ from monde.calibration.copies import Copies, fit_copies
 from monde.calibration.graph import capture
 from monde.calibration.host import TOKENS, HostProbes, fill, rate_of, rotating
 from monde.calibration.overlap import overlap_of
-from monde.calibration.prompts import PromptLayers, ResidentProducts, layer_seconds
+from monde.calibration.prompts import PROMPT_TOKENS, PromptLayers, ResidentProducts
 from monde.calibration.samples import Probe, Samples, Timings, repeated, seconds_of
 from monde.core import Placement, RoutedBatch
 from monde.executors.decode import DecodeExecutor, DecodeHub, why_not_decode
@@ -93,7 +93,7 @@ class GpuProbes:
         self.products = ResidentProducts(
             self.spec, self.slots, self.prefill, LayerPieces.of(self.spec).piece_rows
         )
-        self.prompts = PromptLayers(self.spec.d_model, pool, device)
+        self.prompts = PromptLayers(host.bank, self.slots, device)
         self.hub = DecodeHub([self.spec], [host.bank], torch.bfloat16, device, pool)
         heat_E = torch.zeros(self.spec.num_experts, device=device)
         self.decode = DecodeExecutor(0, self.spec, self.slots, table, heat_E, self.hub)
@@ -107,26 +107,27 @@ class GpuProbes:
     def fits(self, samples: dict[str, Samples]) -> GpuFits:
         return GpuFits.of(self.spec.d_model, samples)
 
-    def profile(self, fits: GpuFits, samples: dict[str, Samples], block_overhead_s: float) -> GpuProfile:
+    def profile(
+        self, fits: GpuFits, samples: dict[str, Samples], block_overhead_s: Callable[[float], float]
+    ) -> GpuProfile:
+        """block_overhead_s: what a captured block takes beside reading at so many bytes a second."""
         layers = fits.layers
+        expert = rate_of(self.spec, expert_s([layer.s_per_unit for layer in layers]))
+        copy_s = float(fits.h2d.seconds(self.spec.expert_bytes))
+        host_expert_s = self.host.expert_s(samples, PROMPT_TOKENS)
         of_decode = [layer.alpha_s for t, layer in zip(TOKENS, layers, strict=True) if t <= _MAX_DECODE]
-        prompt_s = layer_seconds(samples)
-        trip_s = float(fits.round_trip.seconds(self.prompts.num_tokens * self.spec.d_model * 2))
-        copied_s = float(fits.h2d.seconds(self.prompts.expert_bytes))
         return GpuProfile(
             memory_bytes=torch.cuda.get_device_properties(self.device).total_memory,
-            expert=rate_of(self.spec, expert_s([layer.s_per_unit for layer in layers])),
+            expert=expert,
             h2d=fits.h2d,
             d2h=fits.d2h,
             zero_copy_bytes_per_s=self.copies.zero_copy_bytes_per_s(samples),
             round_trip=fits.round_trip,
             host_while_copying=overlap_of("host", samples),
             gpu_while_copying=overlap_of("GPU", samples),
-            block_overhead_s=block_overhead_s,
+            block_overhead_s=block_overhead_s(expert.bytes_per_s),
             decode_layer_s=statistics.median(of_decode),
-            prefill_layer_s=prompt_s["resident"],
-            prefill_host_s=max(0.0, prompt_s["on the host"] - prompt_s["resident"] - trip_s),
-            prefill_fetch_s=max(0.0, prompt_s["fetched"] - prompt_s["resident"] - copied_s),
+            prompt=self.prompts.launches(samples, host_expert_s, copy_s),
         )
 
     def close(self) -> None:

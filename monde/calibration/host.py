@@ -86,6 +86,10 @@ class HostProbes:
     def format_rates(self, samples: dict[str, Samples]) -> dict[str, ExpertRate]:
         return {name: self.expert_rate(samples, name) for name in self.formats}
 
+    def expert_s(self, samples: dict[str, Samples], num_tokens: int) -> float:
+        """Of one expert in bf16, for one of TOKENS."""
+        return self._fit(samples, num_tokens)[1]
+
     def call_s(self, samples: dict[str, Samples]) -> float:
         """What a call takes beside its experts."""
         return statistics.median(self._fit(samples, t)[0] for t in TOKENS if t <= _CALL_TOKENS)

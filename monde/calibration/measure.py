@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import psutil
 import torch
@@ -66,7 +67,7 @@ def calibrate(
             host_expert=host.expert_rate(samples),
             gpu=None
             if gpu is None or fits is None
-            else gpu.profile(fits, samples, dense.captured_block_s(samples)),
+            else gpu.profile(fits, samples, partial(dense.captured_block_s, samples)),
             host_call_s=host.call_s(samples),
             eager_block_s=dense.eager_block_s(samples),
             step_s=dense.step_s(samples),

@@ -1,23 +1,21 @@
 """Layers of long prompts: their residents' products alone, and what Python takes around them.
 
-The products are timed in a graph, where launching them costs nothing; Python around experts of next to nothing.
+The products are timed in a graph, where launching them costs nothing. Whole layers on the host and over the bus tell
+what holds these sides up besides their experts.
 Letters: T tokens, A active experts of one call, E experts, D model dim, F expert hidden dim.
 """
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hostcompute import ExpertBank, ExpertSpec
-from hostcompute.layout import PAD_K
-from monde.calibration.host import fill, rotating
+from monde.calibration.host import rotating
 from monde.calibration.samples import Probe, Samples, Timings, seconds_of
 from monde.core import Placement, RoutedBatch
 from monde.device.pinned import PinnedRange
@@ -28,13 +26,15 @@ from monde.executors.prefill_size import BLOCK_ROWS, PrefillSize
 from monde.executors.products import Packed, Products, Rows
 from monde.executors.waves import Ints, Order, Wave, tiles_of
 from monde.planning.machines import DESCRIBED
+from monde.planning.profile import PromptLaunches
 from monde.planning.split_policies import SplitPolicy, all_fetch, all_host
 from monde.weights.host import HostBlobs
 from monde.weights.slots import ExpertSlots
 from monde.weights.table import SlotTable
 
-_TOKENS, _ACTIVE, _SMALL_F = 32, 4, PAD_K
+PROMPT_TOKENS, _ACTIVE = 32, 8  # enough for the host and the bus to take longer than Python
 _NUM_SAMPLES, _NUM_WARM_UPS = 40, 5
+_QUICK = 0.25
 _WAYS: dict[str, tuple[bool, SplitPolicy]] = {
     "resident": (True, all_host),
     "on the host": (False, all_host),
@@ -95,26 +95,25 @@ class ResidentProducts:
 
 
 class PromptLayers:
-    """Layers of experts of next to nothing, resident, on the host and fetched: whole calls, Python and all."""
+    """Layers of A of a bank's experts, resident, on the host and fetched: whole calls, Python and all."""
 
-    def __init__(self, d_model: int, pool: Any, device: torch.device) -> None:
-        spec = ExpertSpec(8 * _ACTIVE, d_model, _SMALL_F)
-        self.bank = fill(ExpertBank(spec, "native", pool))
-        self.device, blobs = device, HostBlobs(self.bank)
+    def __init__(self, bank: ExpertBank, slots: ExpertSlots, device: torch.device) -> None:
+        spec, blobs = bank.spec, HostBlobs(bank)
+        self.bank, self.device = bank, device
+        self.num_active = min(_ACTIVE, spec.num_experts)
         self._pinned = (
             PinnedRange(*blobs.range_of(0, spec.num_experts), blobs, device)
             if device.type == "cuda"
             else None
         )
-        slots = ExpertSlots(spec, spec.num_experts, device)
-        size = PrefillSize.of([spec], torch.bfloat16.itemsize, _TOKENS, _ACTIVE)
+        size = PrefillSize.of([spec], torch.bfloat16.itemsize, PROMPT_TOKENS, self.num_active)
         self.hub = PrefillHub(device, size, DESCRIBED["h200"], learns=False)
         self.hub.fetches_ahead = False
         everyone, nobody = tuple(range(spec.num_experts)), (-1,) * spec.num_experts
         self.layers = {
             is_resident: PrefillExecutor(
                 int(is_resident),
-                self.bank,
+                bank,
                 slots if is_resident else None,
                 SlotTable(Placement(everyone if is_resident else nobody), device),
                 self.hub,
@@ -128,10 +127,10 @@ class PromptLayers:
 
     def _timed(self, way: str) -> Timings:
         is_resident, self.hub.policy = _WAYS[way]
-        layer, spec = self.layers[is_resident], self.bank.spec
-        weights_TA = torch.full((_TOKENS, _ACTIVE), 1 / _ACTIVE, device=self.device)
-        x_TD = torch.randn(_TOKENS, spec.d_model, device=self.device).bfloat16()
-        routings = [ids_TA.to(self.device) for ids_TA in rotating(spec.num_experts, _ACTIVE, _TOKENS)]
+        layer, spec, A = self.layers[is_resident], self.bank.spec, self.num_active
+        weights_TA = torch.full((PROMPT_TOKENS, A), 1 / A, device=self.device)
+        x_TD = torch.randn(PROMPT_TOKENS, spec.d_model, device=self.device).bfloat16()
+        routings = [ids_TA.to(self.device) for ids_TA in rotating(spec.num_experts, A, PROMPT_TOKENS)]
 
         def step(i: int) -> None:
             layer.forward(RoutedBatch(x_TD, routings[i % len(routings)], weights_TA))
@@ -141,24 +140,27 @@ class PromptLayers:
         samples = [seconds_of(partial(step, i)) for i in range(_NUM_WARM_UPS + _NUM_SAMPLES)]
         return {_name(way): samples[_NUM_WARM_UPS:]}
 
+    def launches(self, samples: Mapping[str, Samples], host_expert_s: float, copy_s: float) -> PromptLaunches:
+        """Of the quicker quarter of the calls, what neither products nor these seconds of an expert explain.
+
+        Once the probes have run: the part before anything starts is told by the layer's own clock.
+        """
+        seconds = {way: float(np.quantile(samples[_name(way)].all_s, _QUICK)) for way in _WAYS}
+        phases, resident_s = self.layers[True].phases, seconds["resident"]
+        before_s = phases.count_s + phases.count_wait_s + phases.plan_s
+        in_all_s = before_s + phases.launch_s + phases.host_wait_s + phases.combine_s
+        plan_s = resident_s * before_s / in_all_s
+        return PromptLaunches(
+            plan_s=plan_s,
+            layer_s=resident_s - plan_s,
+            host_s=max(0.0, seconds["on the host"] - plan_s - self.num_active * host_expert_s),
+            fetch_s=max(0.0, seconds["fetched"] - plan_s - self.num_active * copy_s),
+        )
+
     def close(self) -> None:
         self.hub.close()
         if self._pinned is not None:
             self._pinned.close()
-        self.bank.close()
-
-    @property
-    def num_tokens(self) -> int:
-        return _TOKENS
-
-    @property
-    def expert_bytes(self) -> float:
-        return self.bank.spec.expert_bytes
-
-
-def layer_seconds(samples: Mapping[str, Samples]) -> dict[str, float]:
-    """Seconds of a whole call, by way: resident, on the host, fetched."""
-    return {way: statistics.median(samples[_name(way)].all_s) for way in _WAYS}
 
 
 def _name(way: str) -> str:

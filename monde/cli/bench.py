@@ -102,7 +102,7 @@ def bench(
 
       monde bench MODEL -p 512 -n 32 -r 1 --trace timeline.json
 
-      torchrun --nproc-per-node 2 -m monde.cli bench MODEL -b 4     # each rank its own 4 sequences
+      torchrun --nproc-per-node 2 -m monde bench MODEL -b 4     # each rank its own 4 sequences
     """
     tests = parse_tests(n_prompt, n_gen, n_depth, batch)
     from monde.cli.baselines import parse_baselines

@@ -121,9 +121,9 @@ def describe(profile: HardwareProfile) -> str:
             rows[name] = f"{fit.alpha_s * 1e6:.3g} us{rate}, r2 {fit.r2:.4f}"
         rows |= {
             "block in a graph": f"{gpu.block_overhead_s * 1e6:.3g} us without experts",
-            "expert layer": f"{gpu.decode_layer_s * 1e6:.3g} us in a graph, {gpu.prefill_layer_s * 1e6:.3g} us for "
-            f"long prompts, beside its experts; {gpu.prefill_host_s * 1e6:.3g} us more where the host takes part, "
-            f"{gpu.prefill_fetch_s * 1e6:.3g} where experts are fetched",
+            "expert layer": f"{gpu.decode_layer_s * 1e6:.3g} us in a graph, {(gpu.prompt.plan_s + gpu.prompt.layer_s) * 1e6:.3g} "
+            f"us for long prompts, beside its experts; the host is held up by {gpu.prompt.host_s * 1e6:.3g} us, "
+            f"the bus by {gpu.prompt.fetch_s * 1e6:.3g}",
             "zero-copy": f"{gpu.zero_copy_bytes_per_s / 1e9:.3g} GB/s",
             "GPU experts": f"{gpu.expert.bytes_per_s / 1e9:.3g} GB/s with few tokens, "
             f"{max(gpu.expert.flops_per_s.y) / 1e12:.3g} TFLOP/s with many",

@@ -67,7 +67,7 @@ def generate(
 
       monde generate ./my-model - --device cpu < prompt.txt
 
-      torchrun --nproc-per-node 2 -m monde.cli generate MODEL "The moon"     # the experts lie on both ranks
+      torchrun --nproc-per-node 2 -m monde generate MODEL "The moon"     # the experts lie on both ranks
     """
     tokenizer = load_tokenizer(model)
     if tokenizer is None:
@@ -165,4 +165,6 @@ def _summary(token_times_s: list[float], engine: Any) -> str:
     if report.num_resident_experts:
         resident = f"{report.num_resident_experts} of {report.num_experts} experts on {engine.device}"
         where = f"{resident}, the other {where}"
+    if report.num_released_experts:
+        where += f"; {engine.plan.released_text}"
     return f"{line}; {where}; loaded in {report.seconds_s:.1f} s"

@@ -72,7 +72,7 @@ class Question:
     ) -> Forecast:
         """On this machine, or on another one like it. Errors: BudgetError."""
         profile = profile or self.profile
-        # Residents follow the routing by default, where host memory holds them too.
+        # Residents follow the routing by default, where host memory lets them.
         memory = plan_memory(
             outlined.size,
             self.on_gpu,

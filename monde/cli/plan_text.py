@@ -53,6 +53,8 @@ def answer_of(
     return answer | {
         "num_resident": sum(now.plan.num_resident_L),
         "num_experts": sum(layer.num_experts for layer in now.plan.size.layers),
+        "num_released": now.plan.num_released,
+        "saved_host_bytes": now.plan.saved_bytes,
         "dense_bytes": now.plan.size.dense_bytes,
         "expert_bytes": now.plan.size.expert_bytes,
         "gpu_used_bytes": now.plan.gpu_used_bytes,

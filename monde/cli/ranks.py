@@ -42,4 +42,4 @@ def torchrun_command(command: str, mesh: Any) -> str:
         return command
     num_here = int(os.environ["LOCAL_WORLD_SIZE"])  # as torchrun sets it
     nodes = f"--nnodes {mesh.size() // num_here} " if num_here < mesh.size() else ""
-    return f"torchrun {nodes}--nproc-per-node {num_here} -m monde.cli {command.removeprefix('monde ')}"
+    return f"torchrun {nodes}--nproc-per-node {num_here} -m monde {command.removeprefix('monde ')}"

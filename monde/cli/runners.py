@@ -74,6 +74,8 @@ def load_monde(options: LoadOptions) -> Runner:
     report, backend = engine.load_report, f"{engine.host_choice.name}/{engine.host_choice.isa}"
     if report.num_resident_experts:
         backend += f", {report.num_resident_experts}/{report.num_experts} experts on the GPU"
+    if report.num_released_experts:
+        backend += f", {engine.plan.released_text}"
     if engine.ranked is not None:
         return _over_ranks(engine, backend, model, loading)
     facts = runner_facts("monde", backend, model, loading)

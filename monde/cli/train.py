@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,18 +34,32 @@ def train(
 
       monde train examples/train.toml
 
-      torchrun --nproc-per-node 2 -m monde.cli train examples/train.toml
+      torchrun --nproc-per-node 2 -m monde train examples/train.toml
     """
     from monde.training.config import read_config
 
     config = read_config(config_file)
+    with _joined(config) as fabric:
+        job = _job(config, config_file.resolve().parent, fabric, restart)
+        done = job.resume()
+        if fabric.is_first and done:
+            typer.echo(f"monde: resuming after step {done}", err=True)
+        _run(job)
+        _leave(job, config, config_file.resolve().parent)
+
+
+@contextmanager
+def _joined(config: TrainConfig) -> Iterator[Fabric]:
+    """The ranks, left in order: Gloo's threads end before the interpreter does, which may abort the process otherwise."""
+    import torch.distributed as dist
+
     fabric = _join(config)
-    job = _job(config, config_file.resolve().parent, fabric, restart)
-    done = job.resume()
-    if fabric.is_first and done:
-        typer.echo(f"monde: resuming after step {done}", err=True)
-    _run(job)
-    _leave(job, config, config_file.resolve().parent)
+    try:
+        yield fabric
+    finally:
+        fabric.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _join(config: TrainConfig) -> Fabric:
@@ -155,4 +170,3 @@ def _leave(job: TrainingJob, config: TrainConfig, base: Path) -> None:
         )
 
     job.fabric.first_does(write)
-    job.fabric.close()

@@ -29,6 +29,14 @@ class Copies(Protocol):
         """Copy host tensors, the second of each pair, once all that was launched so far is done."""
         ...
 
+    def from_device(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Arrival:
+        """Copy device tensors, the second of each pair, to pinned memory, once all that was launched so far is done."""
+        ...
+
+    def launched(self) -> Arrival:
+        """All that was launched so far."""
+        ...
+
     def to_host(self, target: Tensor, source: Tensor) -> Arrival:
         """Copy a device tensor as all that was launched so far leaves it; `target` is from `host_like`."""
         ...
@@ -41,7 +49,7 @@ class Copies(Protocol):
 
 
 class CudaCopies:
-    """stream: copies to the device; it overlaps with the steps of the model on the streams of the callers."""
+    """stream: copies of experts; it overlaps with the steps of the model on the streams of the callers."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.stream = device, torch.cuda.Stream(device)
@@ -55,6 +63,16 @@ class CudaCopies:
             for target, source in pinned:
                 target.copy_(source, non_blocking=True)
         return _CudaArrival(self.device, self.stream.record_event())
+
+    def from_device(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Arrival:
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
+        return _CudaArrival(self.device, self.stream.record_event())
+
+    def launched(self) -> Arrival:
+        return _CudaArrival(self.device, torch.cuda.current_stream(self.device).record_event())
 
     def to_host(self, target: Tensor, source: Tensor) -> Arrival:
         target.copy_(source, non_blocking=True)
@@ -84,6 +102,12 @@ class InOrderCopies:
     def to_device(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Arrival:
         for target, source in pairs:
             target.copy_(source)
+        return _Arrived()
+
+    def from_device(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Arrival:
+        return self.to_device(pairs)
+
+    def launched(self) -> Arrival:
         return _Arrived()
 
     def to_host(self, target: Tensor, source: Tensor) -> Arrival:

@@ -212,6 +212,7 @@ class DecodeExecutor:
     def _fields(self, layer_idx: int) -> dict[str, int | float]:
         spec, layout, slots = self.spec, self.layout, self.slots
         biases = {} if slots is None else slots.biases
+        places = None if self._host is None else self._host.place_of_expert_E
         names = {"gate_bias": "gate_bias_SF", "up_bias": "up_bias_SF", "down_bias": "down_bias_SD"}
         mailbox = self.hub.mailbox.addresses if self.rings else dict.fromkeys(self.hub.mailbox.addresses, 0)
         return {
@@ -237,6 +238,7 @@ class DecodeExecutor:
             "blob_bytes": layout.weight_bytes,
             "host_blobs": 0 if self._host is None else self._host.address,
             "host_blob_bytes": layout.blob_bytes,
+            "place_of_expert_E": 0 if places is None else places.data_ptr(),
             "heat_E": self._heat_E.data_ptr(),
             **{field: biases[role].data_ptr() if role in biases else 0 for role, field in names.items()},
             **self.hub.scratch.addresses,

@@ -99,11 +99,8 @@ class StagingRing:
 
 def _copy_whole(blobs: HostBlobs, pieces: Sequence[Piece], buffer_B: Tensor, stride_bytes: int) -> None:
     """Experts that follow one another in host memory in one copy, as far as the memory was pinned in one."""
-    runs = [
-        0,
-        *(i + 1 for i, (a, b) in enumerate(pairwise(pieces)) if b.expert_id != a.expert_id + 1),
-        len(pieces),
-    ]
+    places = [blobs.place_of(piece.expert_id) for piece in pieces]
+    runs = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(places)) if b != a + 1), len(pieces)]
     for begin, end in pairwise(runs):
-        source_B = blobs.run_B(pieces[begin].expert_id, end - begin)
+        source_B = blobs.run_B(places[begin], end - begin)
         buffer_B[begin * stride_bytes :][: len(source_B)].copy_(source_B, non_blocking=True)

@@ -39,17 +39,25 @@ class SlotMover:
 
     @property
     def is_busy(self) -> bool:
-        return self._arrival is not None
+        return bool(self._swaps)
 
     def start(self, swaps: Sequence[Swap]) -> None:
         assert not self.is_busy
-        for swap in swaps:
-            self._tables[swap.layer].vacate(swap.expert_out)
         self._swaps = swaps
-        self._arrival = self._copies.to_device([pair for swap in swaps for pair in self._pairs(swap)])
+        self._leave()
+
+    def _leave(self) -> None:
+        for swap in self._swaps:
+            self._tables[swap.layer].vacate(swap.expert_out)
+        self._arrival = self._copies.to_device([pair for swap in self._swaps for pair in self._pairs(swap)])
 
     def finish(self) -> Sequence[Swap]:
-        """The swaps that are complete as of now: all that were started, or none."""
+        """The swaps that are complete as of now: all that were started, or none.
+
+        Copies that could not be launched are tried again, for their slots are empty.
+        """
+        if self._swaps and self._arrival is None:
+            self._leave()
         if self._arrival is None or not self._arrival.done():
             return ()
         self._arrival.order()

@@ -173,7 +173,7 @@ class PrefillExecutor:
                 case Multiply():
                     assert blobs is not None
                     self.device.multiply_arrived(placed, position, shipments[task.after[0]], blobs)
-                case None:  # the seconds in which Python does all this
+                case None:  # seconds that nobody does anything for
                     pass
                 case other:
                     raise AssertionError(other)

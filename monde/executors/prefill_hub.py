@@ -157,7 +157,7 @@ class PrefillHub:
         return []
 
     def forget(self) -> None:
-        """Weights change: what was fetched ahead is old."""
+        """Weights change, or their places: what was fetched ahead is old, or not what was meant."""
         for shipment in self._ahead[1]:
             self.ring.release(shipment)
         self._ahead = (-1, [])

@@ -61,20 +61,34 @@ def measure_ranks(
         partial_ND = rows(num * W)
         return lambda: sum_rows(ranks, partial_ND, [num] * W).wait()
 
-    def experts(num_tokens: int) -> Callable[[], object]:
-        """num_tokens for each of up to 8 experts."""
-        ids_T1 = torch.arange(min(num_held, 8), device=device).repeat_interleave(num_tokens)[:, None]
-        x_TD = torch.ones((len(ids_T1), d_model), device=device, dtype=dtype)
-        batch = RoutedBatch(x_TD, ids_T1, torch.ones(ids_T1.shape, device=device))
-        return lambda: compute(batch, torch.float32)
+    num_timed = max(1, min(num_held, 8))
+    following = 0
 
-    def seconds(action: Callable[[], object], unit: float = 1.0) -> float:
-        """The median over rounds of the slowest rank's time, each divided by the rank's own unit."""
-        action()
+    def experts(num_tokens: int) -> Callable[[], object]:
+        """num_tokens for each of up to 8 experts, of all in turn: the same ones again would still be in the cache."""
+        x_TD = torch.ones((min(num_held, 8) * num_tokens, d_model), device=device, dtype=dtype)
+        weights_T1 = torch.ones((len(x_TD), 1), device=device)
+        each_T = torch.arange(min(num_held, 8), device=device).repeat_interleave(num_tokens)
+
+        def step() -> object:
+            nonlocal following
+            ids_T1 = ((each_T + following) % max(1, num_held))[:, None]
+            following += num_timed
+            return compute(RoutedBatch(x_TD, ids_T1, weights_T1), torch.float32)
+
+        return step
+
+    def seconds(action: Callable[[], object], unit: float = 1.0, works: bool = True) -> float:
+        """The median over rounds of the slowest rank's time, each divided by the rank's own unit.
+
+        works: whether this rank does it too; those that do not, rest.
+        """
+        if works:
+            action()
         samples = []
         for _ in range(_ROUNDS):
             ranks.exchange(torch.zeros(1, dtype=torch.int32))  # a barrier
-            samples.append(_timed(action, device) / unit)
+            samples.append(_timed(action, device) / unit if works else 0.0)
         slowest: list[float] = [max(by_rank) for by_rank in zip(*ranks.agree(samples), strict=True)]
         return statistics.median(slowest)
 
@@ -84,12 +98,25 @@ def measure_ranks(
     gather_s, swap_s, sum_s = (
         fit_alpha_beta(moved_bytes, [seconds(kind(num)) for num in sizes]) for kind in (gather, swap, total)
     )
-    held = max(1, min(num_held, 8)) * held_share
-    expert_s = fit_alpha_beta(TOKENS, [seconds(experts(num), held) for num in TOKENS])
+    held = num_timed * held_share
+    expert_s = alone_s = fit_alpha_beta(TOKENS, [seconds(experts(num), held) for num in TOKENS])
+    if len(set(ranks.machine_W)) < W:
+        is_first = ranks.machine_W[ranks.rank] == ranks.rank
+        alone_s = fit_alpha_beta(TOKENS, [seconds(experts(num), held, is_first) for num in TOKENS])
     link_s, compute_s = seconds(gather(sizes[-1])), seconds(experts(TOKENS[-1]))
     computing = _overlap(ranks, compute_s, link_s, experts(TOKENS[-1]), rows(sizes[-1]), seconds)
     cost = RankedCost(
-        gather_s, swap_s, sum_s, expert_s, tuple(share_W), first_expert_W1, d_model, dtype.itemsize, computing
+        gather=gather_s,
+        swap=swap_s,
+        sum=sum_s,
+        expert=expert_s,
+        alone=alone_s,
+        machine_W=ranks.machine_W,
+        share_W=tuple(share_W),
+        first_expert_W1=first_expert_W1,
+        d_model=d_model,
+        act_bytes_per_value=dtype.itemsize,
+        computing=computing,
     )
     first: RankedCost = ranks.agree(cost)[0]
     return first

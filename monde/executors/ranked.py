@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,13 +15,25 @@ from monde.executors.ranked_batch import RankedBatch, exchange_batch
 from monde.executors.ranks import RankGroup
 from monde.executors.rows import gather_rows
 from monde.executors.sharded import ShardedExecutor
-from monde.planning.sharding import BatchPlan, RankedCounts, Way
+from monde.planning.sharding import BatchPlan, RankedCounts, Way, WayFactors
+from monde.planning.sharding_feedback import StepFeedback
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step that was done, and what this rank took for it after the exchange of sizes."""
+
+    plan: BatchPlan
+    factors: WayFactors
+    num_tokens: int
+    seconds_us: int
 
 
 class RankedExecutor:
     """Both ways of one layer, or the one that this model's ranks hold weights for.
 
-    first_expert_W1: rank w owns experts [w] to [w + 1], where peers are concerned.
+    first_expert_W1: rank w owns experts [w] to [w + 1], where peers are concerned. On CPUs steps are timed, and where
+    there are both ways the times correct the plans; on GPUs a step's end is not waited for.
     """
 
     def __init__(
@@ -27,7 +41,7 @@ class RankedExecutor:
         ranks: RankGroup,
         layer_idx: int,
         first_expert_W1: tuple[int, ...],
-        plan: Callable[[RankedCounts], BatchPlan],
+        plan: Callable[[RankedCounts, WayFactors], BatchPlan],
         sharded: ShardedExecutor | None,
         peers: PeersExecutor | None,
     ) -> None:
@@ -38,14 +52,26 @@ class RankedExecutor:
         ends_W = torch.tensor(first_expert_W1[1:], device="cpu")
         self.home_E1 = torch.bucketize(ids_E1, ends_W, right=True)
         self.last_plan: BatchPlan | None = None
+        self.feedback = StepFeedback()
+        self._last: _Step | None = None
 
     def forward(self, batch: RoutedBatch) -> Tensor:
         """y_TD of this rank's tokens. All ranks call it, with any numbers of tokens. Errors: RankError."""
         if self.home_E1.device != batch.x_TD.device:
             self.home_E1 = self.home_E1.to(batch.x_TD.device)
-        ranked = exchange_batch(self.ranks, self.layer_idx, batch, self.home_E1, self.num_experts)
-        self.last_plan = plan = self.plan(ranked.counts)
+        last, self._last = self._last, None  # a step that fails is not noted
+        last_us = 0 if last is None else last.seconds_us
+        ranked = exchange_batch(self.ranks, self.layer_idx, batch, self.home_E1, self.num_experts, last_us)
+        start_s = time.perf_counter()
+        if last is not None:
+            self.feedback.note(last.plan, last.factors, last.num_tokens, ranked.last_us * 1e-6)
+        num_tokens = sum(ranked.counts.num_tokens_W)
+        factors = self.feedback.factors(num_tokens)
+        self.last_plan = plan = self.plan(ranked.counts, factors)
         y_TD = self._compute(ranked, plan)
+        if y_TD.is_cpu and self.sharded is not None and self.peers is not None:
+            seconds_us = max(1, min(round((time.perf_counter() - start_s) * 1e6), 2**31 - 1))
+            self._last = _Step(plan, factors, num_tokens, seconds_us)
         if not ranked.is_divided:
             return y_TD
         return gather_rows(self.ranks, y_TD, ranked.counts.num_tokens_W).wait()

@@ -7,7 +7,7 @@ so that a decode step needs no exchange of its own for that. Everybody sees ever
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -18,14 +18,15 @@ from monde.executors.ranks import RankError, RankGroup
 from monde.executors.rows import gather_rows
 from monde.planning.sharding import ROUTING_WORDS, RankedCounts
 
-FIELDS = ("layer", "tokens", "top-k", "model dim", "element type", "digest", "digest")
+FIELDS = ("layer", "tokens", "top-k", "model dim", "element type", "call", "last step", "digest", "digest")
 _SAME = {
     "layer": 0,
     "top-k": 2,
     "model dim": 3,
     "element type": 4,
+    "call of the model": 5,
 }  # what ranks must agree on, and where it is
-_DIGEST = slice(5, 7)
+_TOKENS, _LAST_US, _DIGEST = 1, 6, [7, 8]
 # From here on ranks with one and the same batch divide its tokens; fewer are bound by reading weights, and one more
 # exchange would take longer than computing them on every rank.
 DIVIDED_TOKENS = 32
@@ -49,6 +50,7 @@ class RankedBatch:
     words_of_all: Tensor | None
     x_of_all: Tensor | None = None
     is_divided: bool = False
+    last_us: int = 0  # what the layer's step before took, the slowest rank's
 
     def all_words(self, ranks: RankGroup) -> Tensor:
         """Everybody's routing, rank by rank, on the device of the batch."""
@@ -63,10 +65,20 @@ def unpack_routing(words_TM: Tensor) -> tuple[Tensor, Tensor]:
     return words_TM[:, :num_topk].long(), words_TM[:, num_topk:].contiguous().view(torch.float32)
 
 
+def header_words(num_ranks: int, num_experts: int) -> int:
+    """H of a layer."""
+    return len(FIELDS) + num_ranks + num_experts + ROUTING_WORDS
+
+
 def exchange_batch(
-    ranks: RankGroup, layer_idx: int, batch: RoutedBatch, home_E1: Tensor, num_experts: int
+    ranks: RankGroup,
+    layer_idx: int,
+    batch: RoutedBatch,
+    home_E1: Tensor,
+    num_experts: int,
+    last_us: int = 0,
 ) -> RankedBatch:
-    """home_E1: the rank of every expert; one more entry, W, for ids that name none.
+    """home_E1: the rank of every expert; one more entry, W, for ids that name none. last_us: of this rank.
 
     Errors: RankError on all ranks where they call different layers or with different kinds of batches.
     """
@@ -83,20 +95,23 @@ def exchange_batch(
     counted = torch.cat((_digest(x_TD, words_TM), counted)).cpu()
 
     num_counts = len(FIELDS) + ranks.size + num_experts
-    header_H = torch.zeros(num_counts + ROUTING_WORDS, dtype=torch.int32)
-    fields = (layer_idx, len(x_TD), ids_TK.shape[1], x_TD.shape[1], _DTYPES.index(x_TD.dtype))
+    header_H = torch.zeros(header_words(ranks.size, num_experts), dtype=torch.int32)
+    kind = (layer_idx, len(x_TD), ids_TK.shape[1], x_TD.shape[1], _DTYPES.index(x_TD.dtype))
+    fields = (*kind, ranks.num_calls % 2**31, last_us)
     header_H[: len(fields)] = torch.tensor(fields)
     header_H[len(fields) : num_counts] = counted
     if words_TM.numel() <= ROUTING_WORDS:
         header_H[num_counts : num_counts + words_TM.numel()] = words_TM.flatten()
     header_WH = ranks.exchange(header_H)
-    _check(header_WH[:, : len(FIELDS)])
+    _check(ranks, header_WH[:, : len(FIELDS)])
 
     here = RoutedBatch(x_TD, ids_TK, weights_TK)
-    if len(x_TD) >= DIVIDED_TOKENS and len(header_WH[:, [1, 5, 6]].unique(dim=0)) == 1:
-        return _divided(ranks, here, words_TM, home_TK, goes_TW, tuple(pairs_E.tolist()))
+    slowest_us = int(header_WH[:, _LAST_US].max())
+    if len(x_TD) >= DIVIDED_TOKENS and len(header_WH[:, [_TOKENS, *_DIGEST]].unique(dim=0)) == 1:
+        whole = _divided(ranks, here, words_TM, home_TK, goes_TW, tuple(pairs_E.tolist()))
+        return replace(whole, last_us=slowest_us)
     counts = RankedCounts(
-        num_tokens_W=tuple(header_WH[:, 1].tolist()),
+        num_tokens_W=tuple(header_WH[:, _TOKENS].tolist()),
         rows_WW=tuple(map(tuple, header_WH[:, len(FIELDS) : len(FIELDS) + ranks.size].tolist())),
         pairs_E=tuple(header_WH[:, len(FIELDS) + ranks.size : num_counts].sum(dim=0).tolist()),
         num_topk=ids_TK.shape[1],
@@ -108,7 +123,7 @@ def exchange_batch(
             for words, num_tokens in zip(header_WH, counts.num_tokens_W, strict=True)
         ]
         words_of_all = torch.cat(parts).view(-1, words_TM.shape[1]).to(x_TD.device)
-    return RankedBatch(here, counts, words_TM, home_TK, words_of_all)
+    return RankedBatch(here, counts, words_TM, home_TK, words_of_all, last_us=slowest_us)
 
 
 def _divided(
@@ -144,10 +159,11 @@ def _digest(x_TD: Tensor, words_TM: Tensor) -> Tensor:
     return (rows_T * (place_T | 1)).sum().view(1).view(torch.int32)
 
 
-def _check(fields_WF: Tensor) -> None:
+def _check(ranks: RankGroup, fields_WF: Tensor) -> None:
     for name, column in _SAME.items():
         values = fields_WF[:, column].tolist()
         if len(set(values)) > 1:
+            ranks.look()  # a rank that failed in its call may have gone on to the next
             raise RankError(
                 f"mesh: the ranks are in different calls, {name} by rank: {values}; every rank must call the same "
                 "model equally often (generate does; a rank that has nothing to ask feeds one token)"

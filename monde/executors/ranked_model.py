@@ -19,6 +19,7 @@ from monde.config import MondeConfig
 from monde.executors.peers import PeersExecutor
 from monde.executors.rank_probe import measure_ranks
 from monde.executors.ranked import RankedExecutor
+from monde.executors.ranked_batch import header_words
 from monde.executors.ranks import RankGroup
 from monde.executors.sharded import Compute, ShardedExecutor
 from monde.planning.sharding import (
@@ -26,6 +27,7 @@ from monde.planning.sharding import (
     RankedCost,
     RankedCounts,
     Way,
+    WayFactors,
     assign_experts,
     cut_ffn,
     plan_batch,
@@ -65,6 +67,7 @@ class RankedModel:
                 "nllb_upstream_routing": config.nllb_upstream_routing,
             }
         )
+        ranks.reserve_header(max((header_words(ranks.size, spec.num_experts) for spec in specs), default=0))
         self.share_W = tuple(share / sum(share_W) for share in share_W)
         self.first_expert_LW1 = [assign_experts(spec.num_experts, ranks.size) for spec in self.whole]
         self.held_LP: list[list[Held]] = []
@@ -137,11 +140,11 @@ class RankedModel:
             peers = PeersExecutor(self.ranks, compute_of[Way.PEERS], first_W1[self.ranks.rank])
         spec = self.whole[layer_idx]
 
-        def plan(counts: RankedCounts) -> BatchPlan:
+        def plan(counts: RankedCounts, factors: WayFactors) -> BatchPlan:
             cost = self._cost_of.get(spec)
             if cost is None:  # before anything was measured
                 return BatchPlan(self.ways[0], 1, math.nan, math.nan, math.nan)
-            return plan_batch(counts, cost, self.ways)
+            return plan_batch(counts, cost, self.ways, factors)
 
         return RankedExecutor(self.ranks, layer_idx, first_W1, plan, sharded, peers)
 

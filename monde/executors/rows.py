@@ -31,7 +31,10 @@ class PendingRows:
     def wait(self) -> Tensor:
         """Errors: RankError."""
         for work in self.works:
-            self.ranks.guarded(work.wait)
+            if self.ranks.device_type == "cpu":
+                self.ranks.finish(work)
+            else:  # the current stream waits, not the caller
+                self.ranks.guarded(work.wait)
         self.works, self.keep = [], ()
         return self.rows
 

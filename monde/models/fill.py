@@ -64,4 +64,6 @@ def load_report(engine: Engine, seconds_s: float, peak_host_bytes: int) -> LoadR
         num_moe_layers=len(engine.fronts),
         num_experts=sum(layer.num_experts for layer in plan.size.layers),
         num_resident_experts=sum(plan.num_resident_L),
+        num_released_experts=plan.num_released,
+        saved_host_bytes=plan.saved_bytes,
     )

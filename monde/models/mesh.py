@@ -2,7 +2,7 @@
 
 Under a mesh every forward of the model is a step of all ranks. `generate` on one rank may need fewer steps than on
 another: those that are done go on, without use of the result, until all are (transformers' synced_gpus), and who is
-done is asked within the mesh, not in the world.
+done is asked within the mesh, not in the world. What one rank raises in a forward or in `generate`, all are told.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def _digest(model: nn.Module) -> int:
 
 
 def _step_together(model: Any, ranks: RankGroup) -> None:
-    """Let `model.generate` end on all ranks at once."""
-    if hasattr(model, "generate") and not isinstance(model, _SteppingTogether):
+    """Let calls of the model, and of `model.generate`, end on all ranks at once."""
+    if not isinstance(model, _SteppingTogether):
         cls: Any = type(model)
         model.__class__ = _class_together(cls)
         model._ranks = ranks
@@ -78,22 +78,35 @@ def _step_together(model: Any, ranks: RankGroup) -> None:
 @functools.cache
 def _class_together(cls: Any) -> Any:
     """A subclass that goes by the same name: configs, pipelines and errors name the model's class."""
-
-    @functools.wraps(cls.generate)
-    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # A class of its own __init__ makes a model without ranks, as save and load do.
-        if getattr(self, "_ranks", None) is not None and kwargs.get("synced_gpus") is None:
-            kwargs["synced_gpus"] = True
-        return cls.generate(self, *args, **kwargs)
-
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (_SteppingTogether, cls), {**names, "generate": generate})
+    if hasattr(cls, "generate"):
+
+        @functools.wraps(cls.generate)
+        def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if self._ranks is None:
+                return cls.generate(self, *args, **kwargs)
+            if kwargs.get("synced_gpus") is None:
+                kwargs["synced_gpus"] = True
+            with self._ranks.one_call():
+                return cls.generate(self, *args, **kwargs)
+
+        names["generate"] = generate
+    return type(cls.__name__, (_SteppingTogether, cls), names)
 
 
 class _SteppingTogether:
     """Mixed into the model's class; see the top of the file."""
 
-    _ranks: RankGroup | None = None
+    _ranks: RankGroup | None = (
+        None  # a class of its own __init__ makes a model without ranks, as save and load do
+    )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        forward: Any = super().__call__  # type: ignore[misc]
+        if self._ranks is None:
+            return forward(*args, **kwargs)
+        with self._ranks.one_call():
+            return forward(*args, **kwargs)
 
     def _has_unfinished_sequences(
         self, this_peer_finished: bool, synced_gpus: bool, device: torch.device

@@ -30,7 +30,7 @@ from monde.profile_store import profile_of, this_machine
 from monde.routing.heat import Heat
 from monde.sizes import format_bytes
 from monde.weights.packing import TORCH_DTYPES
-from monde.weights.slots import slot_bytes
+from monde.weights.slots import bias_sizes, slot_bytes
 
 # Live at the peak of one decoder layer, in fp32 vectors of the model dim per token: residual, normalised
 # input, query, key, value, attention output, and the routed result of device and host.
@@ -249,7 +249,10 @@ def _prefill_bytes(
 def _layer_size(spec: ExpertSpec) -> LayerSize:
     bias_values = (spec.num_matrices - 1) * spec.d_ffn + spec.d_model if spec.has_bias else 0
     return LayerSize(
-        spec.num_experts, spec.expert_bytes + bias_values * spec.dtype.itemsize_bytes, slot_bytes(spec)
+        spec.num_experts,
+        spec.expert_bytes + bias_values * spec.dtype.itemsize_bytes,
+        slot_bytes(spec),
+        kept_bytes=4 * sum(bias_sizes(spec).values()),
     )
 
 

@@ -3,7 +3,8 @@
 dense weights + KV cache + workspace + slots of resident experts <= gpu_memory
 experts on the host + staging                                    <= host_memory
 
-Experts on the host are those without a slot, or, so that residents can change, all of a layer with some slots.
+Experts on the host are those without a slot, and so that residents can change, those of layers with some slots as
+well; or, where host_memory is too tight for that, some spare places, of which one that leaves its slot takes one.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from monde.sizes import format_bytes as text
+
+# A round of swaps takes as many at most; more would wait in host memory for nobody.
+MAX_SPARE_PLACES = 16
 
 
 class BudgetError(ValueError):
@@ -25,11 +29,15 @@ class BudgetError(ValueError):
 
 @dataclass(frozen=True)
 class LayerSize:
-    """One MoE layer: its number of experts, the bytes of one, and those of a slot, which pads an expert."""
+    """One MoE layer: its number of experts, the bytes of one, and those of a slot, which pads an expert.
+
+    kept_bytes: what stays on the host of a resident whose copy there is released: its biases.
+    """
 
     num_experts: int
     expert_bytes: int
     slot_bytes: int
+    kept_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,7 @@ class ModelSize:
 class MemoryPlan:
     """What goes where. num_resident_L[l] experts of layer l have a slot on the device.
 
-    wants_moves: residents shall change while the model runs, if host memory holds them too; `moves` says whether.
+    wants_moves: residents shall change while the model runs; `moves` says whether host memory lets them.
     """
 
     size: ModelSize
@@ -97,10 +105,62 @@ class MemoryPlan:
         return self.wants_moves and any(self.movable_L) and self.short_for_moves_bytes == 0
 
     @property
+    def releases(self) -> bool:
+        """Whether residents move without a copy in host memory: one that leaves its slot goes to a spare place."""
+        return self.moves and self._short_for_copies_bytes > 0
+
+    @property
+    def num_spare_places(self) -> int:
+        """Of each size of experts that move; 0 where they have copies, or stay."""
+        if not self.releases:
+            return 0
+        return min(MAX_SPARE_PLACES, self._host_room_bytes // self._spare_bytes)
+
+    @property
+    def num_released(self) -> int:
+        """Residents without a copy in host memory that move all the same."""
+        if not self.releases:
+            return 0
+        return sum(n for n, moves in zip(self.num_resident_L, self.movable_L, strict=True) if moves)
+
+    @property
+    def num_cold_of_released(self) -> dict[int, int]:
+        """Experts without a slot of the layers with such residents, by layer index."""
+        rows = enumerate(zip(self.num_resident_L, self.movable_L, self.size.layers, strict=True))
+        return {l: layer.num_experts - n for l, (n, moves, layer) in rows if moves and self.releases}
+
+    @property
+    def saved_bytes(self) -> int:
+        """What releasing saves of host memory, spare places taken off."""
+        return self._host_expert_bytes(self.movable_L) - self.host_expert_bytes if self.releases else 0
+
+    @property
     def short_for_moves_bytes(self) -> int:
-        """What host_memory lacks to hold a copy of every resident that a swap may evict."""
+        """What host_memory lacks so that a swap may evict a resident: for copies of all, or for one spare place."""
+        return min(self._short_for_copies_bytes, max(0, self._spare_bytes - self._host_room_bytes))
+
+    @property
+    def _short_for_copies_bytes(self) -> int:
         fixed_bytes = _host_fixed_bytes(self.size, self.on_gpu)
         return max(0, fixed_bytes + self._host_expert_bytes(self.movable_L) - self.host_bytes)
+
+    @property
+    def _host_room_bytes(self) -> int:
+        """What host_memory has left for spare places; negative where released residents do not fit."""
+        return self.host_bytes - _host_fixed_bytes(self.size, self.on_gpu) - self._released_bytes
+
+    @property
+    def _released_bytes(self) -> int:
+        """Of experts on the host, with residents released and before any spare place."""
+        rows = zip(self.num_resident_L, self.movable_L, self.size.layers, strict=True)
+        kept_bytes = sum(n * layer.kept_bytes for n, moves, layer in rows if moves)
+        return self._host_expert_bytes((False,) * len(self.num_resident_L)) + kept_bytes
+
+    @property
+    def _spare_bytes(self) -> int:
+        """One place of each size of experts that may move."""
+        pairs = zip(self.movable_L, self.size.layers, strict=True)
+        return sum({layer.expert_bytes for moves, layer in pairs if moves})
 
     @property
     def slots_bytes(self) -> int:
@@ -110,6 +170,8 @@ class MemoryPlan:
 
     @property
     def host_expert_bytes(self) -> int:
+        if self.releases:
+            return self._released_bytes + self.num_spare_places * self._spare_bytes
         return self._host_expert_bytes(self.movable_L if self.moves else (False,) * len(self.num_resident_L))
 
     def _host_expert_bytes(self, holds_all_L: tuple[bool, ...]) -> int:
@@ -133,22 +195,32 @@ class MemoryPlan:
         dense = _fixed_text(self.size)
         if self.on_gpu:
             gpu = f"{dense} + {slots} = {text(self.gpu_used_bytes)} of {text(self.gpu_bytes)}"
-            which = "all experts" if self.moves else "other experts"
-            host = f"{which} {text(self.host_expert_bytes)} + staging {text(self.size.staging_bytes)}"
+            which = "all experts" if self.moves and not self.releases else "other experts"
+            host = f"{which} {self._experts_text} + staging {text(self.size.staging_bytes)}"
         else:
             gpu = f"{slots} of {text(self.gpu_bytes)}" if self.gpu_bytes else "none"
-            host = f"{dense} + experts {text(self.host_expert_bytes)}"
+            host = f"{dense} + experts {self._experts_text}"
         lines = [f"GPU:  {gpu}", f"host: {host} = {text(self.host_used_bytes)} of {text(self.host_bytes)}"]
         if self.wants_moves and any(self.movable_L):
-            lines.append(f"residency: {'follows the routing' if self.moves else self.why_static}")
+            released = f"; {self.released_text}" if self.releases else ""
+            lines.append(f"residency: {f'follows the routing{released}' if self.moves else self.why_static}")
         return "\n".join(lines)
+
+    @property
+    def _experts_text(self) -> str:
+        spares = f" with {self.num_spare_places} spare places" if self.releases else ""
+        return f"{text(self.host_expert_bytes)}{spares}"
+
+    @property
+    def released_text(self) -> str:
+        return f"host copies of {self.num_released} residents released ({text(self.saved_bytes)} saved)"
 
     @property
     def why_static(self) -> str:
         """Why residents cannot change although that was asked for, with the remedy."""
         return (
-            f"static, as host_memory is short by {text(self.short_for_moves_bytes)} of holding residents too; "
-            f"give host_memory={self.host_bytes + self.short_for_moves_bytes}"
+            f"static, as host_memory is short by {text(self.short_for_moves_bytes)} of a place for one that leaves its "
+            f"slot; give host_memory={self.host_bytes + self.short_for_moves_bytes}"
         )
 
 

@@ -117,7 +117,7 @@ class CostModel:
 
     def prompt_trip_s(self, num_tokens: ArrayLike) -> Seconds:
         """What the host's part in a long prompt's layer takes beside its experts, Python's share included."""
-        return self.round_trip_s(num_tokens) + self.gpu.prefill_host_s
+        return self.round_trip_s(num_tokens) + self.gpu.prompt.host_s
 
     def work_s(self, rate: ExpertRate, tokens: ArrayLike) -> Seconds:
         """Seconds of a whole expert without the overhead; a share of F takes that share of them."""

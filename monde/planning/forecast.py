@@ -167,9 +167,7 @@ def faster(profile: HardwareProfile, resource: str, factor: float) -> HardwarePr
             gpu,
             block_overhead_s=gpu.block_overhead_s / factor,
             decode_layer_s=gpu.decode_layer_s / factor,
-            prefill_layer_s=gpu.prefill_layer_s / factor,
-            prefill_host_s=gpu.prefill_host_s / factor,
-            prefill_fetch_s=gpu.prefill_fetch_s / factor,
+            prompt=gpu.prompt.faster(factor),
             round_trip=trip,
         )
     else:
@@ -271,9 +269,9 @@ def prefill_layer_s(
     if machine.gpu is None:
         return machine.host_call_s + float(cost.host_s(tokens_E).sum())
     resident_E = np.asarray(placement.slot_of_expert_E) >= 0
-    own_s = machine.gpu.prefill_layer_s
+    prompt = machine.gpu.prompt
     ahead = certain_fetches(tokens_E.astype(np.float64), resident_E, num_tokens, cost, layer.num_ahead)
     resident_E[ahead] = True
-    busy_s = max(0.0, len(ahead) * float(cost.copy_s()) - own_s - between_s)
+    busy_s = max(0.0, len(ahead) * float(cost.copy_s()) - prompt.plan_s - between_s)
     load = Load(tokens_E, resident_E, num_tokens, cut_granule=64, bus_busy_s=busy_s)
-    return own_s + best_split(load, cost).makespan_s
+    return prompt.plan_s + best_split(load, cost).makespan_s

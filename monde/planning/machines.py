@@ -15,6 +15,7 @@ from monde.planning.profile import (
     MachineIdentity,
     MemoryChannels,
     Overlap,
+    PromptLaunches,
 )
 
 # A captured layer with experts of next to nothing takes 36 to 39 us for one token; 128 KiB take 30 more than 8 KiB.
@@ -27,11 +28,9 @@ _SAME_HBM = Overlap(1.02, 1.02)
 BLOCK_OVERHEAD_S = 106e-6
 # Expert layers of 8 and 83 experts, all resident, take 46 and 304 us there: this much before the first.
 DECODE_LAYER_S = 19e-6
-# Layers of 512 tokens, all resident, take 1.4 ms there, of which 0.4 read the weights.
-PREFILL_LAYER_S = 1.0e-3
-# Layers of three small experts on an H200 take this much longer where the host computes them, or the bus brings them.
-PREFILL_HOST_S = 0.2e-3
-PREFILL_FETCH_S = 0.25e-3
+# Layers of 512 tokens, all resident, take 1.4 ms there, of which 0.4 read the weights. On an H200 four tenths of the
+# rest come before anything starts; host and bus take this much longer than their experts.
+PROMPT_LAUNCHES = PromptLaunches(0.4e-3, 0.6e-3, 0.45e-3, 0.45e-3)
 # 48 to 56 ms for a step of 48 blocks without experts that Python launches, whatever the GPU does with it.
 EAGER_BLOCK_S = 1.05e-3
 # A call of a bank from Python, and a replayed step of four blocks beside them, on an H200.
@@ -57,8 +56,7 @@ def _machine(
     channels: MemoryChannels | None = None,
     host_while_copying: Overlap = _SHARED_DRAM,
     round_trip: AlphaBeta = _DOORBELL,
-    prefill_host_s: float = PREFILL_HOST_S,
-    prefill_fetch_s: float = PREFILL_FETCH_S,
+    prompt: PromptLaunches = PROMPT_LAUNCHES,
 ) -> HardwareProfile:
     """A profile from headline figures; tflops_per_s are over tokens of an expert, in units of 1e12."""
     bus = AlphaBeta(_COPY_LATENCY_S, 1e-9 / bus_gbytes_per_s)
@@ -85,9 +83,7 @@ def _machine(
             gpu_while_copying=_SAME_HBM,
             block_overhead_s=BLOCK_OVERHEAD_S,
             decode_layer_s=DECODE_LAYER_S,
-            prefill_layer_s=PREFILL_LAYER_S,
-            prefill_host_s=prefill_host_s,
-            prefill_fetch_s=prefill_fetch_s,
+            prompt=prompt,
         ),
         host_call_s=HOST_CALL_S,
         eager_block_s=EAGER_BLOCK_S,
@@ -197,8 +193,7 @@ DESCRIBED: dict[str, HardwareProfile] = {
             gpu_tflops_per_s=156,
             host_while_copying=Overlap(1.065, 1.0),
             round_trip=AlphaBeta(4e-6, 2e-9 / 31.5),
-            prefill_host_s=0.0,
-            prefill_fetch_s=0.0,
+            prompt=PromptLaunches.none(),
         ),
     )
 }  # fmt: skip

@@ -93,10 +93,10 @@ def schedule_of(
             done = _decode_layer(builder, l, layer, tokens_E, resident_E, num_tokens, cost, dense)
         else:
             load = Load(tokens_E, resident_E, num_tokens, cut_granule=64)
-            own = builder.add(f"layer {l}", Resource.GPU, cost.gpu.prefill_layer_s, [dense])
             slot_E = np.asarray(placement.slot_of_expert_E)
             staging = layer.staging or Staging.one_by_one(layer.shape.d_ffn, num_experts)
             split = best_split(load, cost)
+            own = builder.add(f"layer {l}", Resource.GPU, cost.gpu.prompt.plan_s, [dense])
             done = [
                 add_prefill(builder, load, split, cost, staging, slot_E, after=[own], layer=f"layer {l} ")
             ]

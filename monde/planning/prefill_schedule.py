@@ -5,7 +5,7 @@ The executor does the tasks in this order, the simulator tells how long they tak
     Arriving    what was fetched ahead is on its way                            bus
     Fetch       pieces into the next staging buffer, when its readers are done   bus
     OnHost      experts, and the last rows of F of the cut one                   host, round trip included
-    Place       the device's rows, expert by expert                              GPU
+    Place       the device's rows, expert by expert; products are launched       launches
     Residents   experts in slots                                                 GPU
     Multiply    what a buffer brought; then it is free                           GPU
     Combine     everybody's rows to a sum a token                                GPU
@@ -123,21 +123,19 @@ def add_prefill(
     from_staged = [_chosen(pieces, (where_E == _RESIDENT) & ~has_slot_E) for pieces in staged]
     reads = [*from_staged, *(Multiply(tuple(range(len(pieces))), pieces) for pieces in loads)]
     first, arrived, read = tuple(after), list[int](), list[int]()
-    if split.launch_s > 0:  # the GPU idles: nothing of this has been launched yet
-        first = (add(f"{layer}launch", Resource.GPU, split.launch_s, first),)
 
-    def fetch() -> None:
+    def fetch(limit: int = len(incoming)) -> None:
         """As far as there are buffers whose readers have been issued."""
-        while len(arrived) < min(len(incoming), staging.num_buffers + len(read)):
+        while len(arrived) < min(limit, len(incoming), staging.num_buffers + len(read)):
             pieces, before = incoming[len(arrived)], len(arrived) - staging.num_buffers
-            waits = (*first, read[before]) if before >= 0 else first
+            waits = (*leads, read[before]) if before >= 0 else leads
             name = f"{layer}fetch {len(arrived)}"
             arrived.append(add(name, Resource.PCIE_UP, seconds.copy(pieces), waits, Fetch(pieces)))
 
     def multiply(i: int) -> None:
         name = f"{layer}multiply {i}"
         read.append(
-            add(name, Resource.GPU, seconds.multiply(reads[i].pieces), (arrived[i], *first), reads[i])
+            add(name, Resource.GPU, seconds.multiply(reads[i].pieces), (arrived[i], placed), reads[i])
         )
         fetch()
 
@@ -145,19 +143,22 @@ def add_prefill(
         arrived.append(add(f"{layer}arriving {idx}", Resource.PCIE_UP, left_s, first, Arriving(idx)))
     if not staged and load.bus_busy_s > 0:
         add(f"{layer}bus busy", Resource.PCIE_UP, load.bus_busy_s, first)
-    fetch()
-    done = list(first)
+    leads = (add(f"{layer}lead", Resource.LAUNCHES, split.lead_s, first),) if split.lead_s > 0 else first
+    fetch(limit=len(staged) + 1)  # keeps the bus busy for longer than it takes to launch the host
+    done = list(leads)
     if on_host_E.any():
         on_host = OnHost(on_host_E, split.cut_expert, split.cut_rows)
         done.append(add(f"{layer}host", Resource.HOST, split.host_s, first, on_host))
+    fetch()
     ahead = [piece.expert_id for chosen in from_staged for piece in chosen.pieces]
     rows = np.concatenate([np.array(ahead, np.int64), residents, fetched, np.array(cut, np.int64)])
-    done.append(add(f"{layer}place", Resource.GPU, 0.0, first, Place(rows)))
+    placed = add(f"{layer}place", Resource.LAUNCHES, split.launch_s - split.lead_s, first, Place(rows))
+    done.append(placed)
     for i in range(len(staged)):
         multiply(i)
     if len(residents):
         residents_s = seconds.residents(residents)
-        done.append(add(f"{layer}residents", Resource.GPU, residents_s, first, Residents(residents)))
+        done.append(add(f"{layer}residents", Resource.GPU, residents_s, (placed,), Residents(residents)))
     for i in range(len(staged), len(incoming)):
         multiply(i)
     return add(f"{layer}combine", Resource.GPU, 0.0, (*done, *read), Combine())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,27 @@ _BOTH_WAYS = Overlap(55.4 / 50.6, 55.4 / 50.6)
 
 
 @dataclass(frozen=True)
+class PromptLaunches:
+    """What Python takes in a MoE layer of a long prompt.
+
+    plan_s: before anything of the layer can start. layer_s: before the products, while bus and host work. What holds a
+    side up besides, before it begins and after it ends: host_s the host, where it takes part, fetch_s the bus.
+    """
+
+    plan_s: float
+    layer_s: float
+    host_s: float
+    fetch_s: float
+
+    @classmethod
+    def none(cls) -> PromptLaunches:
+        return cls(0.0, 0.0, 0.0, 0.0)
+
+    def faster(self, factor: float) -> PromptLaunches:
+        return PromptLaunches(*(seconds / factor for seconds in astuple(self)))
+
+
+@dataclass(frozen=True)
 class GpuProfile:
     """The GPU and its bus. All AlphaBeta are over bytes.
 
@@ -118,8 +139,7 @@ class GpuProfile:
     up_while_down slows copies (to the GPU, from it); calibration does not time it.
     block_overhead_s: a block's small dense kernels in a captured step, beside the bytes they read.
     decode_layer_s: a MoE layer's own kernels in a captured step, beside its experts; the round trip holds it too.
-    prefill_layer_s: what planning and launching a MoE layer of a long prompt takes, beside its experts; and by how much
-    more if the host takes part, beside the round trip, and if experts are fetched, beside their copies.
+    prompt: of a MoE layer of a long prompt, beside its experts.
     """
 
     memory_bytes: int
@@ -132,9 +152,7 @@ class GpuProfile:
     gpu_while_copying: Overlap
     block_overhead_s: float
     decode_layer_s: float
-    prefill_layer_s: float
-    prefill_host_s: float
-    prefill_fetch_s: float
+    prompt: PromptLaunches
     up_while_down: Overlap = _BOTH_WAYS
 
 
@@ -279,9 +297,7 @@ def _gpu(data: dict[str, Any]) -> GpuProfile:
         gpu_while_copying=Overlap(**data["gpu_while_copying"]),
         block_overhead_s=data["block_overhead_s"],
         decode_layer_s=data["decode_layer_s"],
-        prefill_layer_s=data["prefill_layer_s"],
-        prefill_host_s=data["prefill_host_s"],
-        prefill_fetch_s=data["prefill_fetch_s"],
+        prompt=PromptLaunches(**data["prompt"]),
         up_while_down=Overlap(**data.get("up_while_down", asdict(_BOTH_WAYS))),
     )
 

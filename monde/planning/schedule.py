@@ -16,6 +16,7 @@ class Resource(StrEnum):
     PCIE_UP = "pcie up"  # host to device
     PCIE_DOWN = "pcie down"
     GPU = "gpu"
+    LAUNCHES = "launches"  # Python
     LINK_INTRA = "link in the node"
     LINK_INTER = "link between nodes"
 

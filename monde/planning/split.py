@@ -2,8 +2,8 @@
 
 Three lanes run at once: the bus copies, the GPU multiplies, the host multiplies.
     copy = busy + sum over fetched of copy(share)   gemm = residents + fetched           host = trip + the others
-    time = launch + max(overlapped(host, copy), overlapped(gemm, copy))             (`cost.overlapped_s`)
-    launch: Python's, once for whole experts that are fetched and once for a cut one
+    time = max(overlapped(host, lead + copy), overlapped(gemm, lead + copy), launch + gemm)     (`cost.overlapped_s`)
+    lead: what holds the bus up besides, where anything is fetched; launch: Python's before the products, lead included
 Residents are on the GPU already. All experts of a layer have the same bytes, so for a given number fetched the bus
 does not care which; the host is helped most by losing its slowest. Hence an optimum fetches a prefix of the cold
 experts sorted by host seconds, and a cut expert is the next one: scanning prefixes and cuts is exact over all
@@ -67,7 +67,8 @@ class Load:
 class ExpertSplit:
     """where_E[e] is a Where. The cut expert counts as HOST there; its first cut_rows of F are fetched.
 
-    copy_s, gemm_s, host_s: each lane alone; launch_s: before all of them; makespan_s: everything together.
+    copy_s, gemm_s, host_s: each lane alone; lead_s and launch_s: what holds up the bus and the products; makespan_s:
+    everything together.
     """
 
     where_E: NDArray[np.int8]
@@ -76,6 +77,7 @@ class ExpertSplit:
     copy_s: float
     gemm_s: float
     host_s: float
+    lead_s: float
     launch_s: float
     makespan_s: float
 
@@ -104,14 +106,16 @@ class Lanes:
         self.copy_one_s = gpu.h2d.alpha_s + gpu.h2d.s_per_unit * cost.shape.expert_bytes
         self.trip_s = float(cost.prompt_trip_s(load.num_tokens))
 
-    def launch_s(self, num_fetched: ArrayLike, is_cut: bool) -> Seconds:
-        return self.cost.gpu.prefill_fetch_s * ((np.asarray(num_fetched) > 0) + np.float64(is_cut))
+    def lead_s(self, is_fetching: ArrayLike) -> Seconds:
+        return np.where(is_fetching, self.cost.gpu.prompt.fetch_s, 0.0)
 
-    def lanes_s(self, copy_s: ArrayLike, gemm_s: ArrayLike, host_s: ArrayLike) -> Seconds:
-        """All lanes together, from when they have been launched."""
+    def makespan_s(self, lead_s: Seconds, copy_s: ArrayLike, gemm_s: ArrayLike, host_s: ArrayLike) -> Seconds:
         gpu = self.cost.gpu
-        with_host_s = overlapped_s(host_s, copy_s, gpu.host_while_copying)
-        return np.maximum(with_host_s, overlapped_s(gemm_s, copy_s, gpu.gpu_while_copying))
+        copied_s = lead_s + np.asarray(copy_s)
+        launched_s = gpu.prompt.layer_s + lead_s + np.asarray(gemm_s)
+        with_host_s = overlapped_s(host_s, copied_s, gpu.host_while_copying)
+        with_gpu_s = np.maximum(overlapped_s(gemm_s, copied_s, gpu.gpu_while_copying), launched_s)
+        return np.asarray(np.maximum(with_host_s, with_gpu_s))
 
     def prefixes(self) -> tuple[Seconds, Seconds, Seconds]:
         """copy_s, gemm_s, host_s when the first k are fetched, k = 0 ... n."""
@@ -153,30 +157,41 @@ class Lanes:
         where_E[self.load.tokens_E > 0] = _RESIDENT
         where_E[self.order] = np.where(fetched_n, _FETCHED, _HOST)
         cut_expert = None if cut_idx is None else int(self.order[cut_idx])
-        launch_s = float(self.launch_s(np.count_nonzero(fetched_n), cut_expert is not None))
-        makespan_s = launch_s + float(self.lanes_s(copy_s, gemm_s, host_s))
-        return ExpertSplit(where_E, cut_expert, cut_rows, copy_s, gemm_s, host_s, launch_s, makespan_s)
+        lead_s = self.lead_s(bool(fetched_n.any()) or cut_expert is not None)
+        return ExpertSplit(
+            where_E,
+            cut_expert,
+            cut_rows,
+            copy_s,
+            gemm_s,
+            host_s,
+            lead_s=float(lead_s),
+            launch_s=self.cost.gpu.prompt.layer_s + float(lead_s),
+            makespan_s=float(self.makespan_s(lead_s, copy_s, gemm_s, host_s)),
+        )
 
 
 def best_split(load: Load, cost: CostModel) -> ExpertSplit:
     """The split of least makespan_s; O(E log E) array operations, no loop over experts."""
     lanes = Lanes(load, cost)
     copy_k, gemm_k, host_k = lanes.prefixes()
-    k = np.arange(len(copy_k))
-    whole_k = lanes.launch_s(k, False) + lanes.lanes_s(copy_k, gemm_k, host_k)
+    whole_k = lanes.makespan_s(lanes.lead_s(np.arange(len(copy_k)) > 0), copy_k, gemm_k, host_k)
     best_k = int(np.argmin(whole_k))
     rows = np.arange(load.cut_granule, cost.shape.d_ffn, load.cut_granule) if load.cut_granule else None
     if rows is None or len(rows) == 0 or len(lanes.order) == 0:
         return lanes.split(best_k)
     # A cut at k copies at least copy_k and leaves the host at least host_k of the next: few k can still win.
-    launch_k = lanes.launch_s(k[:-1], True)
-    least_k = launch_k + lanes.lanes_s(copy_k[:-1], gemm_k[:-1], host_k[1:])
+    lead_s = lanes.lead_s(True)
+    least_k = lanes.makespan_s(lead_s, copy_k[:-1], gemm_k[:-1], host_k[1:])
     hopeful = np.flatnonzero(least_k < whole_k[best_k])
     if len(hopeful) == 0:
         return lanes.split(best_k)
     copy_s, gemm_s, saved_s = lanes.cut(hopeful[:, None], rows / cost.shape.d_ffn)
-    cut_s = launch_k[hopeful, None] + lanes.lanes_s(
-        copy_k[hopeful, None] + copy_s, gemm_k[hopeful, None] + gemm_s, host_k[hopeful, None] - saved_s
+    cut_s = lanes.makespan_s(
+        lead_s,
+        copy_k[hopeful, None] + copy_s,
+        gemm_k[hopeful, None] + gemm_s,
+        host_k[hopeful, None] - saved_s,
     )
     i, j = np.unravel_index(int(np.argmin(cut_s)), cut_s.shape)
     if cut_s[i, j] >= whole_k[best_k]:

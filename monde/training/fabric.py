@@ -19,6 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from monde.device.mesh import ExchangeFailed
+from monde.device.notices import Notice, Notices, break_off, is_of_a_backend, one_line
 from monde.planning.pipeline import COMPUTE, GRADIENTS
 from monde.planning.schedule import Resource
 from monde.planning.training_profile import Observation
@@ -53,6 +55,7 @@ class Fabric:
         self.observations: list[Observation] | None = None  # a list: every use of a layer is noted in it
         self._stamps: list[Stamp] | None = None
         self._ended_s = 0.0
+        self._notices: Notices | None = None
         if mesh is None:
             self.device = device or torch.device("cpu")
             return
@@ -78,6 +81,8 @@ class Fabric:
         self.reducing = self._own([ranks_NL.flatten().tolist()], timeout)
         self.inter = self._own(ranks_NL.t().tolist(), timeout)
         self.intra = self._own(ranks_NL.tolist(), timeout)
+        if self.everyone is not None:
+            self._notices = Notices(self.everyone, self.node_idx * self.num_local + self.local_idx)
         self.lanes = {r: make_lane(r, self.device) for r in (Resource.LINK_INTER, Resource.LINK_INTRA)}
 
     def _own(self, partition: list[list[int]], timeout: timedelta) -> Any:
@@ -115,6 +120,28 @@ class Fabric:
         self._stamps = None
         for lane in self.lanes.values():
             lane.stamps = None
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """A step. What is raised in here on one rank ends the others' waits at once; nothing works afterwards.
+
+        Errors: ExchangeFailed naming the rank and its error, where another failed; what was raised where this one did.
+        """
+        try:
+            yield
+        except (Exception, KeyboardInterrupt) as error:
+            if self._notices is None:
+                raise
+            told = [n for n in self._notices.of_others(self.num_ranks) if n.failed_rank is not None]
+            if not told:
+                rank = self.node_idx * self.num_local + self.local_idx
+                # What a backend raises is another rank's doing.
+                self._notices.post(Notice(None, None if is_of_a_backend(error) else rank, one_line(error)))
+            for group in (self.everyone, self.reducing, self.inter, self.intra):
+                break_off(group)
+            if told:
+                raise ExchangeFailed(f"rank {told[0].failed_rank} failed: {told[0].text}") from error
+            raise
 
     def compute(self, name: str, action: Callable[[], None]) -> None:
         """A task of the compute stream, here."""

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from monde.device.mesh import ExchangeFailed
+from monde.device.notices import is_of_a_backend
 from monde.routing.gates import Balance
 from monde.training import checkpoint
 from monde.training.auto import AutoSchedule
@@ -99,11 +101,12 @@ class TrainingJob:
         while self.next_step < self.config.optimizer.steps:
             step = self.next_step
             try:
-                if self.auto is not None:
-                    self.auto.before_step(step - first)
-                record = self._step(step)
-                if self.auto is not None:
-                    self.auto.after_step()
+                with self.fabric.telling():
+                    if self.auto is not None:
+                        self.auto.before_step(step - first)
+                    record = self._step(step)
+                    if self.auto is not None:
+                        self.auto.after_step()
             except RuntimeError as error:
                 raise self._explained(error, step) from error
             self.next_step += 1
@@ -177,14 +180,15 @@ class TrainingJob:
         partial.rename(self.folder / LOSSES)
 
     def _explained(self, error: RuntimeError, step: int) -> RuntimeError:
-        if self.fabric.num_ranks == 1:
+        is_told = isinstance(error, ExchangeFailed)
+        if self.fabric.num_ranks == 1 or not (is_told or is_of_a_backend(error)):
             return error
         found = checkpoint.complete(self.folder)
         resume = f"resumes after step {int(found[-1].name[5:])}" if found else "starts over"
+        gone = f" (a rank is gone, or did not answer within {self.config.parallel.timeout_s:g} s)"
         return RuntimeError(
-            f"rank {self.fabric.node_idx * self.fabric.num_local + self.fabric.local_idx}, step {step}: {error} "
-            f"(a rank is gone, or did not answer within {self.config.parallel.timeout_s:g} s); "
-            f"the same command {resume}"
+            f"rank {self.fabric.node_idx * self.fabric.num_local + self.fabric.local_idx}, step {step}: {error}"
+            f"{'' if is_told else gone}; the same command {resume}"
         )
 
 

@@ -20,10 +20,14 @@ def from_host_arrays(weights: ExpertWeights) -> dict[str, Tensor]:
 
 
 class HostBlobs:
-    """The experts of a native bank in the form that slots have (ExpertSlots): views of the bank's memory."""
+    """The experts of a native bank in the form that slots have (ExpertSlots): views of the bank's memory.
 
-    def __init__(self, bank: ExpertBank) -> None:
-        self.bank, self.spec = bank, bank.spec
+    place_of_expert_E: int32 on the device, where the bank shares its memory (PlaceTable).
+    """
+
+    def __init__(self, bank: ExpertBank, place_of_expert_E: Tensor | None = None) -> None:
+        self.bank, self.spec, self.place_of_expert_E = bank, bank.spec, place_of_expert_E
+        self._places = bank.place_of_expert_E
         self._layout = make_layout(bank.spec)
         self._backend = cast(Any, bank.backend)  # no other backend has these
         self.address, self.num_bytes = self._backend.memory_range
@@ -31,20 +35,24 @@ class HostBlobs:
         # One view, sliced: making one from an address takes ten times as long as slicing.
         self._all_B = self._view(self.address, num_values, bank.spec.dtype.value).view(torch.uint8)
 
+    def place_of(self, expert_id: int) -> int:
+        """Experts whose places follow one another lie in a row."""
+        return self._places[expert_id]
+
     def blob_B(self, expert_id: int) -> Tensor:
-        """uint8 [B]. Valid while the bank is open."""
-        return self.run_B(expert_id, 1)
+        """uint8 [B]. Valid while the bank is open and the expert where it is."""
+        return self.run_B(self._places[expert_id], 1)
 
-    def run_B(self, first_expert: int, num_experts: int) -> Tensor:
-        """Experts that follow one another, from blob to blob blob_bytes: uint8."""
+    def run_B(self, first_place: int, num_places: int) -> Tensor:
+        """Blobs in places that follow one another, from blob to blob blob_bytes: uint8."""
         stride_bytes = self._layout.blob_bytes
-        start = first_expert * stride_bytes
-        return self._all_B[start : start + (num_experts - 1) * stride_bytes + self._layout.weight_bytes]
+        start = first_place * stride_bytes
+        return self._all_B[start : start + (num_places - 1) * stride_bytes + self._layout.weight_bytes]
 
-    def range_of(self, first_expert: int, num_experts: int) -> tuple[int, int]:
-        """Address and bytes of whole pages that hold these experts and no other."""
+    def range_of(self, first_place: int, num_places: int) -> tuple[int, int]:
+        """Address and bytes of whole pages that hold these places and no other."""
         stride_bytes = self._layout.blob_bytes
-        return self.address + first_expert * stride_bytes, num_experts * stride_bytes
+        return self.address + first_place * stride_bytes, num_places * stride_bytes
 
     def biases(self, expert_id: int) -> dict[str, Tensor]:
         """fp32 with the padding of a slot, by role; empty where the spec has none."""
@@ -56,14 +64,14 @@ class HostBlobs:
         return _tensor(HostArray(address, (size,), (1,), dtype, self._backend.native_bank))
 
 
-def runs(expert_ids: Iterable[int]) -> list[tuple[int, int]]:
-    """(first, count) of every run of ids that follow one another."""
+def runs(places: Iterable[int]) -> list[tuple[int, int]]:
+    """(first, count) of every run of places that follow one another."""
     found: list[tuple[int, int]] = []
-    for expert_id in sorted(expert_ids):
-        if found and sum(found[-1]) == expert_id:
+    for place in sorted(places):
+        if found and sum(found[-1]) == place:
             found[-1] = (found[-1][0], found[-1][1] + 1)
         else:
-            found.append((expert_id, 1))
+            found.append((place, 1))
     return found
 
 

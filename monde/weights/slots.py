@@ -43,7 +43,7 @@ class ExpertSlots:
     def read(self, slot: int) -> dict[str, Tensor]:
         """One expert's arrays, row-major, biases in fp32; copies on the device."""
         sizes = {"gate_bias": self.spec.d_ffn, "up_bias": self.spec.d_ffn, "down_bias": self.spec.d_model}
-        biases = {role: bias_SN[slot, : sizes[role]] for role, bias_SN in self.biases.items()}
+        biases = {role: bias_SN[slot, : sizes[role]].clone() for role, bias_SN in self.biases.items()}
         return unpack(self.spec, self.blobs_SB[slot]) | biases
 
     @property

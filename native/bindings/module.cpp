@@ -134,6 +134,10 @@ nb::dict expert_layout(int d_model, int d_ffn, bool gated, const std::string& ty
   return layout;
 }
 
+nb::tuple range_of(const Arena& arena) {
+  return nb::make_tuple(reinterpret_cast<uintptr_t>(arena.data()), arena.num_bytes());
+}
+
 nb::tuple counts_tuple(const ForwardCounts& counts) {
   return nb::make_tuple(counts.num_pairs, counts.num_experts, counts.weight_bytes);
 }
@@ -166,18 +170,21 @@ NB_MODULE(_native, m) {
         return counts_tuple(counts);
       });
 
+  nb::class_<Arena>(m, "Arena").def(nb::init<size_t>(), nb::arg("num_bytes")).def_prop_ro("memory_range", &range_of);
+
   nb::class_<Bank>(m, "Bank")
       .def(
           "__init__",
           [](Bank* self, int num_experts, int d_model, int d_ffn, bool gated, bool has_bias, const std::string& type,
              const std::string& activation, float limit, float alpha, const std::string& isa,
-             std::shared_ptr<Pool> pool) {
+             std::shared_ptr<Pool> pool, std::shared_ptr<Arena> places) {
             const BankShape shape{
                 num_experts, d_model, d_ffn, gated, has_bias, dtype(type), {activation_kind(activation), limit, alpha}};
-            new (self) Bank(shape, isa_named(isa), std::move(pool));
+            new (self) Bank(shape, isa_named(isa), std::move(pool), std::move(places));
           },
           nb::arg("num_experts"), nb::arg("d_model"), nb::arg("d_ffn"), nb::arg("gated"), nb::arg("has_bias"),
-          nb::arg("dtype"), nb::arg("activation"), nb::arg("limit"), nb::arg("alpha"), nb::arg("isa"), nb::arg("pool"))
+          nb::arg("dtype"), nb::arg("activation"), nb::arg("limit"), nb::arg("alpha"), nb::arg("isa"), nb::arg("pool"),
+          nb::arg("places").none())
       .def(
           "load",
           [](Bank& bank, int expert, const std::optional<Array>& gate, const Array& up, const Array& down,
@@ -191,6 +198,7 @@ NB_MODULE(_native, m) {
           nb::arg("expert"), nb::arg("gate").none(), nb::arg("up"), nb::arg("down"), nb::arg("gate_bias").none(),
           nb::arg("up_bias").none(), nb::arg("down_bias").none())
       .def("release", &Bank::release)
+      .def("place", &Bank::place, nb::arg("expert"), nb::arg("place"), nb::arg("is_filled"))
       .def("export_matrix",
            [](const Bank& bank, int expert, const std::string& name, uintptr_t to) {
              nb::gil_scoped_release release;
@@ -211,9 +219,7 @@ NB_MODULE(_native, m) {
       .def_prop_ro("resident_bytes", &Bank::resident_bytes)
       .def_prop_ro("expert_stride_bytes", &Bank::expert_stride_bytes)
       .def_prop_ro("timeline_id", [](const Bank& bank) { return reinterpret_cast<uintptr_t>(&bank); })
-      .def_prop_ro("memory_range", [](const Bank& bank) {
-        return nb::make_tuple(reinterpret_cast<uintptr_t>(bank.arena().data()), bank.arena().num_bytes());
-      });
+      .def_prop_ro("memory_range", [](const Bank& bank) { return range_of(bank.arena()); });
 
   nb::class_<Doorbell>(m, "Doorbell")
       .def(

@@ -15,14 +15,18 @@ std::string describe(const char* name, BadElement bad, bool is_vector = false) {
 
 }  // namespace
 
-Bank::Bank(const BankShape& shape, const Isa& isa, std::shared_ptr<Pool> pool)
+Bank::Bank(const BankShape& shape, const Isa& isa, std::shared_ptr<Pool> pool, std::shared_ptr<Arena> places)
     : shape_(shape),
       layout_(make_layout(shape.d_model, shape.d_ffn, shape.gated, shape.dtype)),
       isa_(isa),
       pool_(std::move(pool)),
       expert_stride_bytes_((layout_.weight_bytes + 4095) / 4096 * 4096),
-      arena_(expert_stride_bytes_ * shape.num_experts),
-      experts_(shape.num_experts) {}
+      has_own_places_(places == nullptr),
+      arena_(has_own_places_ ? std::make_shared<Arena>(expert_stride_bytes_ * shape.num_experts) : std::move(places)),
+      experts_(shape.num_experts) {
+  if (!has_own_places_) return;
+  for (int e = 0; e < shape.num_experts; ++e) experts_[e].data = arena_->data() + size_t(e) * expert_stride_bytes_;
+}
 
 namespace {
 
@@ -32,8 +36,8 @@ struct PackJob {
   const MatrixView* from;
   DType dtype;
   int k_pad;
-  unsigned char* to;
-  size_t panel_stride_bytes;
+  size_t offset_bytes, panel_stride_bytes;  // in the expert
+  unsigned char* to;                        // the expert
   std::atomic<int> first_bad_panel;
 
   static void check_unit(void* context, int panel, int) {
@@ -45,7 +49,8 @@ struct PackJob {
   }
   static void pack_unit(void* context, int panel, int) {
     PackJob& job = *static_cast<PackJob*>(context);
-    pack_panel(*job.from, panel, job.k_pad, job.dtype, job.to + job.panel_stride_bytes * panel);
+    unsigned char* const to = job.to + job.offset_bytes + job.panel_stride_bytes * panel;
+    pack_panel(*job.from, panel, job.k_pad, job.dtype, to);
   }
 };
 
@@ -71,15 +76,14 @@ void Bank::load(int expert, const ExpertSource& source) {
       to += padded;
     }
   }
-  unsigned char* to = expert_data(expert);
+  unsigned char* const to = experts_[expert].data;
   constexpr int kNoPanel = std::numeric_limits<int>::max();
   const DType dtype = layout_.dtype;
   PackJob jobs[] = {
-      {"gate", &source.gate, dtype, layout_.d_pad_k, to, layout_.in_unit_bytes, kNoPanel},
-      {"up", &source.up, dtype, layout_.d_pad_k, to + layout_.in_unit_bytes - layout_.in_panel_bytes,
-       layout_.in_unit_bytes, kNoPanel},
-      {"down", &source.down, dtype, layout_.f_pad_k, to + layout_.down_offset_bytes, layout_.down_panel_bytes,
-       kNoPanel},
+      {"gate", &source.gate, dtype, layout_.d_pad_k, 0, layout_.in_unit_bytes, to, kNoPanel},
+      {"up", &source.up, dtype, layout_.d_pad_k, layout_.in_unit_bytes - layout_.in_panel_bytes, layout_.in_unit_bytes,
+       to, kNoPanel},
+      {"down", &source.down, dtype, layout_.f_pad_k, layout_.down_offset_bytes, layout_.down_panel_bytes, to, kNoPanel},
   };
   Pool::Lease lease(*pool_);
   std::vector<int> ranges(pool_->num_threads() + 1);
@@ -97,17 +101,27 @@ void Bank::load(int expert, const ExpertSource& source) {
       throw std::invalid_argument(describe(job.name, check_panel(*job.from, job.first_bad_panel, dtype)));
   }
   for (PackJob& job : jobs)
-    if (job.from->data != nullptr) run(job, &PackJob::pack_unit);
-  experts_[expert] = {true, std::move(biases)};
+    if (to != nullptr && job.from->data != nullptr) run(job, &PackJob::pack_unit);
+  experts_[expert] = {to, to != nullptr, std::move(biases)};
 }
 
 void Bank::release(int expert) {
-  experts_[expert] = {};
-  arena_.discard(size_t(expert) * expert_stride_bytes_, expert_stride_bytes_);
+  unsigned char* const data = has_own_places_ ? experts_[expert].data : nullptr;
+  experts_[expert] = {data, false, {}};
+  if (data != nullptr) arena_->discard(data - arena_->data(), expert_stride_bytes_);
+}
+
+void Bank::place(int expert, int place, bool is_filled) {
+  if (has_own_places_) throw std::invalid_argument("place: this bank has a place of its own for every expert");
+  if (place < kNowhere || (place + 1) * int64_t(expert_stride_bytes_) > int64_t(arena_->num_bytes()))
+    throw std::invalid_argument("place: there is none with number " + std::to_string(place));
+  Expert& of = experts_[expert];
+  of.data = place == kNowhere ? nullptr : arena_->data() + size_t(place) * expert_stride_bytes_;
+  of.loaded = place != kNowhere && is_filled;
 }
 
 void Bank::export_matrix(int expert, const std::string& name, unsigned char* to) const {
-  const unsigned char* from = expert_data(expert);
+  const unsigned char* from = experts_[expert].data;
   if (name == "down") {
     for (int panel = 0; panel < layout_.num_d_panels; ++panel)
       unpack_panel(from + layout_.down_offset_bytes + layout_.down_panel_bytes * panel, panel, shape_.d_model,
@@ -130,7 +144,7 @@ const float* Bank::bias(int expert, const std::string& name) const {
 int64_t Bank::resident_bytes() const {
   int64_t bytes = 0;
   for (const Expert& expert : experts_)
-    if (expert.loaded) bytes += int64_t(layout_.weight_bytes) + int64_t(expert.biases.size() * sizeof(float));
+    bytes += (expert.loaded ? int64_t(layout_.weight_bytes) : 0) + int64_t(expert.biases.size() * sizeof(float));
   return bytes;
 }
 

@@ -25,6 +25,7 @@ struct ExpertSource {
 };
 
 inline constexpr int kAllExperts = -1;
+inline constexpr int kNowhere = -1;
 
 // A forward's arguments. Strides count elements; ids are int64 or int32.
 struct ForwardArgs {
@@ -51,11 +52,19 @@ struct ForwardCounts {
 
 class Bank {
  public:
-  Bank(const BankShape& shape, const Isa& isa, std::shared_ptr<Pool> pool);
+  // `places` is memory that banks share, with places for fewer experts than they have: `place` says who lies where, and
+  // at first nobody does. Without it the bank has a place of its own for every expert.
+  Bank(const BankShape& shape, const Isa& isa, std::shared_ptr<Pool> pool, std::shared_ptr<Arena> places = nullptr);
 
-  // Copies one expert into panels, on all threads. Errors: std::invalid_argument for a non-finite weight.
+  // Copies one expert into panels, on all threads; one without a place is checked and its biases are kept. Errors:
+  // std::invalid_argument for a non-finite weight.
   void load(int expert, const ExpertSource& source);
   void release(int expert);
+
+  // In shared memory: the expert's panels lie in this place from now on, or, if not yet filled, `load` puts them there;
+  // kNowhere: nowhere. Other experts may be computed meanwhile. Errors: std::invalid_argument for a place that is not
+  // there and for a bank with places of its own.
+  void place(int expert, int place, bool is_filled);
   bool loaded(int expert) const { return experts_[expert].loaded; }
 
   // Row-major copies in the bank's type: matrices "gate" [F, D], "up" [F, D], "down" [D, F].
@@ -69,18 +78,18 @@ class Bank {
 
   const BankShape& shape() const { return shape_; }
   const Isa& isa() const { return isa_; }
-  const Arena& arena() const { return arena_; }
+  const Arena& arena() const { return *arena_; }
   int64_t resident_bytes() const;
   size_t expert_stride_bytes() const { return expert_stride_bytes_; }
 
  private:
   struct Expert {
+    unsigned char* data = nullptr;  // its place
     bool loaded = false;
     std::vector<float> biases;  // gate [F_pad], up [F_pad], down [D_pad]
   };
   struct Plan;
 
-  unsigned char* expert_data(int expert) const { return arena_.data() + size_t(expert) * expert_stride_bytes_; }
   const Kernels& kernels_for(DType x_dtype) const;
   void check_loaded(const ForwardArgs& args) const;
 
@@ -89,7 +98,8 @@ class Bank {
   const Isa& isa_;
   const std::shared_ptr<Pool> pool_;
   const size_t expert_stride_bytes_;
-  Arena arena_;
+  const bool has_own_places_;
+  const std::shared_ptr<Arena> arena_;
   std::vector<Expert> experts_;
 };
 

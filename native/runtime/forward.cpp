@@ -194,7 +194,7 @@ void Bank::Plan::group_pairs() {
   for (int id = 0; id < E; ++id) {
     const int rows = next_row_E[id];
     if (!rows) continue;
-    const unsigned char* data = bank.expert_data(id);
+    const unsigned char* data = bank.experts_[id].data;
     const int cut_panel = args.cut_expert == kAllExperts || id == args.cut_expert ? args.cut_panel : 0;
     groups[num_groups++] = {data,
                             data + layout.down_offset_bytes,

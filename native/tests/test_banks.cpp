@@ -1,4 +1,5 @@
 // Banks that share a pool: answers do not depend on threads or company; memory goes back and comes again.
+#include <cstring>
 #include <stdexcept>
 #include <thread>
 
@@ -84,6 +85,69 @@ TEST(banks_load_beside_a_forward) {
   for (int round = 0; round < repetitions(1000); ++round)
     CHECK(bytes_of(problem, bank) == wanted, "beside a load of another expert");
   loader.join();
+}
+
+// Two banks with three places for their six experts: who has none is missing, and who takes another's place computes
+// as before.
+TEST(banks_share_places) {
+  const Problem problem({4, 100, 90, true, true, DType::kBF16, kSilu}, 9, 2, DType::kF32, 2);
+  const auto pool = make_pool({0, 0});
+  Bank whole(problem.shape, *isas()[0], pool);
+  problem.load_into(whole);
+  const auto wanted = bytes_of(problem, whole);
+  const auto places = std::make_shared<Arena>(3 * whole.expert_stride_bytes());
+  Bank first(problem.shape, *isas()[0], pool, places), second(problem.shape, *isas()[0], pool, places);
+  for (int expert = 0; expert < 3; ++expert) first.place(expert, 2 - expert, false);
+  CHECK(first.resident_bytes() == 0, "before anything is loaded");
+  problem.load_into(first);
+  problem.load_into(second);
+  CHECK(bytes_of(problem, first) == wanted, "with all places");
+  CHECK(first.resident_bytes() == whole.resident_bytes(), std::to_string(first.resident_bytes()));
+  CHECK(!second.loaded(0) && second.bias(0, "up_bias") != nullptr, "biases without a place");
+  CHECK(second.resident_bytes() > 0 && second.resident_bytes() < 3 * 4 * (2 * 96 + 112) + 1, "biases alone");
+  for (int expert = 0; expert < 3; ++expert) {
+    first.place(expert, kNowhere, false);
+    std::string missing = "none";
+    try {
+      bytes_of(problem, first);
+    } catch (const std::out_of_range& error) {
+      missing = error.what();
+    }
+    CHECK(missing == "0", "missing " + missing);
+    second.place(expert, 2 - expert, true);  // the same bytes
+  }
+  CHECK(bytes_of(problem, second) == wanted, "in places that others have filled");
+  for (const int place : {-2, 3}) {
+    bool refused = false;
+    try {
+      first.place(0, place, true);
+    } catch (const std::invalid_argument&) {
+      refused = true;
+    }
+    CHECK(refused, "place " + std::to_string(place));
+  }
+}
+
+// Experts leave and enter places while a forward reads others of the same bank.
+TEST(banks_exchange_beside_a_forward) {
+  Problem problem({4, 30, 50, true, true, DType::kBF16, kSilu}, 6, 2, DType::kF32, 1);
+  for (int64_t& id : problem.ids_TK) id = id == 2 ? 0 : id;  // expert 2 is the one that moves
+  const auto pool = make_pool({0, 0, 0});
+  const auto places = std::make_shared<Arena>(4 * 3 * 4096 * 10);
+  Bank bank(problem.shape, *isas()[0], pool, places);
+  for (int expert = 0; expert < 3; ++expert) bank.place(expert, expert, false);
+  problem.load_into(bank);
+  const auto wanted = bytes_of(problem, bank);
+  std::thread mover([&] {
+    for (int round = 0; round < repetitions(1000); ++round) {
+      bank.place(2, kNowhere, false);
+      std::memcpy(places->data() + (3 + round % 2) * bank.expert_stride_bytes(), places->data(), 4096);
+      bank.place(2, 3 + round % 2, true);
+    }
+  });
+  for (int round = 0; round < repetitions(1000); ++round)
+    CHECK(bytes_of(problem, bank) == wanted, "beside an exchange of another expert");
+  mover.join();
 }
 
 TEST(banks_release_and_reload) {

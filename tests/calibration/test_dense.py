@@ -29,6 +29,6 @@ def test_a_block_of_next_to_nothing(device: str) -> None:
     assert 10e-6 < probes.eager_block_s(samples) < 0.1
     assert 0 <= probes.step_s(samples) < 0.1
     if device == "cuda":
-        assert 1e-6 < probes.captured_block_s(samples) < probes.eager_block_s(samples)
+        assert 1e-6 < probes.captured_block_s(samples, 4e12) < probes.eager_block_s(samples)
     else:
         assert told == ["eager block without experts", "decode step of one block"] * 2

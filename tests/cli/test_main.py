@@ -23,7 +23,7 @@ ROOT = MODEL.parents[1]
 
 def shell(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, as a user runs it."""
-    command = [sys.executable, "-m", "monde.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "monde", *map(str, arguments)]
     env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     return subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, check=False)
 
@@ -165,7 +165,7 @@ def test_a_mistake_from_a_shell_has_no_traceback_unless_asked_for() -> None:
 @pytest.mark.parametrize("target", ["closed", "full"])
 def test_output_that_goes_nowhere_is_an_error(target: str) -> None:
     redirect = {"closed": ">&-", "full": "> /dev/full"}[target]
-    command = f"{shlex.quote(sys.executable)} -m monde.cli info {redirect}"
+    command = f"{shlex.quote(sys.executable)} -m monde info {redirect}"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("monde: error:")
@@ -175,7 +175,7 @@ def test_output_that_goes_nowhere_is_an_error(target: str) -> None:
 def test_ctrl_c_is_one_line() -> None:
     # A sampled text: a greedy one may repeat a word without end, and words are printed when they are complete.
     options = ("-n", "1000", "-t", "1", "--temperature", "0.7", "--seed", "4")
-    command = [sys.executable, "-m", "monde.cli", "generate", str(MODEL), "It is a truth", *options]
+    command = [sys.executable, "-m", "monde", "generate", str(MODEL), "It is a truth", *options]
     heard = partial(
         signal.signal, signal.SIGINT, signal.default_int_handler
     )  # jobs in a background ignore it

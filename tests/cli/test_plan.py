@@ -227,6 +227,20 @@ def test_a_plot_of_budgets(monde: Monde, tmp_path: Path) -> None:
     assert monde("plan", MODEL, "-m", "h200", "--plot", tmp_path / "budgets.txt").exit_code == 2
 
 
+def test_a_tight_host_releases_copies_of_residents(monde: Monde) -> None:
+    budget = ("-m", "h200", "--gpu-memory", smallest_budget(monde) + 2**20)
+    ample = json.loads(monde("plan", MODEL, *budget, "--json").stdout)
+    assert ample["num_released"] == ample["saved_host_bytes"] == 0
+    tight = (*budget, "--host-memory", ample["host_used_bytes"] - 1)
+    found = re.search(
+        r"host copies of (\d+) residents released \(.* saved\)", monde("plan", MODEL, *tight).stdout
+    )
+    assert found is not None
+    answer = json.loads(monde("plan", MODEL, *tight, "--json").stdout)
+    assert answer["num_released"] == int(found.group(1)) == ample["num_resident"]
+    assert answer["host_used_bytes"] == ample["host_used_bytes"] - answer["saved_host_bytes"]
+
+
 def test_a_sweep_goes_from_what_fits_to_what_holds_everything() -> None:
     size = ModelSize(100, 0, 0, 0, 0, 1, (LayerSize(10, 10, 10),) * 4)
 

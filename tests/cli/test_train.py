@@ -47,7 +47,7 @@ def config_file(folder: Path, model: Path, out: str, more: str = "") -> Path:
 
 
 def command(config: Path, num_ranks: int) -> list[str]:
-    monde = ["-m", "monde.cli", "train", str(config)]
+    monde = ["-m", "monde", "train", str(config)]
     if num_ranks == 1:
         return [sys.executable, *monde]
     launcher = [

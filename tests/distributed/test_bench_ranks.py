@@ -15,7 +15,7 @@ MODEL = Path(__file__).resolve().parents[2] / "assets" / "moe-3m"
 def torchrun(*arguments: object, command: str = "bench") -> subprocess.CompletedProcess[str]:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.run(
-        [*launch, "-m", "monde.cli", command, str(MODEL), *map(str, arguments)],
+        [*launch, "-m", "monde", command, str(MODEL), *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=240,
@@ -30,7 +30,7 @@ def test_one_table_of_all_ranks() -> None:
     for record in (prompt, generated):
         assert (record["n_ranks"], record["n_seqs"]) == (2, 3)
         assert record["backends"].endswith(", auto")
-        assert record["command"].startswith("torchrun --nproc-per-node 2 -m monde.cli bench ")
+        assert record["command"].startswith("torchrun --nproc-per-node 2 -m monde bench ")
     assert prompt["samples_ts"][0] == pytest.approx(2 * 3 * 16 / (prompt["samples_ns"][0] / 1e9))
 
 
@@ -46,7 +46,7 @@ def test_one_text_the_same_as_of_one_process() -> None:
     over_ranks = torchrun(*arguments, command="generate")
     assert over_ranks.returncode == 0, over_ranks.stderr
     alone = subprocess.run(
-        [sys.executable, "-m", "monde.cli", "generate", str(MODEL), *map(str, arguments)],
+        [sys.executable, "-m", "monde", "generate", str(MODEL), *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=120,

@@ -217,3 +217,71 @@ def odd_batches(how: str) -> float:
 def test_handled(tmp_path: Path, how: str) -> None:
     for worst in run_ranks(odd_batches, 2, tmp_path, how):
         assert worst <= 1
+
+
+RAISE_TIMEOUT_S = 60.0  # nobody is to wait that long
+
+
+def raised(how: str) -> tuple[str, float, str]:
+    """What this rank was told, after how many seconds, and what the next call says, when rank 1 raises."""
+    model = monde.offload(
+        tiny.build("mixtral"), device="cpu", mesh=init_device_mesh("cpu", (dist.get_world_size(),)),
+        mesh_timeout_s=RAISE_TIMEOUT_S,
+    )  # fmt: skip
+    ids, rank = tiny.prompt(1, 4), dist.get_rank()
+    before = tiny.greedy(model, ids)
+
+    def fail(*_: object) -> None:
+        raise ValueError("no more\nmemory")
+
+    if how == "all" or rank == 1:
+        place = {"layer": model.model.layers[1], "start": model, "all": model.model.layers[0]}.get(how)
+        if place is not None:
+            handle = place.register_forward_pre_hook(fail)
+    told, start_s = "", time.perf_counter()
+    try:
+        if how == "sampling":
+            processor = [lambda ids, scores: fail() if rank == 1 else scores]
+            model.generate(ids, max_new_tokens=3, do_sample=False, logits_processor=processor)
+        elif how == "inside":
+            moe = model.monde.fronts[1].executor
+            compute = moe.sharded.compute
+            moe.sharded.compute = fail if rank == 1 else compute
+            model(ids)
+        else:
+            model(ids)
+    except (RuntimeError, ValueError) as error:
+        told = f"{type(error).__name__}: {error}"
+    seconds_s = time.perf_counter() - start_s
+    if how == "all":
+        handle.remove()
+        return told, seconds_s, str(bool((tiny.greedy(model, ids) == before).all()))
+    try:
+        model(ids)
+    except (RuntimeError, ValueError) as error:
+        return told, seconds_s, f"{type(error).__name__}: {error}"
+    return told, seconds_s, ""
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("how", ["start", "layer", "inside", "sampling"])
+def test_what_a_rank_raises_ends_the_others_waits(tmp_path: Path, how: str, num_ranks: int) -> None:
+    """Within 3 seconds of a timeout of 60, in front of the first exchange, between two, within a layer, after a step."""
+    told = run_ranks(raised, num_ranks, tmp_path, how, deadline_s=60)
+    for rank, (text, seconds_s, then) in enumerate(told):
+        heard = "RankError: mesh: rank 1 failed: ValueError: no more memory; mend that and restart all ranks"
+        assert text == ("ValueError: no more\nmemory" if rank == 1 else heard)
+        assert seconds_s < 3, (rank, seconds_s)
+        if rank != 1:
+            assert then == heard
+        elif how == "start":
+            assert then == text
+        else:  # it hears of its own failure, or meets a rank that is still in the call before
+            assert then == heard or "the ranks are in different calls" in then
+
+
+def test_what_all_raise_ends_nothing(tmp_path: Path) -> None:
+    for text, seconds_s, works in run_ranks(raised, 2, tmp_path, "all"):
+        assert text.startswith("ValueError")
+        assert seconds_s < 3
+        assert works == "True"

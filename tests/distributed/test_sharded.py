@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -9,16 +10,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from hostcompute import Activation, ActivationKind, DType, ExpertSpec
+from monde.core import RoutedBatch
 from monde.executors.peers import PeersExecutor
 from monde.executors.ranked import RankedExecutor
 from monde.executors.ranked_batch import DIVIDED_TOKENS
 from monde.executors.ranks import RankGroup
 from monde.executors.sharded import ShardedExecutor, chunks_of
-from monde.planning.sharding import BatchPlan, RankedCounts, Way, assign_experts, cut_ffn
+from monde.planning.sharding import BatchPlan, RankedCounts, Way, WayFactors, assign_experts, cut_ffn
 from tests.distributed.moe import Case, compute_of, expected, shares, slices
 from tests.distributed.ranks import run_ranks
 from tests.hostcompute.bounds import F64, assert_within
@@ -75,7 +78,9 @@ def answers(cases: list[Case], shares_W: tuple[float, ...]) -> list[tuple[F64, F
         peers = PeersExecutor(ranks, compute_of(whole, experts, case.backend), home_W1[ranks.rank])
         batch, seen = case.batch(ranks.rank), []
 
-        def plan(way: Way, counts: RankedCounts, case: Case = case, seen: Any = seen) -> BatchPlan:
+        def plan(
+            way: Way, counts: RankedCounts, _: WayFactors, case: Case = case, seen: Any = seen
+        ) -> BatchPlan:
             seen.append(counts)
             return BatchPlan(way, case.num_chunks, 0, 0, 1)
 
@@ -104,6 +109,40 @@ def test_same_answer_as_one_process(tmp_path: Path, shares_W: tuple[float, ...],
             y_sharded, y_peers = found[i]
             assert_within(y_sharded, expected(case, cut, rank), f"sharded, rank {rank}, {case}")
             assert_within(y_peers, expected(case, owned, rank), f"peers, rank {rank}, {case}")
+
+
+def noted() -> list[WayFactors]:
+    """What this rank has learnt after every step, where the ranks take unequally long and both ways are gone."""
+    ranks = RankGroup(init_device_mesh("cpu", (dist.get_world_size(),)), timeout_s=30)
+    case = Case(ExpertSpec(4, 16, 32, DType.F32), (5, 9), 2)
+    home_W1 = assign_experts(4, ranks.size)
+    experts, batch = case.experts(), case.batch(ranks.rank)
+    sharded = ShardedExecutor(
+        ranks, compute_of(slices(case.spec, (0, 16, 32))[ranks.rank], experts, "reference")
+    )
+    whole = compute_of(shares(case.spec, home_W1)[ranks.rank], experts, "reference")
+
+    def late(batch: RoutedBatch, out_dtype: torch.dtype) -> torch.Tensor:
+        time.sleep(0.03 * ranks.rank)
+        return whole(batch, out_dtype)
+
+    peers = PeersExecutor(ranks, late, home_W1[ranks.rank])
+    ways = iter([Way.PEERS, Way.SHARDED, Way.PEERS, Way.SHARDED])
+    executor = RankedExecutor(
+        ranks, 0, home_W1, lambda counts, factors: BatchPlan(next(ways), 1, 0.02, 0.02, 1), sharded, peers
+    )
+    found = []
+    for _ in range(4):
+        executor.forward(batch)
+        found.append(executor.feedback.factors(14))
+    return found
+
+
+def test_ranks_learn_the_slowest_ranks_seconds_alike(tmp_path: Path) -> None:
+    first, second = run_ranks(noted, 2, tmp_path)
+    assert first == second
+    assert first[0] == WayFactors()  # known with the sizes of the next step
+    assert all(factors.peers >= 1.5 for factors in first[1:])
 
 
 def test_the_bound_catches_a_bias_added_on_every_rank() -> None:

@@ -230,6 +230,45 @@ def test_a_graph_of_layers_replays() -> None:
     layers.hub.close()
 
 
+def test_cold_experts_are_read_where_they_lie() -> None:
+    """Host memory has places in another order, which changes between steps; GPU and host read half of F each."""
+    from hostcompute import HostPlaces, make_layout
+    from monde.device.pinned import PinnedRange
+    from monde.executors.decode import DecodeExecutor, DecodeHub
+    from monde.weights.host import HostBlobs
+    from monde.weights.places import PlacePool, PlaceTable
+    from monde.weights.table import SlotTable
+
+    rng, device, host_pool = np.random.default_rng(11), torch.device("cuda:0"), make_pool(2)
+    spec = ExpertSpec(8, 128, 256)
+    nobody, layout = Placement((-1,) * 8), make_layout(spec)
+    experts = {e: make_expert(rng, spec, "separate") for e in range(8)}
+    pool = PlacePool(HostPlaces(layout, 10))
+    taken = [pool.take() for _ in range(10)]
+    for place in (taken[i] for i in (4, 9, 0, 7, 2, 5, 8, 1, 6, 3)):
+        pool.give_back(place)
+    bank = ExpertBank(spec, "native", pool=host_pool, places=pool.memory)
+    table = PlaceTable(bank, pool, nobody, device)
+    load_all(bank, experts)
+    blobs = HostBlobs(bank, table.place_of_expert_E)
+    pinned = PinnedRange(*blobs.range_of(0, 10), blobs, device)
+    hub = DecodeHub([spec], [bank], torch.bfloat16, device, host_pool, share=0.5)
+    heat_E = torch.zeros(8, device=device)
+    executor = DecodeExecutor(0, spec, None, SlotTable(nobody, device), heat_E, hub, blobs)
+    layers = Layers([spec], [experts], [[-1] * 8], hub, [executor], host_pool, [pinned])
+    for round_idx in range(20):
+        check(layers, 0, make_batch(rng, spec, 4, 4, "bf16"), "bf16", f"round {round_idx}")
+        torch.cuda.synchronize()
+        expert_id, place = round_idx % 8, pool.take()
+        blobs.run_B(place, 1).copy_(blobs.blob_B(expert_id))
+        left = bank.place_of_expert_E[expert_id]
+        table.enter(expert_id, place)
+        blobs.run_B(left, 1).fill_(0xFF)  # whoever reads it still computes NaN
+        pool.give_back(left)
+    assert hub.count("SHARED_BYTES") > 0
+    hub.close()
+
+
 def test_unannounced_replays_are_answered() -> None:
     """Somebody else's graph: nobody tells the host, which naps for a millisecond at a time."""
     rng = np.random.default_rng(6)

@@ -51,8 +51,9 @@ def restless(original: Any, share: float = 0.5) -> Any:
 def come_to_rest(engine: Any) -> None:
     """What is under way arrives, and nothing else starts."""
     engine.residency.settings = DynamicSettings(max_swaps=0, interval_steps=1)
-    torch.cuda.synchronize()
-    engine.residency.step()
+    for _ in range(4):  # an exchange comes in so many parts
+        torch.cuda.synchronize()
+        engine.residency.step()
     assert not engine.residency._mover.is_busy
     torch.cuda.synchronize()
 

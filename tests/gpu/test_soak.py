@@ -83,10 +83,16 @@ class Held:
         assert self.num_threads <= before.num_threads, (when, before, self)
 
 
-def offloaded(original: Any, share: float) -> Any:
+def offloaded(original: Any, share: float, num_spares: int | None = None) -> Any:
+    """num_spares: host memory has so many places for residents that leave, and no copies of residents."""
     sizes: dict[str, Any] = {"max_context": CONTEXT, "max_batch": MAX_BATCH}
     plan = monde.offload(copy.deepcopy(original), residency="static", **sizes).monde.plan
     budget_bytes = int(plan.gpu_used_bytes - plan.slots_bytes + share * plan.size.all_slots_bytes)
+    if num_spares is not None:
+        tight = monde.offload(copy.deepcopy(original), residency="static", gpu_memory=budget_bytes, **sizes)
+        plan, layer = tight.monde.plan, tight.monde.plan.size.layers[0]
+        kept_bytes = sum(plan.num_resident_L) * layer.kept_bytes
+        sizes["host_memory"] = int(plan.host_used_bytes + kept_bytes + num_spares * layer.expert_bytes)
     return monde.offload(copy.deepcopy(original), residency="dynamic", gpu_memory=budget_bytes, **sizes)
 
 
@@ -116,10 +122,12 @@ def assert_same(got: Any, want: Any, what: str) -> None:
 
 
 @pytest.mark.timeout(3000)
+@pytest.mark.parametrize("num_spares", [None, 2], ids=["copies", "exchanges"])
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])  # gpt_oss has biases
-def test_soak(name: str) -> None:
+def test_soak(name: str, num_spares: int | None) -> None:
     rng, original = random.Random(0), tiny.build(name)
-    model, oracle = offloaded(original, share=0.5), offloaded(original, share=0)
+    model, oracle = offloaded(original, share=0.5, num_spares=num_spares), offloaded(original, share=0)
+    assert model.monde.plan.releases == (num_spares is not None)
     residency = model.monde.residency
     residency.settings, residency.swap_share, residency.tracker.keep_per_step = RESTLESS, 1e9, 0.01
     num_steps = num_cancelled = 0
@@ -144,7 +152,7 @@ def test_soak(name: str) -> None:
     Held.now().check_growth(held, f"after {num_steps} steps")
     counters = model.monde.counters()
     assert num_cancelled > 0
-    assert counters.num_swaps > num_steps // 20
+    assert counters.num_swaps > num_steps // (20 if num_spares is None else 40)
     assert 0 < counters.hit_rate < 1
     assert oracle.monde.counters().num_resident_pairs == 0
     assert model._decode_runner.num_replays > num_steps // 4

@@ -17,6 +17,7 @@ from monde.executors.prefill_hub import PrefillHub
 from monde.executors.prefill_size import PrefillSize
 from monde.planning.cost import CostModel
 from monde.planning.machines import DESCRIBED
+from monde.planning.profile import HardwareProfile, PromptLaunches
 from monde.planning.split import ExpertSplit, Lanes, Load, best_split
 from monde.planning.split_policies import SplitPolicy, all_fetch, all_host
 from monde.weights.host import HostBlobs
@@ -34,10 +35,6 @@ from tests.hostcompute.bounds import (
 )
 from tests.hostcompute.cases import Batch, load_all, make_expert
 
-_H200 = DESCRIBED["h200"]
-assert _H200.gpu is not None
-# Launches that cost nothing: experts of these sizes are worth fetching then, as large ones are.
-QUICK = replace(_H200, gpu=replace(_H200.gpu, prefill_host_s=0.0, prefill_fetch_s=0.0))
 TORCH = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
@@ -84,6 +81,12 @@ def torch_array(array: Any) -> torch.Tensor:
     return tensor.view(torch.bfloat16) if array.dtype == "bf16" else tensor
 
 
+def launching_for_nothing(profile: HardwareProfile) -> HardwareProfile:
+    """Experts of tests are so small that launching a fetch would never pay."""
+    assert profile.gpu is not None
+    return replace(profile, gpu=replace(profile.gpu, prompt=PromptLaunches.none()))
+
+
 def build(
     specs: Sequence[ExpertSpec],
     residents: Sequence[Sequence[int]],
@@ -97,7 +100,7 @@ def build(
     """Native banks with all experts; `residents` have slots besides."""
     rng = np.random.default_rng(seed)
     size = PrefillSize.of(specs, 4, num_tokens, 32)
-    hub = PrefillHub(device, size, QUICK, policy, deadline_s)
+    hub = PrefillHub(device, size, launching_for_nothing(DESCRIBED["h200"]), policy, deadline_s)
     layers = Layers(list(specs), [], hub, [], [])
     for layer_idx, (spec, resident) in enumerate(zip(specs, residents, strict=True)):
         experts = {e: make_expert(rng, spec, "separate") for e in range(spec.num_experts)}

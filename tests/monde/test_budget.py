@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from monde.planning.budget import (
+    MAX_SPARE_PLACES,
     BudgetError,
     LayerSize,
     MemoryPlan,
@@ -26,8 +27,8 @@ sizes = st.builds(
     staging_bytes_per_token=st.integers(0, 5),
     num_tokens=st.integers(1, 50),
     layers=st.lists(
-        st.tuples(st.integers(1, 9), st.integers(1, 99), st.integers(0, 9)).map(
-            lambda t: LayerSize(t[0], t[1], t[1] + t[2])
+        st.tuples(st.integers(1, 9), st.integers(1, 99), st.integers(0, 9), st.integers(0, 3)).map(
+            lambda t: LayerSize(t[0], t[1], t[1] + t[2], t[3])
         ),
         min_size=1,
         max_size=5,
@@ -62,7 +63,7 @@ def test_never_over_budget(size: ModelSize, on_gpu: bool, gpu_bytes: int, host_b
 
 
 @given(sizes, st.booleans(), budgets, budgets)
-def test_residents_are_on_the_host_too_where_they_fit(
+def test_residents_move_with_copies_on_the_host_else_with_spare_places_else_not(
     size: ModelSize, on_gpu: bool, gpu_bytes: int, host_bytes: int
 ) -> None:
     fixed = plan(size, on_gpu, gpu_bytes, host_bytes)
@@ -73,17 +74,30 @@ def test_residents_are_on_the_host_too_where_they_fit(
     made = plan_memory(size, on_gpu, gpu_bytes, host_bytes, wants_moves=True)
     assert made.num_resident_L == fixed.num_resident_L
     assert made.host_used_bytes <= host_bytes
-    extra_bytes = sum(
-        n * layer.expert_bytes
+    movable = [
+        (n, layer)
         for n, layer in zip(made.num_resident_L, size.layers, strict=True)
         if 0 < n < layer.num_experts
-    )
-    can_move = any(
-        0 < n < layer.num_experts for n, layer in zip(made.num_resident_L, size.layers, strict=True)
-    )
-    assert made.moves == (can_move and fixed.host_used_bytes + extra_bytes <= host_bytes)
-    assert made.host_used_bytes == fixed.host_used_bytes + (extra_bytes if made.moves else 0)
-    if can_move and not made.moves:
+    ]
+    copies_bytes = sum(n * layer.expert_bytes for n, layer in movable)
+    kept_bytes = sum(n * layer.kept_bytes for n, layer in movable)
+    spare_bytes = sum({layer.expert_bytes for _, layer in movable})
+    room_bytes = host_bytes - fixed.host_used_bytes
+    assert made.moves == (bool(movable) and room_bytes >= min(copies_bytes, kept_bytes + spare_bytes))
+    assert made.releases == (made.moves and room_bytes < copies_bytes)
+    if made.releases:
+        assert 1 <= made.num_spare_places <= MAX_SPARE_PLACES
+        used_bytes = kept_bytes + made.num_spare_places * spare_bytes
+        assert made.host_used_bytes == fixed.host_used_bytes + used_bytes
+        assert made.num_spare_places == MAX_SPARE_PLACES or room_bytes < used_bytes + spare_bytes
+        assert made.num_released == sum(n for n, _ in movable)
+        assert made.saved_bytes == copies_bytes - used_bytes > 0
+        assert f"host copies of {made.num_released} residents released" in made.explain()
+    else:
+        assert made.num_spare_places == made.num_released == made.saved_bytes == 0
+        assert made.host_used_bytes == fixed.host_used_bytes + (copies_bytes if made.moves else 0)
+        assert "released" not in made.explain()
+    if movable and not made.moves:
         enough = host_bytes + made.short_for_moves_bytes
         assert f"give host_memory={enough}" in made.explain()
         assert plan_memory(size, on_gpu, gpu_bytes, enough, wants_moves=True).moves

@@ -22,6 +22,20 @@ dense_bytes = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 print(report.peak_host_bytes, report.expert_bytes, bank_bytes, dense_bytes)
 """
 
+# The CPU stands in for a GPU whose slots take half of the experts. argv[2] is the share of what host copies of residents
+# take that host_memory has for them.
+_LOAD_TIGHT = """
+import sys, psutil, monde
+size = monde.from_pretrained(sys.argv[1], device="cpu").monde.plan
+gpu_memory = size.size.all_slots_bytes // 2
+copies_bytes = size.size.expert_bytes // 2
+host_memory = size.host_used_bytes - copies_bytes + int(float(sys.argv[2]) * copies_bytes)
+before_bytes = psutil.Process().memory_info().rss
+model = monde.from_pretrained(sys.argv[1], device="cpu", gpu_memory=gpu_memory, host_memory=host_memory)
+held_bytes = psutil.Process().memory_info().rss - before_bytes
+print(held_bytes, model.monde.plan.saved_bytes, model.monde.plan.num_spare_places)
+"""
+
 _MAKE = """
 import sys, torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -62,6 +76,15 @@ def test_loading_holds_experts_once(folder: Path) -> None:
     # growth.
     layer_bytes, dense_bytes = expert_bytes // 8, 20 * MEGABYTE
     assert peak_bytes <= bank_bytes + layer_bytes + dense_bytes + 60 * MEGABYTE
+
+
+def test_released_copies_of_residents_take_no_memory(folder: Path) -> None:
+    ample_bytes, saved_bytes, _ = map(int, _python(_LOAD_TIGHT, folder, 1).split())
+    assert saved_bytes == 0
+    tight_bytes, saved_bytes, num_spares = map(int, _python(_LOAD_TIGHT, folder, 0.2).split())
+    assert num_spares == 16
+    assert saved_bytes == (4 * 32 - 16) * 3 * 512 * 256 * 2
+    assert ample_bytes - tight_bytes >= saved_bytes - 20 * MEGABYTE
 
 
 def test_the_peak_is_at_least_what_is_held_afterwards(dense_folder: Path) -> None:

@@ -25,7 +25,7 @@ def test_both_sides_end_together_after_a_few_layers(host: float, copy: float) ->
         trip_s = float(cost.prompt_trip_s(2048))
         host_s = (split.host_s - trip_s) * host / feedback.host
         copy_s = split.copy_s * copy / feedback.copy
-        ends.append(split.launch_s + max(host_s + trip_s, copy_s))
+        ends.append(max(split.launch_s + split.gemm_s, host_s + trip_s, split.lead_s + copy_s))
         feedback = feedback.after_host(split.host_s - trip_s, host_s).after_copy(split.copy_s, copy_s)
     assert ends[-1] == pytest.approx(best_split(LOAD, real).makespan_s, rel=0.05)
     assert feedback.host == pytest.approx(host, rel=0.02)

@@ -48,7 +48,7 @@ def test_prompts_take_what_the_forecast_expects() -> None:
     expected_s = forecast_prefill(MODEL, placed(8), H200, 512).step_s
     # The forecast launches dense kernels ahead of the GPU; here they stand in line.
     assert expected_s * 0.9 < np.mean(played.step_s) < 1.3 * expected_s
-    assert {Resource.HOST, Resource.GPU, Resource.PCIE_UP} == set(played.busy_s)
+    assert {Resource.HOST, Resource.GPU, Resource.PCIE_UP, Resource.LAUNCHES} == set(played.busy_s)
 
 
 def test_routing_that_meets_residents_is_quicker(tmp_path: Path) -> None:

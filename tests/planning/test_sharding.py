@@ -24,6 +24,7 @@ from monde.planning.sharding import (
     plan_batch,
     rank_imbalance,
     sharded_s,
+    shared_machine_s,
 )
 from monde.planning.simulate import simulate
 
@@ -32,6 +33,8 @@ COST = RankedCost(
     swap=AlphaBeta(1e-4, 1e-9),
     sum=AlphaBeta(1e-4, 1e-9),
     expert=AlphaBeta(1e-3, 1e-5),
+    alone=AlphaBeta(1e-3, 1e-5),
+    machine_W=(0, 1, 2, 3),
     share_W=(0.25,) * 4,
     first_expert_W1=assign_experts(16, 4),
     d_model=512,
@@ -146,3 +149,40 @@ def test_nobody_has_a_token() -> None:
     nothing = RankedCounts((0,) * 4, ((0,) * 4,) * 4, (0,) * 16, 2)
     plan = plan_batch(nothing, COST)
     assert (plan.sharded_s, plan.peers_s, plan.rho) == (0, 0, 1)
+
+
+def test_ranks_of_one_machine_share_what_the_early_ones_leave() -> None:
+    """Alone a rank is twice as fast: 2 s of work beside 1 s ends after 1 + 0.5. On machines of their own, after 2."""
+    assert shared_machine_s([2, 1], [1, 0.5]) == pytest.approx(1.5)
+    assert shared_machine_s([2, 1], [2, 1]) == pytest.approx(2)
+    assert shared_machine_s([2, 0, 0, 0], [1, 0, 0, 0]) == pytest.approx(1)
+    # Four on two cores: two at once run as fast as one, so 4 s and 3 s beside nobody else take 2 and 1.5.
+    assert shared_machine_s([4, 3, 0, 0], [2, 1.5, 0, 0]) == pytest.approx(2)
+    assert shared_machine_s([0, 0], [0, 0]) == 0
+    skewed = counts([16000] + [0] * 15)
+    one_machine = replace(COST, machine_W=(0,) * 4, alone=AlphaBeta(2.5e-4, 2.5e-6))
+    moved_s = peers_s(skewed, replace(COST, expert=AlphaBeta(0, 0), alone=AlphaBeta(0, 0)))
+    assert peers_s(skewed, one_machine) - moved_s == pytest.approx((peers_s(skewed, COST) - moved_s) / 4)
+
+
+def test_a_gain_within_the_margin_leaves_whole_experts_whole() -> None:
+    load = counts([1000] * 16)
+    free = AlphaBeta(0, 0)
+    for skew, way in ((1.03, Way.PEERS), (1.08, Way.SHARDED)):
+        first = round(1000 * skew)
+        skewed = counts([first] * 4 + [1000] * 12)
+        cost = replace(COST, gather=free, swap=free, sum=free)
+        assert peers_s(skewed, cost) > peers_s(load, cost)
+        assert plan_batch(skewed, cost).way is way
+
+
+@given(
+    pairs_E=st.lists(st.integers(0, 40), min_size=16, max_size=16),
+    num_chunks=st.sampled_from(NUM_CHUNKS),
+)
+def test_reads_of_weights_by_chunks(pairs_E: list[int], num_chunks: int) -> None:
+    """Expert by expert: weights are read in as many chunks as have pairs of it, at most one each."""
+    free = AlphaBeta(0, 0)
+    cost = replace(COST, gather=free, swap=free, sum=free)
+    wanted_s = sum(0.25 * (1e-3 * min(p, num_chunks) + 1e-5 * p) for p in pairs_E)
+    assert sharded_s(counts(pairs_E), cost, num_chunks) == pytest.approx(wanted_s)

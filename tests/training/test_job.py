@@ -193,21 +193,36 @@ def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
     assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-00000004", "step-00000006"]
 
 
-def with_a_bad_rank(folder: Path, way: str, timeout_s: float) -> tuple[str, float]:
+def with_a_bad_rank(
+    folder: Path, mesh_shape: tuple[int, ...], way: str, timeout_s: float
+) -> tuple[str, float]:
     def batch_of(step: int) -> Tensor:
         if torch.distributed.get_rank() == 1 and step == 3:
             if way == "dies":
                 os._exit(9)
-            time.sleep(3 * timeout_s)
+            if way == "raises":
+                raise ValueError("no text\nfor this step")
+            if way == "hangs":
+                time.sleep(3 * timeout_s)
         return batch(step)
 
-    job = job_for(folder, (2,), batch_of, timeout_s=timeout_s)
+    job = job_for(folder, mesh_shape, batch_of, timeout_s=timeout_s)
+    if way == "backward" and torch.distributed.get_rank() == 1:
+
+        def fail(_: Tensor) -> None:
+            if job.next_step == 3:
+                raise ValueError("no text\nfor this step")
+
+        # Of the first layer: the others are in the exchanges of its backward.
+        job.reducer.layers[1].register_forward_hook(lambda _, __, y_TD: y_TD.register_hook(fail) and None)
     start_s = time.monotonic()
     try:
         for _ in job.run():
             start_s = time.monotonic()
-    except RuntimeError as error:
-        return str(error), time.monotonic() - start_s
+    except (RuntimeError, ValueError) as error:
+        if way in ("raises", "backward"):
+            time.sleep(4)  # and its process goes on: nobody hears of it by a closed connection
+        return str(error), time.monotonic() - start_s - 4 * (way in ("raises", "backward"))
     return "no error", 0.0
 
 
@@ -215,12 +230,28 @@ def with_a_bad_rank(folder: Path, way: str, timeout_s: float) -> tuple[str, floa
 def test_a_rank_that_goes_is_an_error_on_the_others_in_time(way: str, tmp_path: Path) -> None:
     timeout_s = 4.0
     answers = run_ranks(
-        with_a_bad_rank, 2, tmp_path, tmp_path / "run", way, timeout_s, deadline_s=120, may_die=(1,)
+        with_a_bad_rank, 2, tmp_path, tmp_path / "run", (2,), way, timeout_s, deadline_s=120, may_die=(1,)
     )
     message, seconds_s = answers[0]
     assert message.startswith("rank 0, step 3: "), message
     assert message.endswith("the same command resumes after step 2"), message
     assert seconds_s < timeout_s + 5
+
+
+@pytest.mark.parametrize("mesh_shape", [(2,), (2, 2)])
+@pytest.mark.parametrize("way", ["raises", "backward"])
+def test_what_a_rank_raises_is_told_on_all_at_once(
+    way: str, mesh_shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    """Within 3 seconds of a timeout of 60, though its process goes on."""
+    num_ranks = 2 * len(mesh_shape)
+    answers = run_ranks(
+        with_a_bad_rank, num_ranks, tmp_path, tmp_path / "run", mesh_shape, way, 60.0, deadline_s=120
+    )
+    for rank, (message, seconds_s) in enumerate(answers):
+        told = f"rank {rank}, step 3: rank 1 failed: ValueError: no text for this step; the same command resumes after step 2"
+        assert message == ("no text\nfor this step" if rank == 1 else told)
+        assert seconds_s < 3, (rank, seconds_s)
 
 
 def disagreeing(folder: Path) -> None:

@@ -204,7 +204,9 @@ __device__ Group group_at(const Layer* layer, int g) {
   if (expert < 0)
     return {reinterpret_cast<const u8*>(layer->blobs_SB) + place * layer->blob_bytes, place, int(layer->num_f_panels),
             first, count};
-  return {reinterpret_cast<const u8*>(layer->host_blobs) + expert * layer->host_blob_bytes, 0,
+  const int* place_of_expert_E = reinterpret_cast<const int*>(layer->place_of_expert_E);
+  const i64 host_place = place_of_expert_E ? place_of_expert_E[expert] : expert;
+  return {reinterpret_cast<const u8*>(layer->host_blobs) + host_place * layer->host_blob_bytes, 0,
           int(reinterpret_cast<const u64*>(layer->state)[STATE_SHARED_PANELS]), first, count};
 }
 

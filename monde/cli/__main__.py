@@ -1,5 +1,0 @@
-"""`python -m monde.cli`, for environments without the script."""
-
-from monde.cli.main import app
-
-app(prog_name="monde")
