@@ -8,7 +8,7 @@ Assumed, none of it fitted (docs/sharding-evaluation.md puts the result next to 
   and the collective, take 1.19 times as long (mean of arXiv 2507.03114, also in training_layers.py).
 - Eager kernels follow each other after 10 us at least; a dense block takes `EAGER_BLOCK_S` at least.
 - DeepSpeed: per expert two products and a ReLU in kernels of their own, chunks made contiguous before and joined after.
-- monde: grouped kernels with the activation inside; `PREFILL_LAYER_S` a layer for planning and launching as measured on
+- monde: grouped kernels with the activation inside; `PROMPT_LAUNCHES` a layer for planning and launching as measured on
   our GPU machine, and an exchange of sizes over Gloo, both with the GPU idle. Dropless expert parallelism has them too.
 
 W ranks, T tokens a rank, E experts, C rows of an expert and rank (padded), N rows of all ranks.
@@ -33,7 +33,7 @@ from bench.moeshard import (
     capacity_factor,
 )
 from monde.planning.fit import AlphaBeta
-from monde.planning.machines import EAGER_BLOCK_S, PREFILL_LAYER_S
+from monde.planning.machines import EAGER_BLOCK_S, PROMPT_LAUNCHES
 from monde.planning.profile import Curve, Overlap
 from monde.planning.schedule import Resource, ScheduleBuilder
 from monde.planning.sharding import BatchPlan, RankedCost, RankedCounts, Way, assign_experts, plan_batch
@@ -42,7 +42,7 @@ from monde.planning.simulate import simulate
 NUM_RANKS = 4
 TF32_FLOPS_PER_S, GEMM_SHARE = 156e12, 0.7
 SIZES_S = 0.3e-3  # Gloo's all-gather of sizes, ranks of one machine
-_HOST_S = PREFILL_LAYER_S + SIZES_S
+_HOST_S = PROMPT_LAUNCHES.plan_s + PROMPT_LAUNCHES.layer_s + SIZES_S
 VALUE_BYTES = 4
 ROW_BYTES = D_MODEL * VALUE_BYTES
 EXPERT_BYTES = 2 * D_MODEL * D_FFN * VALUE_BYTES
