@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from bench import artefact
 from monde.planning.cost import CostModel, ExpertShape
 from monde.planning.machines import DESCRIBED
+from monde.planning.profile import HardwareProfile, PromptLaunches
 from monde.planning.share import best_share
 from monde.planning.simulate import contention_of, simulate
 from monde.planning.split import ExpertSplit, Load, best_split
@@ -161,6 +162,12 @@ def zero_copy_s(blocks: Iterable[tuple[float, Load | None]], cost: CostModel) ->
     return total_s
 
 
+def launched(profile: HardwareProfile) -> HardwareProfile:
+    """Without what Python takes in a prompt's layer: the dense blocks say who launches, and how long that takes."""
+    assert profile.gpu is not None
+    return replace(profile, gpu=replace(profile.gpu, prompt=PromptLaunches.none()))
+
+
 def schemes_s(model: Model, workload: Workload, cost: CostModel, launch_s: float) -> dict[str, float]:
     """Seconds of every scheme; resident shares are of all experts. Zero-copy is for decoders only."""
 
@@ -189,7 +196,7 @@ def all_rows() -> list[dict[str, Any]]:
     rows = []
     for machine in MACHINES:
         for model in MODELS:
-            cost = CostModel(DESCRIBED[machine], model.shape)
+            cost = CostModel(launched(DESCRIBED[machine]), model.shape)
             for part in ("encoder", "decoder"):
                 for batch in BATCHES:
                     for dense, launch_s in DENSE_BLOCK_S.items():

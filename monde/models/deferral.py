@@ -23,13 +23,13 @@ def check_deferral(
     wanted = config.deferred_experts
     if not wanted:
         return
+    if model_config.is_encoder_decoder:
+        raise ValueError("deferred_experts: encoder-decoders are run without it; leave it 0")
     num_topk = topk_of(model_config.get_text_config(), model_config)
     if num_topk is not None and wanted >= num_topk:
         raise ValueError(
             f"deferred_experts: expected 0..{num_topk - 1} for a model of {num_topk} experts per token, got {wanted}"
         )
-    if model_config.is_encoder_decoder:
-        raise ValueError("deferred_experts: encoder-decoders are run without it; leave it 0")
     if any(module.tied for module in modules):
         raise ValueError(
             "deferred_experts: layers of this model share their experts, so that none is the next; leave it 0"
