@@ -44,6 +44,9 @@ class OneLineErrors(TyperGroup):
             if code == EXIT_INTERRUPTED:  # typer turns Ctrl-C into this
                 raise KeyboardInterrupt
         except _UsageError as error:
+            if type(error).__name__ == "NoArgsIsHelpError":  # not public; its message is the help
+                error.show()
+                sys.exit(EXIT_USER_ERROR)
             hint = f" (see `{error.ctx.command_path} --help`)" if getattr(error, "ctx", None) else ""
             _fail(one_line(error).rstrip(".") + hint)
         except BrokenPipeError:  # the reader of our output went away, as in `monde bench ... | head -1`

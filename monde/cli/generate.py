@@ -116,7 +116,9 @@ def generate(
 
 
 def read_prompt(prompt: str) -> str:
-    """PROMPT, or standard input for "-". Errors: ValueError for bytes that are not UTF-8."""
+    """PROMPT, or standard input for "-". Errors: ValueError for bytes that are not UTF-8, and for a closed input."""
+    if prompt == "-" and sys.stdin is None:
+        raise ValueError("standard input is closed; give the prompt as an argument, or pipe it in")
     try:
         if prompt == "-":
             return sys.stdin.buffer.read().decode()

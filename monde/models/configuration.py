@@ -63,6 +63,16 @@ def read_configuration(path_or_id: str | Path, **hub: Any) -> Any:
         ) from error
 
 
+def refuse_quantised(path_or_id: str | Path, model_config: Any) -> None:
+    """Errors: ValueError where the checkpoint's experts are stored in a format that the kernels do not have."""
+    quantised = getattr(model_config, "quantization_config", None)
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        raise ValueError(
+            f"{path_or_id} is quantised ({method}); monde runs bf16, fp16 and fp32 checkpoints; load one"
+        )
+
+
 def _ask_hub(
     repo_id: str,
     revision: str | None = None,

@@ -12,7 +12,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from monde.config import MondeConfig
-from monde.models.configuration import HUB_SETTINGS, read_configuration
+from monde.models.configuration import HUB_SETTINGS, read_configuration, refuse_quantised
 from monde.models.mesh import loading_together
 from monde.models.stored import checkpoint_files
 from monde.weights.checkpoint import CheckpointError
@@ -41,12 +41,7 @@ def _from_pretrained(path_or_id: str, config: MondeConfig, kwargs: dict[str, Any
     hub = {name: kwargs[name] for name in HUB_SETTINGS if name in kwargs}
     model_config = kwargs.pop("config", None) or read_configuration(path_or_id, **hub)
     checkpoint_files(path_or_id)  # before transformers, which has no words for a damaged index
-    quantised = getattr(model_config, "quantization_config", None)
-    if quantised is not None:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
-        raise ValueError(
-            f"{path_or_id} is quantised ({method}); monde runs bf16, fp16 and fp32 checkpoints; load one"
-        )
+    refuse_quantised(path_or_id, model_config)
     loaded: tuple[PreTrainedModel, Any] = model_class(model_config).from_pretrained(
         path_or_id, config=model_config, quantization_config=config, output_loading_info=True, **kwargs
     )

@@ -15,7 +15,7 @@ from monde.config import MondeConfig
 from monde.executors.decode import MAX_DECODE_TOKENS
 from monde.executors.prefill_size import NUM_BUFFERS, LayerPieces, PrefillSize
 from monde.executors.zero_copy import can_read_from_host
-from monde.models.configuration import read_configuration
+from monde.models.configuration import read_configuration, refuse_quantised
 from monde.models.experts import find_experts
 from monde.models.halves import Halves, halves_of
 from monde.models.loading import model_class
@@ -62,12 +62,13 @@ def outline_of(
 
     Sizes are those in memory, in `dtype`, by default the type that loading gives: config.json's, else the
     checkpoint's, else what its index's bytes say. Experts are as popular as `heat` says, else equally. on_gpu: whether dense weights will run there.
-    Errors: those of read_configuration; CheckpointError for files or an index that are damaged or
+    Errors: those of read_configuration and refuse_quantised; CheckpointError for files or an index that are damaged or
     of another model;
     UnsupportedModelError; ValueError for heat of another model, halves that cannot be told apart, and when the configuration does not
     say how many experts a token takes.
     """
     config = read_configuration(path_or_id)
+    refuse_quantised(path_or_id, config)
     cls = model_class(config)
     # An auto class, of configurations without architectures, has the public method only.
     from_config = getattr(cls, "_from_config", None) or cls.from_config

@@ -172,6 +172,21 @@ def test_output_that_goes_nowhere_is_an_error(target: str) -> None:
     assert done.stderr.count("\n") == 1
 
 
+def test_closed_input_is_an_error() -> None:
+    command = f"{shlex.quote(sys.executable)} -m monde generate {shlex.quote(str(MODEL))} - <&-"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("monde: error: standard input is closed; give the prompt")
+    assert done.stderr.count("\n") == 1
+
+
+def test_nothing_asked_is_help() -> None:
+    done = shell()
+    assert done.returncode == 2
+    assert "Usage: monde" in done.stdout + done.stderr
+    assert "Error" not in done.stdout + done.stderr
+
+
 def test_ctrl_c_is_one_line() -> None:
     # A sampled text: a greedy one may repeat a word without end, and words are printed when they are complete.
     options = ("-n", "1000", "-t", "1", "--temperature", "0.7", "--seed", "4")

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import monde
+from monde.models.outline import outline_of
 from tests.monde import tiny
 
 
@@ -192,8 +193,11 @@ def test_prequantised_checkpoint(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8"}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"quantised \(fp8\); monde runs bf16, fp16 and fp32"):
+    refused = r"quantised \(fp8\); monde runs bf16, fp16 and fp32"
+    with pytest.raises(ValueError, match=refused):
         load(folder)
+    with pytest.raises(ValueError, match=refused):  # nor is it planned
+        outline_of(str(folder), max_context=16, max_batch=1)
 
 
 def test_no_such_model(tmp_path: Path) -> None:
