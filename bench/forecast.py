@@ -142,8 +142,9 @@ def qwen3(popularity_LE: NDArray[np.float64]) -> ModelOutline:
     )
 
 
-def whole_steps(record: dict[str, Any], log: str) -> Iterator[Case]:
-    """Everything resident and the floor from the artefact; a budget of 16 GiB from the log of the same commit."""
+def whole_steps(name: str) -> Iterator[Case]:
+    """Captured steps: without experts, with all of them resident, at a budget."""
+    record = load(name)
     top = record["results"]["ceilings"]
     profile = described(
         top["host_read_bytes_per_s"],
@@ -159,30 +160,20 @@ def whole_steps(record: dict[str, Any], log: str) -> Iterator[Case]:
         return np.stack([probabilities(share_E, NUM_TOPK) / NUM_TOPK for share_E in shares(skew, shape)])
 
     for row in record["results"]["rows"]:
-        model = qwen3(popularity_LE("measured"))
+        popularity = popularity_LE(row["skew"] or "measured")
+        model, what = qwen3(popularity), f"{row['contender']}, batch {row['batch']}"
         if row["group"] == "floor":
             seconds = dense_decode_s(model, profile, row["batch"], NUM_POSITIONS, is_captured=True)
         else:
-            everyone = [placed(NUM_EXPERTS)] * 48
-            seconds = forecast_decode(model, everyone, profile, row["batch"], NUM_POSITIONS).step_s
-        yield Case(
-            "decode_all_resident", f"{row['contender']}, batch {row['batch']}", seconds, row["median_s"]
-        )
-    for line in log.splitlines():
-        cells = [cell.strip() for cell in line.split("|")]
-        if len(cells) > 9 and cells[1] == "monde":
-            skew, batch, measured_s, hits = (
-                cells[3],
-                int(cells[4]),
-                float(cells[6]) * 1e-3,
-                float(cells[10].rstrip("%")) / 100,
-            )
-            popularity = popularity_LE(skew)
-            # Of the experts sorted by popularity, as many are resident as take the share of pairs that was found.
-            residents = [int(np.searchsorted(np.cumsum(p_E), hits)) for p_E in popularity]
-            placements = [placed(n) for n in residents]
-            seconds = forecast_decode(qwen3(popularity), placements, profile, batch, NUM_POSITIONS).step_s
-            yield Case("decode_16gib", f"16 GiB, {skew}, batch {batch}", seconds, measured_s)
+            what += f", {row['skew']}"
+            placements = [resident_for(p_E, row["figures"]["hit_rate"]) for p_E in popularity]
+            seconds = forecast_decode(model, placements, profile, row["batch"], NUM_POSITIONS).step_s
+        yield Case(name.removesuffix("_gpu_machine"), what, seconds, row["median_s"])
+
+
+def resident_for(popularity_E: NDArray[np.float64], hit_rate: float) -> Placement:
+    """Of the experts sorted by popularity, as many as take this share of the pairs."""
+    return placed(NUM_EXPERTS if hit_rate == 1 else int(np.searchsorted(np.cumsum(popularity_E), hit_rate)))
 
 
 def prefill_layers(record: dict[str, Any]) -> Iterator[Case]:
@@ -214,10 +205,10 @@ def load(name: str) -> dict[str, Any]:
 
 
 def all_cases() -> list[Case]:
-    log = (artefact.RESULTS / "decode_16gib_gpu_machine.log").read_text()
     return [
         *decode_layers(load("decode_layers_gpu_machine")),
-        *whole_steps(load("decode_all_resident_gpu_machine"), log),
+        *whole_steps("decode_all_resident_gpu_machine"),
+        *whole_steps("decode_16gib_gpu_machine"),
         *prefill_layers(load("prefill_layers_gpu_machine")),
     ]
 
