@@ -20,10 +20,11 @@ from monde.calibration.copies import Copies, fit_copies
 from monde.calibration.graph import capture
 from monde.calibration.host import TOKENS, HostProbes, fill, rate_of, rotating
 from monde.calibration.overlap import overlap_of
-from monde.calibration.prompts import PROMPT_TOKENS, PromptLayers, ResidentProducts
+from monde.calibration.prompts import PROMPT_TOKENS, PromptLayers, resident_products
 from monde.calibration.samples import Probe, Samples, Timings, repeated, seconds_of
 from monde.core import Placement, RoutedBatch
 from monde.executors.decode import DecodeExecutor, DecodeHub, why_not_decode
+from monde.executors.device_part import DevicePart
 from monde.executors.prefill_hub import PrefillHub
 from monde.executors.prefill_size import LayerPieces, PrefillSize
 from monde.planning.fit import AlphaBeta, fit_alpha_beta
@@ -34,9 +35,7 @@ from monde.weights.table import SlotTable
 
 _NUM_ACTIVE = 8
 _FEW, _MANY = 8, 32  # experts of a layer that are timed, to tell what a layer takes from what its experts do
-_MAX_DECODE = (
-    16  # tokens of an expert up to which decode's kernels are timed, beyond them the grouped products
-)
+_MAX_DECODE = 16  # tokens of an expert up to which decode's kernels are timed, beyond them grouped products
 _TRIP_TOKENS = (1, 4, 16, 64)
 _TRIP_LAYERS = 24
 _STEP_LAYERS = 16  # of a captured step at least: replaying it costs something too
@@ -84,15 +83,12 @@ class GpuProbes:
         self.spec = host.spec
         self.copies = Copies(copied_bytes, device)
         self.slots = ExpertSlots(self.spec, self.spec.num_experts, device)
-        self.slots.blobs_SB.view(torch.bfloat16).normal_(
-            std=0.02
-        )  # any numbers do; zeros would take less power
+        # Any numbers do; zeros would take less power.
+        self.slots.blobs_SB.view(torch.bfloat16).normal_(std=0.02)
         table = SlotTable(Placement(tuple(range(self.spec.num_experts))), device)
         size = PrefillSize.of([self.spec], torch.bfloat16.itemsize, TOKENS[-1], _MANY)
         self.prefill = PrefillHub(device, size, DESCRIBED["h200"])  # all are resident: nothing is planned
-        self.products = ResidentProducts(
-            self.spec, self.slots, self.prefill, LayerPieces.of(self.spec).piece_rows
-        )
+        self.part = DevicePart(self.spec, self.slots, LayerPieces.of(self.spec), self.prefill)
         self.prompts = PromptLayers(host.bank, self.slots, device)
         self.hub = DecodeHub([self.spec], [host.bank], torch.bfloat16, device, pool)
         heat_E = torch.zeros(self.spec.num_experts, device=device)
@@ -113,8 +109,9 @@ class GpuProbes:
         """block_overhead_s: what a captured block takes beside reading at so many bytes a second."""
         layers = fits.layers
         expert = rate_of(self.spec, expert_s([layer.s_per_unit for layer in layers]))
-        copy_s = float(fits.h2d.seconds(self.spec.expert_bytes))
-        host_expert_s = self.host.expert_s(samples, PROMPT_TOKENS)
+        trip_s = float(fits.round_trip.seconds(PROMPT_TOKENS * self.spec.d_model * torch.bfloat16.itemsize))
+        host_s = trip_s + self.prompts.num_active * self.host.expert_s(samples, PROMPT_TOKENS)
+        copies_s = self.prompts.num_active * float(fits.h2d.seconds(self.spec.expert_bytes))
         of_decode = [layer.alpha_s for t, layer in zip(TOKENS, layers, strict=True) if t <= _MAX_DECODE]
         return GpuProfile(
             memory_bytes=torch.cuda.get_device_properties(self.device).total_memory,
@@ -127,7 +124,7 @@ class GpuProbes:
             gpu_while_copying=overlap_of("GPU", samples),
             block_overhead_s=block_overhead_s(expert.bytes_per_s),
             decode_layer_s=statistics.median(of_decode),
-            prompt=self.prompts.launches(samples, host_expert_s, copy_s),
+            prompt=self.prompts.launches(samples, host_s, copies_s),
         )
 
     def close(self) -> None:
@@ -149,7 +146,7 @@ class GpuProbes:
             batches = [_batch(ids_TA, self.spec.d_model, self.device) for ids_TA in routings]
             graph = capture(lambda: [self.decode.forward(batch) for batch in batches])
         else:
-            launches = [self.products.launches(num_tokens, np.array(ids_TA[0])) for ids_TA in routings]
+            launches = [resident_products(self.part, num_tokens, np.array(ids[0]))[0] for ids in routings]
             graph = capture(lambda: [launch() for launch in launches])
         stream = torch.cuda.current_stream(self.device)
 

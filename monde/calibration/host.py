@@ -23,10 +23,8 @@ from monde.weights.packing import TORCH_DTYPES
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 FORMAT_TOKENS = (1, 4, 16, 64, 256)  # of other formats, whose curves bend where that of bf16 does
 FORMATS = {"fp32": DType.F32, "fp16": DType.F16}  # besides bf16, by the names of planning.formats
-_FEW, _MORE = (
-    8,
-    4,
-)  # experts of a call, and how many times as many: their difference is free of the call's own cost
+# Experts of a call, and how many times as many: their difference is free of the call's own cost.
+_FEW, _MORE = 8, 4
 _MAX_ROWS = 128  # of the few; fewer experts where tokens are many, to stay quick
 _CALL_TOKENS = 16  # a call's own cost is told by those with up to so many, whose experts are quick
 

@@ -12,21 +12,22 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from hostcompute import ExpertBank, ExpertSpec
+from hostcompute import ExpertBank
 from monde.calibration.host import rotating
 from monde.calibration.samples import Probe, Samples, Timings, seconds_of
 from monde.core import Placement, RoutedBatch
 from monde.device.pinned import PinnedRange
-from monde.executors.pieces import in_whole, piece_layout
+from monde.executors.device_part import DevicePart
 from monde.executors.prefill import PrefillExecutor
 from monde.executors.prefill_hub import PrefillHub
-from monde.executors.prefill_size import BLOCK_ROWS, PrefillSize
-from monde.executors.products import Packed, Products, Rows
-from monde.executors.waves import Ints, Order, Wave, tiles_of
+from monde.executors.prefill_size import PrefillSize
+from monde.executors.products import Rows
+from monde.executors.waves import Ints, Order
 from monde.planning.machines import DESCRIBED
+from monde.planning.prefill_schedule import Residents
 from monde.planning.profile import PromptLaunches
+from monde.planning.schedule import Resource, Schedule, Task
 from monde.planning.split_policies import SplitPolicy, all_fetch, all_host
 from monde.weights.host import HostBlobs
 from monde.weights.slots import ExpertSlots
@@ -42,56 +43,21 @@ _WAYS: dict[str, tuple[bool, SplitPolicy]] = {
 }
 
 
-class ResidentProducts:
-    """The products of experts in `slots`, as PrefillExecutor launches them for residents."""
+def resident_products(part: DevicePart, num_tokens: int, experts: Ints) -> tuple[Callable[[], None], Rows]:
+    """What launches the products of `num_tokens` rows of each of these residents, by slot; and the rows.
 
-    def __init__(self, spec: ExpertSpec, slots: ExpertSlots, hub: PrefillHub, piece_rows: int) -> None:
-        self.spec, self.slots, self.hub, self.piece_rows = spec, slots, hub, piece_rows
-        kernels = hub.kernels(torch.bfloat16, spec)
-        self._products = Products(spec, torch.bfloat16, hub.scratch_B, kernels, BLOCK_ROWS)
-
-    def order(self, num_tokens: int, experts: Ints) -> Order:
-        """`num_tokens` rows of each of these experts, one after the other."""
-        tokens_E = np.zeros(self.spec.num_experts, np.int64)
-        tokens_E[experts] = num_tokens
-        return Order.of(experts, tokens_E)
-
-    def launches(self, num_tokens: int, experts: Ints, rows: Rows | None = None) -> Callable[[], None]:
-        """What computes `num_tokens` rows of each of these experts, of `rows` or of random ones."""
-        spec, device = self.spec, self.hub.lanes.device
-        order = self.order(num_tokens, experts)
-        waves = [
-            Wave.of(
-                experts,
-                (row, min(self.piece_rows, spec.d_ffn - row)),
-                in_whole(spec, row),
-                experts * self.slots.blobs_SB.stride(0),
-                experts,
-                order,
-            )
-            for row in range(0, spec.d_ffn, self.piece_rows)
-        ]
-        tiles_n4, num_tiles = tiles_of(waves)
-        tiles = torch.from_numpy(tiles_n4).to(device).split(num_tiles)
-        chosen = rows or self.rows(num_tokens, order)
-        packed = Packed(self.slots.blobs_SB, self.slots.biases)
-
-        def launch() -> None:
-            for wave, wave_tiles_n4 in zip(waves, tiles, strict=True):
-                self._products.multiply(wave, wave_tiles_n4, packed, chosen, lambda: None)
-
-        return launch
-
-    def rows(self, num_tokens: int, order: Order) -> Rows:
-        device, D, N = self.hub.lanes.device, self.spec.d_model, order.num_rows
-        x_TD = torch.randn(num_tokens, D, device=device).bfloat16()
-        tokens_N = torch.arange(N, device=device) % num_tokens
-        v_ND = torch.zeros(N + 1, D, dtype=torch.bfloat16, device=device)
-        h_NF: Tensor | None = None
-        if self._products.panels is not None:
-            f_pad_k = piece_layout(self.spec, min(self.piece_rows, self.spec.d_ffn)).f_pad_k
-            h_NF = torch.empty(N, f_pad_k, dtype=torch.bfloat16, device=device)
-        return Rows(x_TD, tokens_N, tokens_N, v_ND, h_NF)
+    Every expert of the layer has the slot of its own number.
+    """
+    spec, device = part.spec, part.hub.lanes.device
+    tokens_E = np.zeros(spec.num_experts, np.int64)
+    tokens_E[experts] = num_tokens
+    x_TD = torch.randn(num_tokens, spec.d_model, device=device).bfloat16()
+    ids_TA = torch.from_numpy(experts).repeat(num_tokens, 1).to(device)
+    schedule = Schedule((Task("residents", Resource.GPU, 0.0, payload=Residents(experts)),))
+    placed = part.place(
+        schedule, Order.of(experts, tokens_E), np.arange(spec.num_experts), x_TD, ids_TA, torch.bfloat16
+    )
+    return partial(part.multiply_residents, placed, 0), placed.rows
 
 
 class PromptLayers:
@@ -137,13 +103,16 @@ class PromptLayers:
             if self.device.type == "cuda":
                 torch.cuda.current_stream(self.device).synchronize()
 
-        samples = [seconds_of(partial(step, i)) for i in range(_NUM_WARM_UPS + _NUM_SAMPLES)]
-        return {_name(way): samples[_NUM_WARM_UPS:]}
+        for i in range(_NUM_WARM_UPS):
+            step(i)
+        layer.reset_totals()  # its clock has counted the compiling of kernels, too
+        return {_name(way): [seconds_of(partial(step, i)) for i in range(_NUM_SAMPLES)]}
 
-    def launches(self, samples: Mapping[str, Samples], host_expert_s: float, copy_s: float) -> PromptLaunches:
-        """Of the quicker quarter of the calls, what neither products nor these seconds of an expert explain.
+    def launches(self, samples: Mapping[str, Samples], host_s: float, copies_s: float) -> PromptLaunches:
+        """Of the quicker quarter of the calls, what their experts do not explain: host_s and copies_s of num_active.
 
-        Once the probes have run: the part before anything starts is told by the layer's own clock.
+        host_s holds the round trip. Once the probes have run: the part before anything starts is told by the layer's
+        own clock.
         """
         seconds = {way: float(np.quantile(samples[_name(way)].all_s, _QUICK)) for way in _WAYS}
         phases, resident_s = self.layers[True].phases, seconds["resident"]
@@ -153,8 +122,8 @@ class PromptLayers:
         return PromptLaunches(
             plan_s=plan_s,
             layer_s=resident_s - plan_s,
-            host_s=max(0.0, seconds["on the host"] - plan_s - self.num_active * host_expert_s),
-            fetch_s=max(0.0, seconds["fetched"] - plan_s - self.num_active * copy_s),
+            host_s=max(0.0, seconds["on the host"] - plan_s - host_s),
+            fetch_s=max(0.0, seconds["fetched"] - plan_s - copies_s),
         )
 
     def close(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,10 +12,11 @@ pytest.importorskip("hostcompute._native")
 
 from hostcompute import ExpertBank, ExpertSpec, make_pool
 from monde.calibration.host import fill
-from monde.calibration.prompts import PromptLayers, ResidentProducts
+from monde.calibration.prompts import PromptLayers, resident_products
 from monde.calibration.samples import take
+from monde.executors.device_part import DevicePart
 from monde.executors.prefill_hub import PrefillHub
-from monde.executors.prefill_size import PrefillSize
+from monde.executors.prefill_size import LayerPieces, PrefillSize
 from monde.planning.machines import DESCRIBED
 from monde.weights.host import HostBlobs
 from monde.weights.slots import ExpertSlots
@@ -34,14 +37,15 @@ def test_every_way_of_a_layer_is_timed() -> None:
     bank = fill(ExpertBank(spec, "native", make_pool(1)))
     layers = PromptLayers(bank, slots_of(bank), CPU)
     samples = take(layers.probes(), lambda what: None)
-    launches = layers.launches(samples, host_expert_s=0.0, copy_s=0.0)
+    launches = layers.launches(samples, host_s=0.0, copies_s=0.0)
     assert 0 < launches.plan_s < 1
     assert 0 < launches.layer_s < 1
     assert 0 <= launches.host_s < 1  # Python on a busy machine, taken off a call, may be all of it
     assert 0 <= launches.fetch_s < 1
-    assert layers.launches(samples, host_expert_s=1.0, copy_s=1.0).host_s == 0
+    assert layers.launches(samples, host_s=8.0, copies_s=8.0).host_s == 0
     fetching, on_slots = layers.layers[False], layers.layers[True]
     assert fetching.num_fetched_pairs > 0
+    layers.probes()[1].run()  # on the host
     assert fetching.totals.num_pairs > 0
     assert fetching.num_resident_pairs == on_slots.num_fetched_pairs == on_slots.totals.num_pairs == 0
     layers.close()
@@ -55,11 +59,12 @@ def test_products_alone_are_those_of_a_layer(piece_rows: int) -> None:
     with fill(ExpertBank(spec, "native", make_pool(1))) as bank:
         slots = slots_of(bank)
         hub = PrefillHub(CPU, PrefillSize.of([spec], 2, 8, 2), DESCRIBED["h200"])
-        products = ResidentProducts(spec, slots, hub, piece_rows)
-        rows = products.rows(5, products.order(5, np.array([2, 1])))
-        products.launches(5, np.array([2, 1]), rows)()
+        size = replace(LayerPieces.of(spec), piece_rows=piece_rows)
+        launch, rows = resident_products(DevicePart(spec, slots, size, hub), 5, np.array([1, 2]))
+        launch()
         ids_T1 = torch.full((5, 1), 2)
         expected_TD = bank.forward(rows.x_TD, ids_T1, torch.ones(5, 1), out=torch.empty(5, 64).bfloat16())
         for first in (0, 5):  # all places of the bank hold the same expert
-            torch.testing.assert_close(rows.v_ND[first : first + 5], expected_TD, rtol=2e-2, atol=2e-3)
+            found_TD = rows.v_ND[first : first + 5].bfloat16()
+            torch.testing.assert_close(found_TD, expected_TD, rtol=2e-2, atol=2e-3)
         hub.close()
