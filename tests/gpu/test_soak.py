@@ -18,11 +18,11 @@ import psutil
 import pytest
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria
 
 import monde
 from tests.gpu.test_residency import come_to_rest
 from tests.monde import tiny
+from tests.monde.cancelling import CancelAfter, Cancelled
 from tests.monde.test_residency import RESTLESS, assert_consistent
 
 pytestmark = [
@@ -41,21 +41,6 @@ MIB = 2**20
 # is overwritten, or another one's, moves logits by a share of their own size.
 LOGITS_TOLERANCE = 2.0**-24 * 2**10
 ALLOWED_GPU_BYTES, ALLOWED_RESERVED_BYTES, ALLOWED_HOST_BYTES = 8 * MIB, 128 * MIB, 64 * MIB
-
-
-class Cancelled(RuntimeError):
-    """Whoever asked for the text went away."""
-
-
-class CancelAfter(StoppingCriteria):
-    def __init__(self, num_tokens: int) -> None:
-        self.left = num_tokens
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Any:
-        self.left -= 1
-        if self.left < 0:
-            raise Cancelled
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
 @dataclass(frozen=True)

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import gc
-import weakref
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-from transformers import StoppingCriteria
 
-import monde
 from hostcompute import DType, ExpertBank, ExpertSpec, HostPlaces, make_layout
 from monde.core import Placement
-from monde.device.copies import Arrival, InOrderCopies
 from monde.executors.exchange import ExchangeMover
 from monde.executors.mover import SlotMover
 from monde.planning.placement import Swap
@@ -29,122 +20,26 @@ from monde.weights.places import PlacePool, PlaceTable
 from monde.weights.slots import ExpertSlots
 from monde.weights.table import SlotTable
 from tests.monde import tiny
+from tests.monde.cancelling import CancelAfter, Cancelled
 from tests.monde.eager_capture import with_graphs
 from tests.monde.test_packing import random_arrays
 from tests.monde.test_residency import (
-    RESTLESS,
     assert_consistent,
     come_to_rest,
-    dynamic,
     prompts,
+)
+from tests.monde.tight import (
+    CPU,
+    LateCopies,
+    NoCopy,
+    assert_whole,
+    engine_state,
+    poison_free_places,
+    tight,
+    use,
 )
 
 pytest.importorskip("hostcompute._native")
-CPU = torch.device("cpu")
-
-
-def host_memory(original: Any, num_spares: int, share: float = 0.5) -> int:
-    """What the experts without a slot take, with so many spare places."""
-    plan = dynamic(original, share, residency="static").monde.plan
-    layer = plan.size.layers[0]
-    return int(
-        plan.host_used_bytes + sum(plan.num_resident_L) * layer.kept_bytes + num_spares * layer.expert_bytes
-    )
-
-
-def tight(original: Any, num_spares: int = 2, share: float = 0.5, **wanted: Any) -> Any:
-    """Every step may exchange as many residents as there are spare places."""
-    model = dynamic(original, share, host_memory=host_memory(original, num_spares, share), **wanted)
-    assert model.monde.plan.num_spare_places == num_spares
-    residency = model.monde.residency
-    residency.settings, residency.swap_share, residency.tracker.keep_per_step = RESTLESS, 1e9, 0.01
-    return model
-
-
-def use(engine: Any, copies: InOrderCopies) -> None:
-    """These copies instead of the engine's."""
-    r = engine.residency
-    mover = SlotMover(r.tables, r._movable, r._blobs, copies)
-    r._mover = ExchangeMover(mover, r._movable, r._places, r._blobs, copies)
-
-
-def assert_whole(engine: Any, original: Any) -> None:
-    """At any time every expert can be exported from where its tables say that it is, each is in one place, and the
-    places are as many as ever."""
-    for pool in {id(table.pool): table.pool for table in engine.residency._places.values()}.values():
-        held = [
-            place
-            for table in engine.residency._places.values()
-            if table.pool is pool
-            for place in table.bank.place_of_expert_E
-            if place >= 0
-        ]
-        under_way = engine.residency._mover._taken
-        assert sorted([*held, *pool.free, *under_way]) == list(range(pool.memory.num_places))
-    model = engine_state(engine)
-    for key, tensor in original.items():
-        assert torch.equal(model[key], tensor), key
-
-
-def engine_state(engine: Any) -> dict[str, Tensor]:
-    return {
-        f"{l}.{e}.{role}": tensor
-        for l, layer in enumerate(engine.layers)
-        for e in range(layer.spec.num_experts)
-        for role, tensor in engine.export_expert(l, e).items()
-    }
-
-
-class NoCopy(RuntimeError):
-    """A copy that the device refuses."""
-
-
-class LateCopies(InOrderCopies):
-    """What is copied to holds NaN from the start until it was asked for `patience` times; so do places left free."""
-
-    def __init__(self, patience: int) -> None:
-        self.patience, self.num_late, self.fails = patience, 0, 0
-
-    def to_device(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Arrival:
-        if self.fails:
-            self.fails -= 1
-            raise NoCopy
-        for target, _ in pairs:
-            target.view(torch.uint8).fill_(0xFF)
-        return self._late(list(pairs))
-
-    def launched(self) -> Arrival:
-        return self._late([])
-
-    def _late(self, pairs: list[tuple[Tensor, Tensor]]) -> Arrival:
-        late, patience = self, self.patience
-
-        class Late:
-            asked = 0
-
-            def done(self) -> bool:
-                self.asked += 1
-                late.num_late += 1
-                if self.asked == patience + 1:
-                    for target, source in pairs:
-                        target.copy_(source)
-                return self.asked > patience
-
-            def order(self) -> None: ...
-
-        return Late()
-
-
-def poison_free_places(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever reads a place that was given back computes NaN."""
-    blobs = next(iter(engine.residency._blobs.values()))
-    give_back = PlacePool.give_back
-
-    def poisoned(pool: PlacePool, place: int) -> None:
-        blobs.run_B(place, 1).fill_(0xFF)
-        give_back(pool, place)
-
-    monkeypatch.setattr(PlacePool, "give_back", poisoned)
 
 
 # ---- answers ----
@@ -232,21 +127,6 @@ def test_text_of_replayed_steps_while_everything_is_exchanged(name: str) -> None
     assert model.monde.counters().num_swaps > 10
     come_to_rest(model.monde)
     assert_consistent(model.monde)
-
-
-class Cancelled(RuntimeError):
-    """Whoever asked for the text went away."""
-
-
-class CancelAfter(StoppingCriteria):
-    def __init__(self, num_tokens: int) -> None:
-        self.left = num_tokens
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Any:
-        self.left -= 1
-        if self.left < 0:
-            raise Cancelled
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
 
 
 def test_cancelled_generations_and_other_models_between() -> None:
@@ -393,113 +273,3 @@ def test_whatever_is_exchanged_every_expert_stays_whole(data: st.DataObject) -> 
     assert len(pool.free) == num_spares
     assert [table.placement.num_resident for table in tables] == num_slots
     assert_all_whole()
-
-
-# ---- weights ----
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", tiny.NAMES)
-def test_weights_come_back_exactly_in_the_middle_of_exchanges(
-    name: str, dtype: torch.dtype, tmp_path: Path
-) -> None:
-    original = tiny.build(name, dtype)
-    model = tight(original)
-    use(model.monde, LateCopies(patience=1))
-    for idx, ids in enumerate(prompts(14)):
-        model(ids)
-        if idx >= 7:
-            state = model.state_dict()
-            assert all(torch.equal(state[key], tensor) for key, tensor in original.state_dict().items()), idx
-    assert model.monde.counters().num_swaps > 0
-    assert model.num_parameters() == original.num_parameters()
-    model.save_pretrained(tmp_path)
-    again = type(original).from_pretrained(tmp_path).state_dict()
-    assert again.keys() == original.state_dict().keys()
-    assert all(torch.equal(again[key], tensor) for key, tensor in original.state_dict().items())
-
-
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
-def test_from_a_checkpoint(name: str, tmp_path: Path) -> None:
-    original = tiny.build(name)
-    original.save_pretrained(tmp_path)
-    plan = dynamic(original).monde.plan
-    wanted = {"device": "cpu", "gpu_memory": plan.gpu_bytes, "host_memory": host_memory(original, 2)}
-    model = monde.from_pretrained(tmp_path, **wanted)
-    report = model.monde.load_report
-    assert model.monde.plan.num_spare_places == 2
-    assert report.num_released_experts == report.num_resident_experts > 0
-    assert report.saved_host_bytes == model.monde.plan.saved_bytes > 0
-    use(model.monde, LateCopies(patience=1))
-    residency = model.monde.residency
-    residency.settings, residency.swap_share, residency.tracker.keep_per_step = RESTLESS, 1e9, 0.01
-    for ids in prompts(10):
-        with torch.no_grad():
-            tiny.assert_logits(model(ids).logits, tiny.expected(original, ids))
-    assert residency.num_swaps > 0
-
-
-def test_a_weight_that_is_not_finite_is_found_in_residents_too() -> None:
-    original = tiny.build("mixtral")
-    with torch.no_grad():
-        original.model.layers[1].mlp.experts.down_proj[0, 3, 4] = torch.nan
-    with pytest.raises(ValueError, match=r"expert 0: .*NaN or infinite: down\[3, 4\]"):
-        tight(original, num_spares=1)
-
-
-# ---- memory ----
-def test_host_memory_holds_what_the_plan_says_and_no_more() -> None:
-    original = tiny.build("qwen3_moe")
-    blob_bytes = make_layout(dynamic(original).monde.layers[0].spec).blob_bytes
-    for num_spares in (1, 3, 7):
-        engine = tight(original, num_spares).monde
-        pools = {table.pool for table in engine.residency._places.values()}
-        assert len(pools) == 1
-        assert next(iter(pools)).memory.num_bytes == (8 + num_spares) * blob_bytes  # of 16 experts
-        assert engine.plan.host_used_bytes <= engine.plan.host_bytes
-        assert engine.plan.num_released == 8
-        held_bytes = sum(layer.host.bank.resident_bytes for layer in engine.layers)
-        assert held_bytes == 8 * make_layout(engine.layers[0].spec).weight_bytes
-    with pytest.raises(AssertionError):
-        tight(original, num_spares=8)  # room for all copies: as ever
-    engine = dynamic(original, host_memory=host_memory(original, 8)).monde
-    assert not engine.residency._places
-    assert engine.plan.num_released == engine.load_report.num_released_experts == 0
-
-
-def test_without_a_spare_place_residents_stay() -> None:
-    original = tiny.build("gpt_oss")
-    enough = host_memory(original, 1)
-    short = r"static, as host_memory is short by 1 B of a place .* give host_memory="
-    with pytest.warns(RuntimeWarning, match=f"{short}{enough}"):
-        engine = dynamic(original, host_memory=enough - 1).monde
-    assert engine.plan.num_released == 0
-    assert not any(engine.residency.moves(layer_idx) for layer_idx in range(2))
-
-
-def test_too_small_says_by_how_much_after_releasing() -> None:
-    original = tiny.build("qwen3_moe")
-    least = dynamic(original, residency="static").monde.plan.host_used_bytes
-    with pytest.raises(monde.BudgetError, match="is short by 1000 B") as error:
-        dynamic(original, host_memory=least - 1000)
-    assert (error.value.short_bytes, error.value.smallest_bytes) == (1000, least)
-    with pytest.warns(RuntimeWarning, match="static, as host_memory is short by"):
-        dynamic(original, host_memory=least)
-
-
-@pytest.mark.parametrize("residency", ["lru", "static", "uniform"])
-def test_other_policies(residency: str) -> None:
-    original = tiny.build("qwen3_moe")
-    model = dynamic(original, host_memory=host_memory(original, 1), residency=residency)
-    assert model.monde.plan.num_spare_places == (residency == "lru")
-    for ids in prompts(16):
-        with torch.no_grad():
-            tiny.assert_logits(model(ids).logits, tiny.expected(original, ids))
-    assert (model.monde.counters().num_swaps > 0) == (residency == "lru")
-
-
-def test_a_dropped_model_is_gone() -> None:
-    model = tight(tiny.build("mixtral"), num_spares=1)
-    model(prompts(1)[0])
-    pool = weakref.ref(model.monde.residency._places[0].pool)
-    del model
-    gc.collect()
-    assert pool() is None
