@@ -9,21 +9,20 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from bench.emulated_nodes import shape_link
-from monde.calibration.network import NetworkEffort, measure_network, near_the_soonest
+from monde.calibration.network import NetworkEffort, measure_network
 from monde.device.mesh import open_mesh
 from monde.planning.exchange import REPLICATED, Strategy, exchanges
 from monde.training.dispatch import NodeExchange, Way
+from monde.training.turns import Effort, in_turn
 
 ROW_FLOATS = 256
 WAYS = [Way(strategy, chunks) for strategy, chunks in REPLICATED]
@@ -35,8 +34,8 @@ def main() -> None:
     parser.add_argument(
         "--kib", type=int, nargs="+", required=True, help="rows that a rank holds for other nodes"
     )
-    parser.add_argument("--cell-s", type=float, required=True)
-    parser.add_argument("--min-samples", type=int, default=5)
+    parser.add_argument("--more-s", type=float, required=True)
+    parser.add_argument("--rounds", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -70,8 +69,12 @@ def link(mesh: Any, mbit: float, args: argparse.Namespace) -> list[dict[str, Any
             for exchange in by_way[1:]:
                 assert torch.equal(exchange.run(x_RD, routes, adds), expected), "ways differ"
             steps = [partial(e.run, x_RD, routes, adds) for e in by_way]
-            samples = timed(steps, args.cell_s, args.min_samples)
             row_bytes = 4 * ROW_FLOATS
+            by_profile = chooser.way_of(routes, row_bytes, adds)
+            begin_s = time.perf_counter()
+            assert torch.equal(chooser.run(x_RD, routes, adds), expected), "ways differ"  # tries ways first
+            tried_s = time.perf_counter() - begin_s
+            samples = in_turn(steps, torch.device("cpu"), Effort(args.rounds, 10 * args.rounds, args.more_s))
             planned = exchanges(network, rows * row_bytes, rows * row_bytes, adds)
             cases.append(
                 {
@@ -79,42 +82,19 @@ def link(mesh: Any, mbit: float, args: argparse.Namespace) -> list[dict[str, Any
                     "mbit_per_s": mbit,
                     "exchange": what,
                     "away_bytes": rows * row_bytes,
+                    "chosen_by_profile": name(by_profile),
+                    "tried_s": tried_s,
                     "chosen": name(chooser.way_of(routes, row_bytes, adds)),
                     "predicted_s": {name(Way(e.strategy, e.chunks)): e.seconds_s for e in planned},
-                    "samples_s": {name(w): s for w, s in zip(WAYS, samples, strict=True)},
+                    "samples_s": {
+                        name(way): [float(f"{one:.4g}") for one in seconds]
+                        for way, seconds in zip(WAYS, samples, strict=True)
+                    },
                     "network": asdict(network),
                     "calibration_s": calibrated_s,
                 }
             )
     return cases
-
-
-def timed(steps: Sequence[Callable[[], object]], total_s: float, min_samples: int) -> list[list[float]]:
-    """Ways in turn, each first in turn, until total_s are over; the slowest rank's seconds, alike on all ranks.
-
-    After min_samples of each only those near the soonest, which is what the rest of the time can tell apart.
-    """
-    samples: list[list[float]] = [[] for _ in steps]
-    spent_s, turn = 0.0, 0
-    while turn < min_samples or spent_s < total_s:
-        order = list(range(len(steps)))
-        if turn >= min_samples:
-            order = near_the_soonest([median(one) for one in samples])
-            if len(order) < 2:
-                break
-        round_s = []
-        for one in order[turn % len(order) :] + order[: turn % len(order)]:
-            dist.barrier()
-            start_s = time.perf_counter()
-            steps[one]()
-            round_s.append((one, time.perf_counter() - start_s))
-        agreed = torch.tensor([seconds_s for _, seconds_s in round_s], dtype=torch.float64)
-        dist.all_reduce(agreed, dist.ReduceOp.MAX)
-        for (one, _), seconds_s in zip(round_s, agreed.tolist(), strict=True):
-            samples[one].append(float(f"{seconds_s:.4g}"))
-        spent_s += float(agreed.sum())
-        turn += 1
-    return samples
 
 
 def name(way: Way) -> str:

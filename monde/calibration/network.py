@@ -27,12 +27,12 @@ from monde.planning.profile import Overlap
 from monde.training.dispatch import NodeExchange, Way
 from monde.training.dispatch_routes import Routes
 from monde.training.dispatch_rows import Groups, move
+from monde.training.turns import Effort, in_turn, seconds_of, slowest
 
 _SMALLEST_BYTES, _GREATEST_BYTES, _GROWTH = 1 << 12, 1 << 28, 4
 _CHUNKS = 8
 _ROW_BYTES = 1024
 _MORE_ROUNDS, _MORE_ROUNDS_S = 4, 1.0  # of num_samples, and of one size of one kind of exchange
-_NEAR = 0.2  # more than medians of a few samples are off where ranks share cores
 _NO_PROGRESS = 1e9  # how many times longer something takes that stands still meanwhile
 _NOTHING = AlphaBeta(0.0, 0.0)
 
@@ -93,11 +93,6 @@ def overlap_of(alone_s: tuple[float, float], together_s: tuple[float, float]) ->
     return _no_worse_than_turns(slow[0], slow[1])
 
 
-def near_the_soonest(seconds: Sequence[float]) -> list[int]:
-    """Which are within _NEAR of the least."""
-    return [i for i, one in enumerate(seconds) if one <= min(seconds) * (1 + _NEAR)]
-
-
 def _no_worse_than_turns(first: float, second: float) -> Overlap:
     """1/first + 1/second of at least 1, by speeding both up alike: the planner never gains from less than turns."""
     scale = min(1 / first + 1 / second, 1.0)
@@ -135,7 +130,7 @@ class _Probe:
         ]
         together: list[list[float]] = [[], []]
         for _ in range(self.effort.num_samples + 1):
-            for ended, one in zip(together, self._slowest(self._at_once(starts, sizes)), strict=True):
+            for ended, one in zip(together, slowest(self._at_once(starts, sizes), self._device), strict=True):
                 ended.append(one)
         together_s = [median(ended[1:]) for ended in together]
         return overlap_of((alone_s[0], alone_s[1]), (together_s[0], together_s[1]))
@@ -145,7 +140,9 @@ class _Probe:
         M, rows = self.groups.num_nodes, _CHUNKS * self.groups.num_local
         routes = Routes(((rows,) * M,) * M, self.groups.node_idx)
         x_RD = self._bytes(rows * M * _SMALLEST_BYTES).view(rows * M, _SMALLEST_BYTES)
-        measured = self._samples(lambda: self._seconds_of(lambda: move(x_RD, routes, self.groups, _CHUNKS)))
+        measured = self._samples(
+            lambda: seconds_of(lambda: move(x_RD, routes, self.groups, _CHUNKS), self._device)
+        )
         away_bytes = rows * (M - 1) * _SMALLEST_BYTES
         return replace(network, chunk_s=chunk_s_from(network, away_bytes, _CHUNKS, median(measured)))
 
@@ -179,47 +176,17 @@ class _Probe:
         )
 
     def _in_turn(self, steps: Sequence[Callable[[], object]]) -> list[float]:
-        """The median of every step, one after another; where several are near the soonest, those again and again.
-
-        A choice between ways that differ by a tenth is decided by noise unless they are timed more often than ways
-        that are far from it. Slowest ranks' seconds decide, so all ranks make the same rounds.
-        """
-        rounds = [
-            self._slowest([self._seconds_of(step) for step in steps])
-            for _ in range(self.effort.num_samples + 1)
-        ][1:]
-        samples = [list(one) for one in zip(*rounds, strict=True)]
-        spent_s = 0.0
-        for _ in range(_MORE_ROUNDS * self.effort.num_samples):
-            near = near_the_soonest([median(one) for one in samples])
-            if len(near) < 2 or spent_s > _MORE_ROUNDS_S:
-                break
-            again = self._slowest([self._seconds_of(steps[i]) for i in near])
-            spent_s += sum(again)
-            for i, one in zip(near, again, strict=True):
-                samples[i].append(one)
-        return [median(one) for one in samples]
+        num_samples = self.effort.num_samples
+        effort = Effort(num_samples, _MORE_ROUNDS * num_samples, _MORE_ROUNDS_S)
+        return [median(one) for one in in_turn(steps, self._device, effort)]
 
     def _samples(self, measure: Callable[[], float]) -> list[float]:
         """After one to warm up; a rank that has nothing to do counts as 0."""
         measured = [measure() for _ in range(self.effort.num_samples + 1)]
-        return self._slowest(measured)[1:]
-
-    def _slowest(self, seconds: list[float]) -> list[float]:
-        agreed = torch.tensor(seconds, dtype=torch.float64, device=self._device)
-        dist.all_reduce(agreed, dist.ReduceOp.MAX)
-        return [float(one) for one in agreed]
+        return slowest(measured, self._device)[1:]
 
     def _seconds(self, start: Start, num_bytes: int) -> float:
-        return self._seconds_of(lambda: start(num_bytes)())
-
-    def _seconds_of(self, step: Callable[[], object]) -> float:
-        dist.barrier()
-        self._synchronize()
-        begin_s = time.perf_counter()
-        step()
-        self._synchronize()
-        return time.perf_counter() - begin_s
+        return seconds_of(lambda: start(num_bytes)(), self._device)
 
     def _at_once(self, starts: tuple[Start, Start], sizes: list[int]) -> list[float]:
         def until_done(start: Start, num_bytes: int) -> float:

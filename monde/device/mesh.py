@@ -29,7 +29,8 @@ def open_mesh(
 ) -> DeviceMesh:
     """The mesh of all ranks, ranks of a node next to each other, every collective on it limited to timeout_s.
 
-    Errors: ValueError on every rank when the shape does not suit the ranks or ranks ask for different meshes.
+    Ends on no rank before all are connected. Errors: ValueError on every rank when the shape does not suit the ranks
+    or ranks ask for different meshes.
     """
     world = dist.get_world_size()
     agree(
@@ -46,6 +47,9 @@ def open_mesh(
     # New groups take the backend's default of 10 to 30 minutes, not that of the group they come from.
     for group in (mesh.get_group(NODE), mesh.get_group(LOCAL)):
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+    # Connecting ends sooner on some ranks: one that then leaves would break off those that are still at it.
+    with guarded("open_mesh: connecting"):
+        dist.barrier()
     return mesh
 
 

@@ -7,13 +7,14 @@ the same in chunks, so that a gather runs beside the next exchange over nodes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
 
 from monde.planning.fit import AlphaBeta
-from monde.planning.network_profile import NetworkProfile
+from monde.planning.network_profile import NetworkProfile, WayTimes
 from monde.planning.schedule import Resource, Schedule, ScheduleBuilder
 from monde.planning.simulate import simulate
 
@@ -75,6 +76,28 @@ def exchange_s(
             measured_s = float(np.interp(size, way.away_bytes, way.seconds_s))
             return model_s * measured_s / model_exchange_s(network, size, size, adds, strategy, chunks)
     return model_s
+
+
+def with_measured(
+    network: NetworkProfile, rows_bytes: float, away_bytes: float, adds: bool, measured: Iterable[Exchange]
+) -> NetworkProfile:
+    """The profile with these exchanges at their size; ways that were not measured keep what they were predicted."""
+    taken_s = {(e.strategy, e.chunks): e.seconds_s for e in exchanges(network, rows_bytes, away_bytes, adds)}
+    taken_s |= {(e.strategy, e.chunks): e.seconds_s for e in measured}
+    before = {(way.strategy, way.chunks): way for way in network.ways if way.adds == adds}
+    ways = [way for way in network.ways if way.adds != adds]
+    for (strategy, chunks), seconds_s in taken_s.items():
+        points = {}
+        if (way := before.get((strategy, chunks))) is not None:
+            points = dict(zip(way.away_bytes, way.seconds_s, strict=True))
+        of_these_s, of_leaving_s = (
+            model_exchange_s(network, rows, away_bytes, adds, strategy, chunks)
+            for rows in (rows_bytes, away_bytes)
+        )
+        points[away_bytes] = seconds_s * of_leaving_s / of_these_s
+        sizes = tuple(sorted(points))
+        ways.append(WayTimes(strategy, chunks, adds, sizes, tuple(points[size] for size in sizes)))
+    return replace(network, ways=tuple(ways))
 
 
 def model_exchange_s(

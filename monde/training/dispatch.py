@@ -28,8 +28,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from monde.device.collectives import start_all_gather
 from monde.device.mesh import agree, guarded
-from monde.planning.exchange import REPLICATED, Strategy, exchanges
+from monde.planning.exchange import REPLICATED, Exchange, Strategy
 from monde.planning.network_profile import NetworkProfile
+from monde.training.dispatch_choice import Chooser
 from monde.training.dispatch_routes import Routes
 from monde.training.dispatch_rows import Groups, add_and_move, add_redundant, apply, move, move_redundant
 
@@ -75,21 +76,21 @@ def rows_by_node(topk_ids_TK: Tensor, node_of_expert_E: Tensor, num_nodes: int) 
 class NodeExchange:
     """Exchanges over a mesh with the dims "node" and "local" (monde.device.mesh.open_mesh).
 
-    way: a Way, or a NetworkProfile of this mesh, by which the soonest way is chosen for every exchange; the same on
-    all ranks. Errors: ValueError on all ranks where ranks disagree; ExchangeFailed, within the time limit of the
+    way: a Way, or a NetworkProfile of this mesh, by which the soonest way is chosen for every exchange (the first of
+    a size tries those that are close, see dispatch_choice.py); the same on all ranks. Errors: ValueError on all ranks where ranks disagree; ExchangeFailed, within the time limit of the
     mesh's groups, on every rank that waits for one which is gone.
     """
 
     def __init__(self, mesh: DeviceMesh, way: Way | NetworkProfile) -> None:
         self._groups = Groups.of(mesh)
-        self._device_type = mesh.device_type
-        self._way = way
+        self._device = torch.device(mesh.device_type)
         if isinstance(way, NetworkProfile) and (way.num_nodes, way.ranks_per_node) != tuple(mesh.shape):
             raise ValueError(
                 f"NodeExchange: the network profile is of {way.num_nodes}x{way.ranks_per_node} ranks, the mesh is "
                 f"{'x'.join(map(str, mesh.shape))}; measure this mesh with monde.calibration.network"
             )
         agree(asdict(way), "NodeExchange", mesh.device_type)
+        self._way = way if isinstance(way, Way) else Chooser(way, self._device)
 
     def routes(self, counts: Sequence[int]) -> Routes:
         """From the rows that this node sends to every node. One collective of all ranks; waits for it.
@@ -101,7 +102,7 @@ class NodeExchange:
             raise ValueError(
                 f"routes: expected rows to {groups.num_nodes} nodes, 0 or more, got {list(counts)}"
             )
-        mine_M = torch.tensor(counts, dtype=torch.int64, device=self._device_type)
+        mine_M = torch.tensor(counts, dtype=torch.int64, device=self._device)
         all_WM = mine_M.new_empty(dist.get_world_size() * groups.num_nodes)
         with guarded("routes: all-gather of counts"):
             start_all_gather(all_WM, mine_M)()
@@ -132,10 +133,10 @@ class NodeExchange:
         return _differentiable(y_SD, self, routes.back, parts, False)
 
     def way_of(self, routes: Routes, row_bytes: int, adds: bool) -> Way:
-        """What an exchange of these rows will do, the same on all ranks."""
+        """What an exchange of these rows will do by what is known now, the same on all ranks."""
         if isinstance(self._way, Way):
             return self._way
-        best = exchanges(self._way, routes.most_rows * row_bytes, routes.most_away * row_bytes, adds)[0]
+        best = self._way.best(routes.most_rows * row_bytes, routes.most_away * row_bytes, adds)
         return Way(best.strategy, best.chunks)
 
     def run(self, x_RD: Tensor, routes: Routes, adds: bool) -> Tensor:
@@ -150,12 +151,19 @@ class NodeExchange:
             return x_RD.new_empty(shape)
         flat = x_RD.detach().reshape(x_RD.shape[0], row_elements).contiguous()
         rows = flat if adds else flat.view(torch.uint8)  # bytes travel: backends lack fp8 and bool
-        way = self.way_of(routes, row_elements * x_RD.element_size(), adds)
-        with guarded(f"exchange of rows, {way.strategy}"):
+        row_bytes = row_elements * x_RD.element_size()
+
+        def by(way: Way | Exchange) -> Tensor:
             if way.strategy is Strategy.REDUNDANT:
-                y = (add_redundant if adds else move_redundant)(rows, routes, self._groups)
-            else:
-                y = (add_and_move if adds else move)(rows, routes, self._groups, way.chunks)
+                return (add_redundant if adds else move_redundant)(rows, routes, self._groups)
+            return (add_and_move if adds else move)(rows, routes, self._groups, way.chunks)
+
+        if isinstance(self._way, Chooser):
+            with guarded("exchange of rows, trying ways"):
+                self._way.settle(routes.most_rows * row_bytes, routes.most_away * row_bytes, adds, by)
+        way = self.way_of(routes, row_bytes, adds)
+        with guarded(f"exchange of rows, {way.strategy}"):
+            y = by(way)
         return y.view(x_RD.dtype).reshape(shape)
 
 

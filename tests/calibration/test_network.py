@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from monde.calibration.network import NetworkEffort, measure_network, near_the_soonest, overlap_of
+from monde.calibration.network import NetworkEffort, measure_network, overlap_of
 from monde.device.mesh import open_mesh
 from monde.planning.exchange import exchanges
 from monde.planning.network_profile import NetworkProfile
 from monde.training.dispatch import NodeExchange
+from monde.training.turns import near_the_soonest
 from tests.distributed.ranks import run_ranks
 
 

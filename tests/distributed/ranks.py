@@ -34,12 +34,13 @@ def run_ranks(
     """`function(*arguments)` on `num_ranks` Gloo ranks with one torch thread each; what each returned, by rank.
 
     `function` is importable by name and returns something that pickles. Ranks in `may_die` may end without an
-    answer (theirs is None). Raises RankFailed with the first traceback; no process outlives the call.
+    answer (theirs is None). A rank that is done stays connected until all are: what others still do with it is not
+    broken off. Raises RankFailed with the first traceback; no process outlives the call.
     """
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     rendezvous = folder / f"rendezvous-{time.monotonic_ns()}"
-    pipes = [context.Pipe(duplex=False) for _ in range(num_ranks)]
+    pipes = [context.Pipe() for _ in range(num_ranks)]
     ranks = [
         context.Process(
             target=_rank_main,
@@ -50,11 +51,13 @@ def run_ranks(
     ]
     for process in ranks:
         process.start()
-    for _, sender in pipes:
-        sender.close()
+    for _, theirs in pipes:
+        theirs.close()
     try:
-        return _answers([receiver for receiver, _ in pipes], deadline_s, may_die)
+        return _answers([ours for ours, _ in pipes], deadline_s, may_die)
     finally:
+        for ours, _ in pipes:
+            ours.close()
         for process in ranks:
             process.join(1.0)
             if process.is_alive():
@@ -90,7 +93,7 @@ def _rank_main(
     num_ranks: int,
     rendezvous: Path,
     deadline_s: float,
-    sender: Connection,
+    parent: Connection,
     arguments: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
@@ -105,7 +108,7 @@ def _rank_main(
         answer = (None, function(*arguments))
     except BaseException:
         answer = (traceback.format_exc(), None)
-    sender.send(answer)
-    sender.close()
+    parent.send(answer)
+    wait([parent])  # until it closes its end
     if dist.is_initialized() and answer[0] is None:
         dist.destroy_process_group()

@@ -14,7 +14,7 @@ from bench.network import link_s, measure, summary
 def test_rows_that_leave_once_take_half_as_long() -> None:
     if (reason := why_not()) is not None:
         pytest.skip(reason)
-    cases = measure(ranks_per_node=2, mbit=100, kib=[1024], cell_s=1.0, deadline_s=200.0)
+    cases = measure(ranks_per_node=2, mbit=100, kib=[1024], rounds=3, more_s=1.0, deadline_s=200.0)
     dispatch = next(case for case in cases if case["exchange"] == "dispatch")
     seconds = {way: median(samples) for way, samples in dispatch["samples_s"].items()}
     # Shaped to 100 Mbit/s, two ranks cannot send 1 MiB each in less than the link takes; one MiB takes half of that.
