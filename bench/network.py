@@ -18,7 +18,7 @@ from statistics import median
 from typing import Any
 
 from bench import artefact
-from bench.emulated_nodes import BURST, CWND, QUEUE, WINDOW, TwoNodes, why_not
+from bench.emulated_nodes import BURST, CWND, PACKET_BYTES, QUEUE, WINDOW, TwoNodes, why_not
 from bench.rounds import paired
 
 WITHIN = 1.05
@@ -123,7 +123,13 @@ def main() -> None:
         f"chosen within 5% of the best: {told['share_within_5_percent']:.0%} of {told['num_cases']} cases; "
         f"surely worse: {told['num_surely_worse']}"
     )
-    configuration = {"tcp_window": WINDOW, "initial_window": CWND, "queue": QUEUE, "burst": BURST}
+    configuration = {
+        "tcp_window": WINDOW,
+        "initial_window": CWND,
+        "queue": QUEUE,
+        "burst": BURST,
+        "packet_bytes": PACKET_BYTES,
+    }
     where = artefact.write(
         "network", configuration, {"summary": told, "cases": cases}, args.out or args.add_to
     )

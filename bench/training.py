@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import artefact
-from bench.emulated_nodes import BURST, CWND, QUEUE, WINDOW, TwoNodes, why_not
+from bench.emulated_nodes import BURST, CWND, PACKET_BYTES, QUEUE, WINDOW, TwoNodes, why_not
 from bench.training_layers import study
 from bench.training_rank import ROUNDS, SCHEDULED, SHAPE
 from monde.training.auto import CONFIRM_ROUNDS, TRIAL_ROUNDS
@@ -87,6 +87,7 @@ def main() -> None:
         "initial_window": CWND,
         "queue": QUEUE,
         "burst": BURST,
+        "packet_bytes": PACKET_BYTES,
     }
     results = run_nodes(arguments.mbit, arguments.per_node, arguments.peers)
     for mbit, found in results.items():

@@ -19,7 +19,7 @@ from monde.planning.exchange import Exchange, exchanges, with_measured
 from monde.planning.network_profile import NetworkProfile
 from monde.training.turns import Effort, in_turn, near_the_soonest
 
-EFFORT = Effort(rounds=3, more_rounds=22, more_s=1.0)
+EFFORT = Effort(rounds=3, more_rounds=200, more_s=1.0)
 MOST_SIZES = 12  # timed of dispatches, and as many of combines: a job whose sizes never repeat stops trying
 _PER_OCTAVE = 4  # sizes that are one size
 _NEAR = 0.4  # predictions have been off by a third
