@@ -98,10 +98,13 @@ def main() -> None:
     parser.add_argument(
         "--kib", type=int, nargs="+", default=[64, 512, 4096], help="rows a rank has for the other node"
     )
+    parser.add_argument("--more-s", type=float, default=6.0, help="seconds of those, at least")
     parser.add_argument(
-        "--more-s", type=float, default=4.0, help="seconds of more rounds, of the ways near the soonest"
+        "--rounds",
+        type=int,
+        default=7,
+        help="of all ways of a case, and twice as many of the ways near the soonest",
     )
-    parser.add_argument("--rounds", type=int, default=9, help="of all ways of a case")
     parser.add_argument("--short", action="store_true", help="one case, about a quarter of a minute")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--add-to", type=Path)

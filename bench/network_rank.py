@@ -74,7 +74,7 @@ def link(mesh: Any, mbit: float, args: argparse.Namespace) -> list[dict[str, Any
             begin_s = time.perf_counter()
             assert torch.equal(chooser.run(x_RD, routes, adds), expected), "ways differ"  # tries ways first
             tried_s = time.perf_counter() - begin_s
-            samples = in_turn(steps, torch.device("cpu"), Effort(args.rounds, 500, args.more_s))
+            samples = in_turn(steps, torch.device("cpu"), Effort(args.rounds, 2 * args.rounds, args.more_s))
             planned = exchanges(network, rows * row_bytes, rows * row_bytes, adds)
             cases.append(
                 {

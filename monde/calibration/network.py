@@ -32,7 +32,7 @@ from monde.training.turns import Effort, in_turn, seconds_of, slowest
 _SMALLEST_BYTES, _GREATEST_BYTES, _GROWTH = 1 << 12, 1 << 28, 4
 _CHUNKS = 8
 _ROW_BYTES = 1024
-_MORE_ROUNDS, _MORE_ROUNDS_S = 4, 1.0  # of num_samples, and of one size of one kind of exchange
+_MORE_ROUNDS_S = 1.0  # of one size of one kind of exchange
 _NO_PROGRESS = 1e9  # how many times longer something takes that stands still meanwhile
 _NOTHING = AlphaBeta(0.0, 0.0)
 
@@ -177,7 +177,7 @@ class _Probe:
 
     def _in_turn(self, steps: Sequence[Callable[[], object]]) -> list[float]:
         num_samples = self.effort.num_samples
-        effort = Effort(num_samples, _MORE_ROUNDS * num_samples, _MORE_ROUNDS_S)
+        effort = Effort(num_samples, num_samples, _MORE_ROUNDS_S)
         return [median(one) for one in in_turn(steps, self._device, effort)]
 
     def _samples(self, measure: Callable[[], float]) -> list[float]:

@@ -17,9 +17,9 @@ import torch
 
 from monde.planning.exchange import Exchange, exchanges, with_measured
 from monde.planning.network_profile import NetworkProfile
-from monde.training.turns import Effort, in_turn, near_the_soonest
+from monde.training.turns import Effort, in_turn
 
-EFFORT = Effort(rounds=3, more_rounds=200, more_s=1.0)
+EFFORT = Effort(rounds=5, least_rounds=15, more_s=2.5)
 MOST_SIZES = 12  # timed of dispatches, and as many of combines: a job whose sizes never repeat stops trying
 _PER_OCTAVE = 4  # sizes that are one size
 _NEAR = 0.4  # predictions have been off by a third
@@ -53,7 +53,7 @@ class Chooser:
         known: set[tuple[str, int]] = set()
         while True:
             planned = exchanges(self.network, rows_bytes, away_bytes, adds)
-            near = [planned[i] for i in near_the_soonest([e.seconds_s for e in planned], _NEAR)]
+            near = [one for one in planned if one.seconds_s <= planned[0].seconds_s * (1 + _NEAR)]
             # Once some were tried, the soonest may be one that was not: it is not believed either.
             if (planned[0].strategy, planned[0].chunks) in known or (len(near) < 2 and not known):
                 break

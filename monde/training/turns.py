@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import torch
 import torch.distributed as dist
 
-NEAR = 0.2  # more than medians of a few samples are off where ranks share cores
+# A sample is of several in a row where one takes less: ranks do not leave a barrier together, and where they share
+# cores each waits for its turn.
+_SAMPLE_S, _MOST_IN_A_ROW = 0.03, 16
+# Of a normal distribution: its sigma from the median deviation, and of its median over that of its mean.
+_SIGMA_OF_MAD, _ERROR_OF_MEDIAN = 1.4826, 1.2533
 
 
 @dataclass(frozen=True)
 class Effort:
-    """Rounds of all steps, then up to more_rounds of those near the soonest, none begun after more_s of them."""
+    """Rounds of all steps, then of those that may be the soonest, until there were least_rounds and these took more_s."""
 
     rounds: int
-    more_rounds: int
+    least_rounds: int
     more_s: float
 
 
-def near_the_soonest(seconds: Sequence[float], near: float = NEAR) -> list[int]:
-    """Which are within `near` of the least."""
-    return [i for i, one in enumerate(seconds) if one <= min(seconds) * (1 + near)]
+def may_be_soonest(samples: Sequence[Sequence[float]]) -> list[int]:
+    """Steps whose median may be the least, by two standard errors of every median."""
+    middle, error = [], []
+    for seconds in samples:
+        middle.append(median(seconds))
+        spread = _SIGMA_OF_MAD * median(abs(one - middle[-1]) for one in seconds)
+        error.append(2 * _ERROR_OF_MEDIAN * spread / math.sqrt(len(seconds)))
+    surely = min(m + e for m, e in zip(middle, error, strict=True))
+    return [i for i, (m, e) in enumerate(zip(middle, error, strict=True)) if m - e <= surely]
 
 
 def in_turn(steps: Sequence[Callable[[], object]], device: torch.device, effort: Effort) -> list[list[float]]:
@@ -32,22 +45,29 @@ def in_turn(steps: Sequence[Callable[[], object]], device: torch.device, effort:
 
     Between steps that differ by a tenth noise decides, unless they are timed more often than those that are far off.
     """
-    _one_round(steps, range(len(steps)), device)
+    once_s = _one_round(steps, range(len(steps)), device)
+    in_a_row = [min(max(math.ceil(_SAMPLE_S / max(one, 1e-9)), 1), _MOST_IN_A_ROW) for one in once_s]
+    repeated = [partial(_repeat, step, count) for step, count in zip(steps, in_a_row, strict=True)]
     samples: list[list[float]] = [[] for _ in steps]
     spent_s = 0.0
-    for turn in range(effort.rounds + effort.more_rounds):
+    for turn in itertools.count():
         order = list(range(len(steps)))
         if turn >= effort.rounds:
-            order = near_the_soonest([median(one) for one in samples])
-            if len(order) < 2 or spent_s > effort.more_s:
+            order = may_be_soonest(samples)
+            if len(order) < 2 or (turn >= effort.least_rounds and spent_s > effort.more_s):
                 break
         first = turn % len(order)
         order = order[first:] + order[:first]
-        round_s = _one_round(steps, order, device)
+        round_s = _one_round(repeated, order, device)
         spent_s += sum(round_s) if turn >= effort.rounds else 0.0
         for i, one in zip(order, round_s, strict=True):
-            samples[i].append(one)
+            samples[i].append(one / in_a_row[i])
     return samples
+
+
+def _repeat(step: Callable[[], object], count: int) -> None:
+    for _ in range(count):
+        step()
 
 
 def seconds_of(step: Callable[[], object], device: torch.device) -> float:

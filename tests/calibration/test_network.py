@@ -13,7 +13,7 @@ from monde.device.mesh import open_mesh
 from monde.planning.exchange import exchanges
 from monde.planning.network_profile import NetworkProfile
 from monde.training.dispatch import NodeExchange
-from monde.training.turns import near_the_soonest
+from monde.training.turns import may_be_soonest
 from tests.distributed.ranks import run_ranks
 
 
@@ -64,6 +64,10 @@ def test_a_pair_that_takes_turns_or_worse_gains_nothing() -> None:
         assert 1 / found.first + 1 / found.second == pytest.approx(1.0, abs=1e-6)
 
 
-def test_what_is_near_the_soonest_is_timed_again() -> None:
-    assert near_the_soonest([3.0, 1.0, 1.19, 1.21]) == [1, 2]
-    assert near_the_soonest([2.0]) == [0]
+def test_what_may_be_the_soonest_is_timed_again() -> None:
+    """Few or scattered samples keep a step in; many that agree leave it out."""
+    assert may_be_soonest([[3.0, 3.1], [1.0, 1.1], [1.05, 1.2]]) == [1, 2]
+    scattered = [1.2, 0.9, 1.6]
+    assert may_be_soonest([scattered, [1.0, 1.01, 0.99]]) == [0, 1]
+    assert may_be_soonest([[*scattered, 1.2] * 50, [1.0, 1.01, 0.99] * 50]) == [1]
+    assert may_be_soonest([[2.0]]) == [0]
