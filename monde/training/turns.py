@@ -16,13 +16,17 @@ import torch.distributed as dist
 # A sample is of several in a row where one takes less: ranks do not leave a barrier together, and where they share
 # cores each waits for its turn.
 _SAMPLE_S, _MOST_IN_A_ROW = 0.03, 16
+_ALIKE = 0.05
 # Of a normal distribution: its sigma from the median deviation, and of its median over that of its mean.
 _SIGMA_OF_MAD, _ERROR_OF_MEDIAN = 1.4826, 1.2533
 
 
 @dataclass(frozen=True)
 class Effort:
-    """Rounds of all steps, then of those that may be the soonest, until there were least_rounds and these took more_s."""
+    """Rounds of all steps, then of those that may be the soonest, until there were least_rounds and these took more_s.
+
+    Fewer where all that are left are alike.
+    """
 
     rounds: int
     least_rounds: int
@@ -31,13 +35,22 @@ class Effort:
 
 def may_be_soonest(samples: Sequence[Sequence[float]]) -> list[int]:
     """Steps whose median may be the least, by two standard errors of every median."""
-    middle, error = [], []
-    for seconds in samples:
-        middle.append(median(seconds))
-        spread = _SIGMA_OF_MAD * median(abs(one - middle[-1]) for one in seconds)
-        error.append(2 * _ERROR_OF_MEDIAN * spread / math.sqrt(len(seconds)))
-    surely = min(m + e for m, e in zip(middle, error, strict=True))
-    return [i for i, (m, e) in enumerate(zip(middle, error, strict=True)) if m - e <= surely]
+    intervals = [_interval(seconds) for seconds in samples]
+    surely = min(high for _, high in intervals)
+    return [i for i, (low, _) in enumerate(intervals) if low <= surely]
+
+
+def are_alike(samples: Sequence[Sequence[float]]) -> bool:
+    """Whether it does not matter which is chosen: the medians surely lie within _ALIKE of one another."""
+    intervals = [_interval(seconds) for seconds in samples]
+    return max(high for _, high in intervals) <= min(low for low, _ in intervals) * (1 + _ALIKE)
+
+
+def _interval(seconds: Sequence[float]) -> tuple[float, float]:
+    middle = median(seconds)
+    spread = _SIGMA_OF_MAD * median(abs(one - middle) for one in seconds)
+    error = 2 * _ERROR_OF_MEDIAN * spread / math.sqrt(len(seconds))
+    return middle - error, middle + error
 
 
 def in_turn(steps: Sequence[Callable[[], object]], device: torch.device, effort: Effort) -> list[list[float]]:
@@ -54,7 +67,8 @@ def in_turn(steps: Sequence[Callable[[], object]], device: torch.device, effort:
         order = list(range(len(steps)))
         if turn >= effort.rounds:
             order = may_be_soonest(samples)
-            if len(order) < 2 or (turn >= effort.least_rounds and spent_s > effort.more_s):
+            enough = turn >= effort.least_rounds and spent_s > effort.more_s
+            if len(order) < 2 or enough or are_alike([samples[i] for i in order]):
                 break
         first = turn % len(order)
         order = order[first:] + order[:first]

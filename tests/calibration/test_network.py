@@ -13,7 +13,7 @@ from monde.device.mesh import open_mesh
 from monde.planning.exchange import exchanges
 from monde.planning.network_profile import NetworkProfile
 from monde.training.dispatch import NodeExchange
-from monde.training.turns import may_be_soonest
+from monde.training.turns import are_alike, may_be_soonest
 from tests.distributed.ranks import run_ranks
 
 
@@ -71,3 +71,9 @@ def test_what_may_be_the_soonest_is_timed_again() -> None:
     assert may_be_soonest([scattered, [1.0, 1.01, 0.99]]) == [0, 1]
     assert may_be_soonest([[*scattered, 1.2] * 50, [1.0, 1.01, 0.99] * 50]) == [1]
     assert may_be_soonest([[2.0]]) == [0]
+
+
+def test_what_does_not_matter_is_not_timed_on() -> None:
+    assert are_alike([[1.0, 1.01, 0.99] * 5, [1.02, 1.03, 1.01] * 5])
+    assert not are_alike([[1.0, 1.01, 0.99] * 5, [1.08, 1.09, 1.07] * 5])
+    assert not are_alike([[1.0, 1.3, 0.7], [1.02, 1.03, 1.01]])
