@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import tomllib
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import pytest
 import torch
 
 from hostcompute.backends.select import choose
+from monde.cli.errors import one_line_warnings
 from tests.cli.conftest import MODEL, Monde
 
 ROOT = MODEL.parents[1]
@@ -204,6 +207,49 @@ def test_ctrl_c_is_one_line() -> None:
     assert run.returncode == 130
     assert stderr.splitlines()[-1] == "monde: error: interrupted"
     assert "Traceback" not in stderr
+
+
+def test_ctrl_c_during_imports_is_one_line() -> None:
+    """The script that pip makes of pyproject.toml, interrupted when it reaches for its first large import."""
+    module, function = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"][
+        "monde"
+    ].split(":")
+    code = f"""
+import signal, sys
+class Interrupt:
+    def find_spec(self, name, *more):
+        if name == "typer":
+            signal.raise_signal(signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Interrupt())
+from {module} import {function}
+sys.exit({function}())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stderr) == (130, "monde: error: interrupted\n")
+
+
+def test_a_warning_is_one_line(monde: Monde) -> None:
+    outcome = monde("bench", MODEL, "-p", 4, "-n", 0, "-r", 1, "--split-policy", "fiddler")
+    assert outcome.exit_code == 0, outcome.stderr
+    (line,) = [line for line in outcome.stderr.splitlines() if "split_policy" in line]
+    assert line.startswith("monde: warning: split_policy fiddler changes nothing")
+    assert ".py:" not in outcome.stderr
+
+
+def test_a_warning_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        with one_line_warnings():
+            warnings.warn("a\nb", stacklevel=1)
+            warnings.warn("a b", RuntimeWarning, stacklevel=1)
+    assert capsys.readouterr().err == "monde: warning: a b\n"
+
+
+def test_a_warning_has_its_place_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MONDE_DEBUG", "1")
+    with pytest.warns(UserWarning, match="as Python shows it"), one_line_warnings():
+        warnings.warn("as Python shows it", stacklevel=1)
 
 
 def test_an_instruction_set_that_is_absent_is_an_error() -> None:
