@@ -131,9 +131,9 @@ def read_prompt(prompt: str) -> str:
 def check_positions(model: str, num_tokens: int, max_new_tokens: int) -> None:
     """Errors: ValueError when prompt and answer are longer than the model's positions."""
     from monde.models.configuration import read_configuration
+    from monde.models.positions import positions_of
 
-    config = read_configuration(model).get_text_config()
-    num_positions = getattr(config, "max_position_embeddings", None)
+    num_positions = positions_of(read_configuration(model))
     if num_positions is not None and num_tokens + max_new_tokens > num_positions:
         raise ValueError(
             f"PROMPT has {num_tokens} tokens and -n asks for {max_new_tokens} more; {model} has "
