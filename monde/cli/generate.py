@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -71,6 +72,11 @@ def generate(
 
       torchrun --nproc-per-node 2 -m monde generate MODEL "The moon"     # the experts lie on both ranks
     """
+    if seed and not temperature:
+        warnings.warn(
+            f"--seed {seed} changes nothing: at temperature 0 nothing is drawn; give a --temperature above 0",
+            stacklevel=1,
+        )
     tokenizer = load_tokenizer(model)
     if tokenizer is None:
         raise ValueError(
