@@ -173,7 +173,9 @@ def _summary(token_times_s: list[float], engine: Any) -> str:
         line += f", then {tokens_per_s:.1f} tokens/s over {num_tokens} tokens"
     report, choice = engine.load_report, engine.host_choice
     where = f"experts on the host ({choice.name}, {choice.isa})"
-    if report.num_resident_experts:
+    if report.num_resident_experts == report.num_experts:
+        where = f"all {report.num_experts} experts on {engine.device}"
+    elif report.num_resident_experts:
         resident = f"{report.num_resident_experts} of {report.num_experts} experts on {engine.device}"
         where = f"{resident}, the other {where}"
     if report.num_released_experts:

@@ -115,6 +115,17 @@ def test_what_cannot_be_at_any_budget_names_what_is_missing(monde: Monde, tmp_pa
         assert f"{remedy}, or use a smaller model" in outcome.stderr
 
 
+def test_shorter_sequences_are_a_remedy_without_a_gpu_where_they_help(monde: Monde, tmp_path: Path) -> None:
+    """Keys and values lie in host memory there. At 5 MiB not even one token would do."""
+    dataclasses.replace(DESCRIBED["h200"], gpu=None).save(tmp_path / "host.json")
+    for budget, remedy in (("12MiB", ", lower --context or --batch, or use"), ("5MiB", ", or use")):
+        outcome = monde("plan", MODEL, "-m", tmp_path / "host.json", "--host-memory", budget)
+        assert outcome.exit_code == 2
+        assert re.search(rf"Give at least host_memory=\d+{remedy} a smaller model", outcome.stderr), (
+            outcome.stderr
+        )
+
+
 def test_a_format_changes_bytes_and_speed(monde: Monde) -> None:
     answers = {
         name: json.loads(monde("plan", MODEL, "-m", "laptop-4060", "--format", name, "--json").stdout)
