@@ -1,8 +1,9 @@
-"""The environment variables, all of them, read in this one place."""
+"""The environment variables, all of them, read in this one place: monde's three, and where the system keeps caches."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 NAMES = ("MONDE_CPU_ISA", "MONDE_NUM_THREADS", "MONDE_DEBUG")
 
@@ -27,6 +28,12 @@ def num_threads() -> int | None:
 def debug() -> bool:
     """MONDE_DEBUG: let the command line show tracebacks."""
     return bool(os.environ.get("MONDE_DEBUG"))
+
+
+def cache_home() -> Path:
+    """XDG_CACHE_HOME, or ~/.cache; a path that is not absolute counts as none, as the XDG specification has it."""
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return given if given.is_absolute() else Path.home() / ".cache"
 
 
 def in_force() -> dict[str, str]:

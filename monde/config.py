@@ -123,7 +123,9 @@ class MondeConfig(QuantizationConfigMixin):
             raise ValueError(f"mesh_timeout_s: expected seconds above 0, got {mesh_timeout_s!r}")
         self.mesh_timeout_s = float(mesh_timeout_s)
         if mesh is None and parallel != "sharded":
-            raise ValueError(f"parallel: {parallel} needs ranks; give mesh=, as in docs/sharding.md")
+            raise ValueError(
+                f"parallel: {parallel} needs ranks; give mesh=, or start monde with torchrun, as in docs/sharding.md"
+            )
         if self.heat_file is not None and parallel != "sharded":
             raise ValueError(
                 f'heat_file: ranks with parallel="{parallel}" hold other experts than it names; leave it'
@@ -144,6 +146,12 @@ class MondeConfig(QuantizationConfigMixin):
     @property
     def budget(self) -> MemoryBudget:
         return MemoryBudget(self.gpu_memory, self.host_memory)
+
+    def slot_settings(self) -> list[str]:
+        """What was asked for that says who has a slot on the GPU, or what goes there: nothing to a host alone."""
+        defaults = {"residency": "dynamic", "heat_file": None, "split_policy": "best"}
+        chosen = {name: getattr(self, name) for name in defaults}
+        return [f"{name} {value}" for name, value in chosen.items() if value != defaults[name]]
 
     def explain(self) -> str:
         """One line for logs."""

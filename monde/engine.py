@@ -115,10 +115,9 @@ class Engine:
     def _prefill_hub(self, specs: Sequence[ExpertSpec]) -> PrefillHub | None:
         """None where all experts are on the host and the host is all there is."""
         if self.device.type != "cuda" and not any(self.plan.num_resident_L):
-            if self.config.split_policy != "best":
+            for setting in self.config.slot_settings():
                 self._warn(
-                    f"split_policy {self.config.split_policy} changes nothing: all experts are on the host; give a GPU, or "
-                    "a gpu_memory that holds some"
+                    f"{setting} changes nothing: all experts are on the host; give a GPU, or a gpu_memory that holds some"
                 )
             return None
         machine = this_machine()

@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -36,9 +37,9 @@ def _version() -> str:
 
 
 def path_of(machine: MachineIdentity) -> Path:
-    """A file of its own for every identity: home folders are shared between machines."""
+    """In the user's cache folder, a file of its own for every identity: home folders are shared between machines."""
     digest = hashlib.sha256(json.dumps(asdict(machine), sort_keys=True).encode()).hexdigest()
-    return Path.home() / ".cache" / "monde" / f"profile-{digest[:16]}.json"
+    return env.cache_home() / "monde" / f"profile-{digest[:16]}.json"
 
 
 def load(machine: MachineIdentity) -> HardwareProfile | None:
@@ -56,10 +57,24 @@ def profile_of(machine: MachineIdentity) -> HardwareProfile:
     return measured if measured is not None and measured.gpu is not None else DESCRIBED["h200"]
 
 
+def check_writable(machine: MachineIdentity) -> None:
+    """Before a measurement that is to be saved. Errors: OSError with the remedy where it could not be."""
+    folder = path_of(machine).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # root may write everywhere, except where nobody can
+            pass
+    except OSError as error:
+        raise OSError(
+            f"the profile cannot be stored in {folder} ({error.strerror}); make that folder writable, or set "
+            "XDG_CACHE_HOME to one that is"
+        ) from error
+
+
 def save(profile: HardwareProfile) -> Path:
-    """Errors: OSError where the home folder cannot be written."""
+    """Errors: as check_writable."""
+    check_writable(profile.machine)
     path = path_of(profile.machine)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")  # whoever reads meanwhile sees the old profile or the new one
     profile.save(part)
     part.replace(path)

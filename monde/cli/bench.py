@@ -110,6 +110,8 @@ def bench(
     from monde.cli.baselines import parse_baselines
     from monde.cli.measure import CHECK_PROMPT_TOKENS, CHECK_STEPS
 
+    if text is not None and random_tokens:
+        raise ValueError("--text and --random-tokens are two answers to one question; give one of them")
     baselines = parse_baselines(baseline or [])
     if plot is not None:
         from monde.cli.plot import check_plot

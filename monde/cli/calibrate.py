@@ -31,7 +31,8 @@ def calibrate(
     """Measure this machine for `monde plan`: memory, experts on host and GPU, the bus, and pairs of them at once.
 
     Takes less than a minute on an idle machine, once per machine and version of monde. Two halves of the samples
-    must agree; if they do not, nothing is stored and the exit code is 1, unless --accept-noise.
+    must agree; if they do not, nothing is stored and the exit code is 1, unless --accept-noise. The profile lies in
+    $XDG_CACHE_HOME/monde, by default ~/.cache/monde.
 
     [bold]Examples[/bold]
 
@@ -44,6 +45,8 @@ def calibrate(
     machine = store.this_machine()
     channels = None if memory_channels is None else parse_channels(memory_channels)
     stored = None if force else store.load(machine)
+    if stored is None:
+        store.check_writable(machine)
     if stored is not None and channels is None:
         profile, path = stored, store.path_of(machine)
         where = f"measured before, stored in {path}; --force measures again"

@@ -1,11 +1,16 @@
-"""What a user sees when something is wrong: one line that names the remedy, exit code 2, no traceback."""
+"""What a user sees when something is wrong: one line that names the remedy, exit code 2, no traceback.
+
+And when something is doubtful: one line too, `monde: warning: ...`, whoever warns, each text once.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import typer
@@ -27,6 +32,23 @@ def one_line(error: BaseException) -> str:
     return " ".join(message.split()) or type(error).__name__
 
 
+@contextlib.contextmanager
+def one_line_warnings() -> Iterator[None]:
+    """Python's warnings without the place in the code, which MONDE_DEBUG=1 keeps."""
+    seen: set[str] = set()
+
+    def show(message: Warning | str, *place: Any, **more: Any) -> None:
+        text = " ".join(str(message).split())
+        if text not in seen:
+            seen.add(text)
+            print(f"monde: warning: {text}", file=sys.stderr, flush=True)
+
+    with warnings.catch_warnings():
+        if not env.debug():
+            warnings.showwarning = show
+        yield
+
+
 class OneLineErrors(TyperGroup):
     """A command group that reports users' mistakes in one line. MONDE_DEBUG=1 keeps the traceback.
 
@@ -39,7 +61,8 @@ class OneLineErrors(TyperGroup):
             _fail("standard output is closed; open it or redirect it to a file")
         extra |= {"standalone_mode": False, "obj": shlex.join(["monde", *args])}
         try:
-            code = super().main(args, **extra)
+            with one_line_warnings():
+                code = super().main(args, **extra)
             sys.stdout.flush()  # here, where a full disk still gets its line
             if code == EXIT_INTERRUPTED:  # typer turns Ctrl-C into this
                 raise KeyboardInterrupt

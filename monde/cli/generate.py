@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -71,6 +72,11 @@ def generate(
 
       torchrun --nproc-per-node 2 -m monde generate MODEL "The moon"     # the experts lie on both ranks
     """
+    if seed and not temperature:
+        warnings.warn(
+            f"--seed {seed} changes nothing: at temperature 0 nothing is drawn; give a --temperature above 0",
+            stacklevel=1,
+        )
     tokenizer = load_tokenizer(model)
     if tokenizer is None:
         raise ValueError(
@@ -131,9 +137,9 @@ def read_prompt(prompt: str) -> str:
 def check_positions(model: str, num_tokens: int, max_new_tokens: int) -> None:
     """Errors: ValueError when prompt and answer are longer than the model's positions."""
     from monde.models.configuration import read_configuration
+    from monde.models.positions import positions_of
 
-    config = read_configuration(model).get_text_config()
-    num_positions = getattr(config, "max_position_embeddings", None)
+    num_positions = positions_of(read_configuration(model))
     if num_positions is not None and num_tokens + max_new_tokens > num_positions:
         raise ValueError(
             f"PROMPT has {num_tokens} tokens and -n asks for {max_new_tokens} more; {model} has "
@@ -167,7 +173,9 @@ def _summary(token_times_s: list[float], engine: Any) -> str:
         line += f", then {tokens_per_s:.1f} tokens/s over {num_tokens} tokens"
     report, choice = engine.load_report, engine.host_choice
     where = f"experts on the host ({choice.name}, {choice.isa})"
-    if report.num_resident_experts:
+    if report.num_resident_experts == report.num_experts:
+        where = f"all {report.num_experts} experts on {engine.device}"
+    elif report.num_resident_experts:
         resident = f"{report.num_resident_experts} of {report.num_experts} experts on {engine.device}"
         where = f"{resident}, the other {where}"
     if report.num_released_experts:

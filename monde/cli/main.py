@@ -13,6 +13,7 @@ from monde.cli.errors import OneLineErrors
 from monde.cli.generate import generate
 from monde.cli.info import info
 from monde.cli.plan import plan
+from monde.cli.ranks import on_first_rank
 from monde.cli.train import train
 
 EPILOG = (
@@ -30,10 +31,10 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(bench)
-app.command()(plan)
-app.command()(calibrate)
+app.command()(on_first_rank(plan))
+app.command()(on_first_rank(calibrate))
 app.command()(train)
-app.command()(info)
+app.command()(on_first_rank(info))
 
 
 def _print_version(wanted: bool) -> None:

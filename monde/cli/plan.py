@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,7 @@ from monde.cli.options import DTypeName, GpuMemoryOption, HostMemoryOption, Mode
 if TYPE_CHECKING:
     from monde.planning.profile import HardwareProfile
 
+_CONTEXT, _PROMPT = 4096, 512
 _GPU_SHARE = 0.9  # of the card: the rest is the CUDA context's and the allocator's
 
 
@@ -29,9 +31,19 @@ def plan(
     ] = None,
     gpu_memory: GpuMemoryOption = None,
     host_memory: HostMemoryOption = None,
-    context: Annotated[int, typer.Option(min=1, help="The longest sequence, in tokens.")] = 4096,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="The longest sequence, in tokens.", show_default="4096, or the model's positions"
+        ),
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
-    prompt: Annotated[int, typer.Option("--prompt", "-p", min=1, help="Tokens of the prompt to time.")] = 512,
+    prompt: Annotated[
+        int | None,
+        typer.Option(
+            "--prompt", "-p", min=1, help="Tokens of the prompt to time.", show_default="512, or the context"
+        ),
+    ] = None,
     weight_format: Annotated[
         DTypeName, typer.Option("--format", help="Weights; auto is the checkpoint's own.")
     ] = DTypeName.AUTO,
@@ -77,6 +89,7 @@ def plan(
             "--machine": machine,
             "--gpu-memory": gpu_memory,
             "--host-memory": host_memory,
+            "--context": context,
         }
         given |= {
             "--heat": heat,
@@ -89,7 +102,7 @@ def plan(
             raise ValueError(
                 f"{', '.join(wrong)}: has no meaning for exchanges; with --mesh give --network and --prompt"
             )
-        typer.echo(_plan_mesh(model, mesh, network, batch * prompt, as_json))
+        typer.echo(_plan_mesh(model, mesh, network, batch * (prompt or _PROMPT), as_json))
         return
     from monde.cli.plan_forecast import Question
     from monde.cli.plan_plot import draw_budgets, sweep
@@ -109,6 +122,8 @@ def plan(
     _check_machine("host_memory", host_bytes, profile.memory_bytes, profile)
     if plot is not None and profile.gpu is None:
         raise ValueError(f"--plot: {profile.machine.name} has no GPU, so there is no budget to vary")
+    context = find_context(model, context)
+    prompt = find_prompt(prompt, context)
     question = Question(model, profile, host_bytes, context, batch, prompt, heat)
     stored = question.stored_format
     asked = stored if weight_format is DTypeName.AUTO else format_named(weight_format.value)
@@ -168,6 +183,39 @@ def find_profile(machine: str | None) -> HardwareProfile:
             f"--machine: {machine!r} is neither a file nor one of the described machines {', '.join(DESCRIBED)}"
         )
     return HardwareProfile.load(machine)
+
+
+def find_context(model: str, context: int | None) -> int:
+    """The longest sequence to plan for: as asked, else 4096 or as many positions as the model has.
+
+    More than those are warned of and not refused: memory and speed are what they are, and with rotary embeddings
+    transformers goes on.
+    """
+    from monde.models.configuration import read_configuration
+    from monde.models.positions import positions_of
+
+    num_positions = positions_of(read_configuration(model))
+    if context is None:
+        return _CONTEXT if num_positions is None else min(_CONTEXT, num_positions)
+    if num_positions is not None and context > num_positions:
+        warnings.warn(
+            f"--context {context} is longer than the {num_positions} positions that {model} was made for; lower it, "
+            "unless the model is known to go on",
+            stacklevel=2,
+        )
+    return context
+
+
+def find_prompt(prompt: int | None, context: int) -> int:
+    """Errors: ValueError for a prompt longer than the longest sequence."""
+    if prompt is None:
+        return min(_PROMPT, context)
+    if prompt > context:
+        raise ValueError(
+            f"--prompt {prompt} is longer than the longest sequence, of {context} tokens; lower it, or give "
+            f"--context {prompt} or more"
+        )
+    return prompt
 
 
 def _check_machine(what: str, asked_bytes: int, have_bytes: int, profile: HardwareProfile) -> None:

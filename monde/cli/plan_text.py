@@ -144,7 +144,8 @@ def impossible(
     assert mine.error is not None
     smallest = mine.smallest_gpu_bytes
     if not question.on_gpu:
-        remedy = f"Give at least host_memory={mine.error.smallest_bytes}, or use a smaller model."
+        less = ", lower --context or --batch" if mine.error.shorter_fits else ""
+        remedy = f"Give at least host_memory={mine.error.smallest_bytes}{less}, or use a smaller model."
     elif smallest is None or smallest > card_bytes:
         memory = question.outlined(mine.format).size
         without_experts = memory.dense_bytes + memory.kv_bytes + memory.workspace_bytes

@@ -3,9 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec
+
+P = ParamSpec("P")
+
+
+def on_first_rank(command: Callable[P, None]) -> Callable[P, None]:
+    """`command`, which every rank would do alike: under torchrun rank 0 does it, the others leave at once."""
+
+    @functools.wraps(command)
+    def on_first(*args: P.args, **options: P.kwargs) -> None:
+        import torch.distributed as dist
+
+        if dist.is_torchelastic_launched() and int(os.environ["RANK"]) > 0:  # as torchrun sets it
+            return
+        command(*args, **options)
+
+    return on_first
 
 
 @contextlib.contextmanager

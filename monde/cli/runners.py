@@ -43,6 +43,7 @@ def model_facts(options: LoadOptions) -> ModelFacts:
     from transformers import AutoModelForCausalLM
 
     from monde.models.configuration import read_configuration
+    from monde.models.positions import positions_of
 
     config = read_configuration(options.model)
     with torch.device("meta"):
@@ -55,15 +56,14 @@ def model_facts(options: LoadOptions) -> ModelFacts:
     wanted = options.torch_dtype()
     dtype = wanted if isinstance(wanted, torch.dtype) else getattr(config, "dtype", None) or torch.float32
     num_params = sum(p.numel() for p in model.parameters())
-    text_config = config.get_text_config()
     return ModelFacts(
         name=options.model.rstrip("/").split("/")[-1],
         model_type=config.model_type,
         num_params=num_params,
         weight_bytes=num_params * dtype.itemsize,
         dtype=str(dtype).removeprefix("torch."),
-        vocab_size=text_config.vocab_size,
-        num_positions=getattr(text_config, "max_position_embeddings", None),
+        vocab_size=config.get_text_config().vocab_size,
+        num_positions=positions_of(config),
     )
 
 

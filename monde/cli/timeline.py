@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import bisect
 import json
+import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -32,6 +34,7 @@ from monde.models.decode_graph import step_cache
 
 NUM_TRACED_STEPS = 8
 NUM_WARM_UPS = 24  # by then a decode step has been captured
+_STDERR = 2
 _HOST_PID, _LAYERS_PID = 1 << 30, (1 << 30) + 1  # no process has these
 _DECODE_KERNELS = ("route", "gate_up", "down", "combine")
 
@@ -103,11 +106,39 @@ class Recording:
         with ExitStack() as stack:
             for layer_idx, layer in enumerate(self.layers):
                 stack.enter_context(_named(layer, f"layer {layer_idx}"))
-            with self.profiler, self.host:
-                yield
-                if self.device_type == "cuda":
-                    torch.cuda.synchronize()
+            with without_probe_lines():
+                self.profiler.start()
+            try:
+                with self.host:
+                    yield
+                    if self.device_type == "cuda":
+                        torch.cuda.synchronize()
+            finally:
+                with without_probe_lines():
+                    self.profiler.stop()
         self.shift_ns = time.time_ns() - time.monotonic_ns()
+
+
+@contextmanager
+def without_probe_lines() -> Iterator[None]:
+    """Keeps from standard error what the profiler prints for those who probe it; all else comes through at the end.
+
+    KINETO_LOG_LEVEL is no way: the levels that are silent about probes are silent about errors.
+    """
+    if sys.stderr is None:  # closed
+        yield
+        return
+    sys.stderr.flush()
+    stderr = os.dup(_STDERR)
+    with tempfile.TemporaryFile() as printed:
+        os.dup2(printed.fileno(), _STDERR)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, _STDERR)
+            os.close(stderr)
+            printed.seek(0)
+            os.write(_STDERR, b"".join(line for line in printed if not line.startswith(b"USDT:")))
 
 
 @contextmanager

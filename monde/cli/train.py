@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,9 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from monde.training.config import TrainConfig
     from monde.training.fabric import Fabric
-    from monde.training.job import TrainingJob
+    from monde.training.job import StepRecord, TrainingJob
+
+LINE_INTERVAL_S = 30.0  # a log of a day's run stays readable
 
 
 def train(
@@ -132,20 +138,44 @@ def _model_path(config: TrainConfig, base: Path) -> str:
 
 
 def _run(job: TrainingJob) -> None:
-    """With a bar on the first rank's standard error."""
+    """With a bar on the first rank's standard error; where that is no terminal, a line now and then."""
     from rich.console import Console
+
+    console = Console(stderr=True)
+    if not job.fabric.is_first:
+        for _ in job.run():
+            pass
+    elif console.is_terminal:
+        _run_with_bar(job, console)
+    else:
+        for line in progress_lines(job.run(), job.config.optimizer.steps):
+            typer.echo(f"monde: {line}", err=True)
+
+
+def _run_with_bar(job: TrainingJob, console: Console) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    progress = Progress(*columns, console=Console(stderr=True)) if job.fabric.is_first else nullcontext()
-    with progress:
-        bar = None
-        if isinstance(progress, Progress):
-            bar = progress.add_task("starting", total=job.config.optimizer.steps, completed=job.next_step)
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("starting", total=job.config.optimizer.steps, completed=job.next_step)
         for record in job.run():
-            if isinstance(progress, Progress) and bar is not None:
-                rate = record.num_tokens / record.seconds_s
-                progress.update(bar, advance=1, description=f"loss {record.loss:.4f}, {rate:,.0f} tokens/s")
+            progress.update(bar, advance=1, description=_figures(record))
+
+
+def progress_lines(
+    records: Iterable[StepRecord], num_steps: int, clock_s: Callable[[], float] = time.monotonic
+) -> Iterator[str]:
+    """Of the first step, of the last, and between them of a step every LINE_INTERVAL_S, for a log."""
+    told_s = -math.inf
+    for record in records:
+        is_last = record.step + 1 == num_steps
+        if is_last or clock_s() - told_s >= LINE_INTERVAL_S:
+            told_s = clock_s()
+            yield f"step {record.step + 1} of {num_steps}, {_figures(record)}"
+
+
+def _figures(record: StepRecord) -> str:
+    return f"loss {record.loss:.4f}, {record.num_tokens / record.seconds_s:,.0f} tokens/s"
 
 
 def _leave(job: TrainingJob, config: TrainConfig, base: Path) -> None:

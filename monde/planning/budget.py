@@ -15,16 +15,23 @@ from functools import partial
 
 from monde.sizes import format_bytes as text
 
+_OR_SHORTER = ", use shorter or fewer sequences (max_context, max_batch)"
 # A round of swaps takes as many at most; more would wait in host memory for nobody.
 MAX_SPARE_PLACES = 16
 
 
 class BudgetError(ValueError):
-    """The budget cannot be met: why, by how much it is short, and the least of the same memory that would work."""
+    """The budget cannot be met: why, by how much it is short, and the least of the same memory that would work.
 
-    def __init__(self, why: str, remedy: str, short_bytes: int, smallest_bytes: int) -> None:
+    shorter_fits: whether the shortest sequence would fit.
+    """
+
+    def __init__(
+        self, why: str, remedy: str, short_bytes: int, smallest_bytes: int, shorter_fits: bool
+    ) -> None:
         super().__init__(f"{why} {remedy}")
         self.why, self.short_bytes, self.smallest_bytes = why, short_bytes, smallest_bytes
+        self.shorter_fits = shorter_fits
 
 
 @dataclass(frozen=True)
@@ -195,11 +202,10 @@ class MemoryPlan:
         dense = _fixed_text(self.size)
         if self.on_gpu:
             gpu = f"{dense} + {slots} = {text(self.gpu_used_bytes)} of {text(self.gpu_bytes)}"
-            which = "all experts" if self.moves and not self.releases else "other experts"
-            host = f"{which} {self._experts_text} + staging {text(self.size.staging_bytes)}"
+            host = f"{self._host_experts_text} + staging {text(self.size.staging_bytes)}"
         else:
             gpu = f"{slots} of {text(self.gpu_bytes)}" if self.gpu_bytes else "none"
-            host = f"{dense} + experts {self._experts_text}"
+            host = f"{dense} + {self._host_experts_text}"
         lines = [f"GPU:  {gpu}", f"host: {host} = {text(self.host_used_bytes)} of {text(self.host_bytes)}"]
         if self.wants_moves and any(self.movable_L):
             released = f"; {self.released_text}" if self.releases else ""
@@ -207,9 +213,13 @@ class MemoryPlan:
         return "\n".join(lines)
 
     @property
-    def _experts_text(self) -> str:
+    def _host_experts_text(self) -> str:
+        num_here = sum(self.num_resident_L)
+        if num_here == sum(layer.num_experts for layer in self.size.layers):
+            return "no experts"
+        has_all = num_here == 0 or (self.moves and not self.releases)
         spares = f" with {self.num_spare_places} spare places" if self.releases else ""
-        return f"{text(self.host_expert_bytes)}{spares}"
+        return f"{'all' if has_all else 'other'} experts {text(self.host_expert_bytes)}{spares}"
 
     @property
     def released_text(self) -> str:
@@ -241,28 +251,30 @@ def plan_memory(
     number of slots of every layer, by default spread_slots. Errors: BudgetError with the arithmetic and the remedy.
     """
     fixed_bytes = _fixed_bytes(size) if on_gpu else 0
-    or_shorter = partial(_or_shorter, size, on_gpu, gpu_bytes, host_bytes, spread)
+    would_fit_shorter = partial(_would_fit_shorter, size, on_gpu, gpu_bytes, host_bytes, spread)
     if fixed_bytes > gpu_bytes:
-        short_bytes = fixed_bytes - gpu_bytes
+        short_bytes, shorter_fits = fixed_bytes - gpu_bytes, would_fit_shorter()
         raise BudgetError(
             f"gpu_memory of {text(gpu_bytes)} is short by {text(short_bytes)}: "
             f"{_fixed_text(size)} = {text(fixed_bytes)}.",
-            f'Give at least gpu_memory={fixed_bytes}{or_shorter()}, or use device="cpu".',
+            f'Give at least gpu_memory={fixed_bytes}{_OR_SHORTER * shorter_fits}, or use device="cpu".',
             short_bytes,
             fixed_bytes,
+            shorter_fits,
         )
     num_resident_L = (spread or spread_slots)(size.layers, gpu_bytes - fixed_bytes)
     plan = MemoryPlan(size, on_gpu, gpu_bytes, host_bytes, num_resident_L, wants_moves)
     if plan.host_used_bytes > host_bytes:
-        short_bytes = plan.host_used_bytes - host_bytes
+        short_bytes, shorter_fits = plan.host_used_bytes - host_bytes, would_fit_shorter()
         besides = f"staging {text(size.staging_bytes)}" if on_gpu else _fixed_text(size)
         raise BudgetError(
             f"host_memory of {text(host_bytes)} is short by {text(short_bytes)}: "
             f"experts {text(plan.host_expert_bytes)} + {besides} = {text(plan.host_used_bytes)}.",
-            f"Give at least host_memory={plan.host_used_bytes}{or_shorter()}, "
+            f"Give at least host_memory={plan.host_used_bytes}{_OR_SHORTER * shorter_fits}, "
             f"or {'give more gpu_memory' if on_gpu else 'use a smaller model'}.",
             short_bytes,
             plan.host_used_bytes,
+            shorter_fits,
         )
     return plan
 
@@ -303,15 +315,16 @@ def spread_slots(layers: tuple[LayerSize, ...], free_bytes: int) -> tuple[int, .
     return tuple(counts)
 
 
-def _or_shorter(size: ModelSize, on_gpu: bool, gpu_bytes: int, host_bytes: int, spread: Spread | None) -> str:
-    """One remedy more where it is one: where the shortest sequence would fit."""
+def _would_fit_shorter(
+    size: ModelSize, on_gpu: bool, gpu_bytes: int, host_bytes: int, spread: Spread | None
+) -> bool:
     if size.num_tokens == 1:
-        return ""
+        return False
     try:
         plan_memory(replace(size, num_tokens=1), on_gpu, gpu_bytes, host_bytes, spread=spread)
     except BudgetError:
-        return ""
-    return ", use shorter or fewer sequences (max_context, max_batch)"
+        return False
+    return True
 
 
 def _fixed_bytes(size: ModelSize) -> int:

@@ -33,6 +33,7 @@ class Measured:
 @pytest.fixture
 def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Measured:
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     stand_in = Measured()
     monkeypatch.setattr(measure, "calibrate", stand_in)
     return stand_in
@@ -87,3 +88,29 @@ def test_channels_that_cannot_be(monde: Monde, measured: Measured, text: str) ->
     outcome = monde("calibrate", "--memory-channels", text)
     assert outcome.exit_code == 2
     assert "as in 12x38.4" in outcome.stderr
+
+
+@pytest.mark.parametrize("given", ["absolute", "relative", "", None])
+def test_the_profile_lies_in_the_cache_folder(
+    monde: Monde, measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if given is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / given) if given == "absolute" else given)
+    outcome = monde("calibrate")
+    assert outcome.exit_code == 0, outcome.stderr
+    (stored,) = tmp_path.rglob("profile-*.json")
+    assert stored.parent == tmp_path / ("absolute" if given == "absolute" else ".cache") / "monde"
+    assert f"stored in {stored}" in outcome.stderr
+
+
+@pytest.mark.parametrize("options", [(), ("--force",)])
+def test_nothing_is_measured_that_cannot_be_stored(
+    monde: Monde, measured: Measured, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    (tmp_path / ".cache").write_text("a file where the folder should be")
+    outcome = monde("calibrate", *options)
+    assert (outcome.exit_code, measured.count) == (2, 0)
+    assert outcome.stderr.count("\n") == 1
+    assert f"monde: error: the profile cannot be stored in {tmp_path}/.cache/monde" in outcome.stderr
+    assert "XDG_CACHE_HOME" in outcome.stderr

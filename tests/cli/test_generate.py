@@ -45,6 +45,20 @@ def test_one_token(monde: Monde) -> None:
     assert "first token after" in outcome.stderr
 
 
+@pytest.mark.parametrize(
+    ("gpu_memory", "where"),
+    [
+        ("0", "; experts on the host (native"),
+        ("80KiB", "; 1 of 64 experts on cpu, the other experts on the host (native"),
+        ("1GiB", "; all 64 experts on cpu; loaded in"),
+    ],
+)
+def test_the_summary_says_where_experts_are(monde: Monde, gpu_memory: str, where: str) -> None:
+    options = ("--device", "cpu", "--gpu-memory", gpu_memory)
+    outcome = monde("generate", MODEL, PROMPT, "-n", 1, *options)
+    assert where in outcome.stderr.splitlines()[-1]
+
+
 def test_the_budget_leaves_room_for_what_will_run(monde: Monde, monkeypatch: pytest.MonkeyPatch) -> None:
     settings: dict[str, Any] = {}
     monkeypatch.setattr("monde.models.loading.from_pretrained", lambda model, **given: settings.update(given))

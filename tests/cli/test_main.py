@@ -9,14 +9,19 @@ import shutil
 import signal
 import subprocess
 import sys
+import tomllib
+import warnings
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from hostcompute.backends.select import choose
-from tests.cli.conftest import MODEL, Monde
+from monde.cli.errors import one_line_warnings
+from monde.routing.heat import Heat
+from tests.cli.conftest import MODEL, Monde, Outcome
 
 ROOT = MODEL.parents[1]
 
@@ -76,6 +81,8 @@ MISTAKES = {
     "plot suffix": (("bench", MODEL, "--plot", "speed.doc"), ".png"),
     "plot folder": (("bench", MODEL, "--plot", "nowhere/speed.png"), "nowhere"),
     "text missing": (("bench", MODEL, "--text", "nowhere.txt"), "nowhere.txt"),
+    "two texts": (("bench", MODEL, "--text", MODEL / "config.json", "--random-tokens"), "give one of them"),
+    "ranks without torchrun": (("generate", MODEL, "Hi", "--parallel", "peers"), "start monde with torchrun"),
     "seed": (("generate", MODEL, "Hi", "--seed", "-1"), "--seed"),
     "not UTF-8": (("generate", MODEL, "\udcff"), "not UTF-8"),
     "prompt too long": (("generate", MODEL, "word " * 2000, "-n", 5), "1024 positions"),
@@ -204,6 +211,75 @@ def test_ctrl_c_is_one_line() -> None:
     assert run.returncode == 130
     assert stderr.splitlines()[-1] == "monde: error: interrupted"
     assert "Traceback" not in stderr
+
+
+def test_ctrl_c_during_imports_is_one_line() -> None:
+    """The script that pip makes of pyproject.toml, interrupted when it reaches for its first large import."""
+    module, function = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"][
+        "monde"
+    ].split(":")
+    code = f"""
+import signal, sys
+class Interrupt:
+    def find_spec(self, name, *more):
+        if name == "typer":
+            signal.raise_signal(signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Interrupt())
+from {module} import {function}
+sys.exit({function}())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stderr) == (130, "monde: error: interrupted\n")
+
+
+def warned_of(outcome: Outcome) -> list[str]:
+    assert outcome.exit_code == 0, outcome.stderr
+    assert ".py:" not in outcome.stderr
+    return [line for line in outcome.stderr.splitlines() if line.startswith("monde: warning: ")]
+
+
+def test_a_setting_without_effect_is_one_line(monde: Monde, tmp_path: Path) -> None:
+    """On a CPU nobody has a slot, and nothing is split."""
+    Heat("this model", tuple(np.ones(16, np.float32) for _ in range(4)), 1.0).save(tmp_path / "heat.json")
+    short = ("bench", MODEL, "--device", "cpu", "-p", 4, "-n", 0, "-r", 1)
+    assert warned_of(monde(*short)) == []
+    for option, value in (
+        ("residency", "lru"),
+        ("residency", "static"),
+        ("split-policy", "fiddler"),
+        ("heat", tmp_path / "heat.json"),
+    ):
+        (line,) = warned_of(monde(*short, f"--{option}", value))
+        name = {"heat": "heat_file"}.get(option, option.replace("-", "_"))
+        assert line.startswith(
+            f"monde: warning: {name} {value} changes nothing: all experts are on the host; "
+        )
+    assert (
+        warned_of(monde(*short, "--residency", "lru", "--gpu-memory", "1GiB")) == []
+    )  # the CPU stands in for a GPU
+
+
+def test_a_seed_that_draws_nothing(monde: Monde) -> None:
+    short = ("generate", MODEL, "Hi", "-n", 2, "--seed", 3)
+    (line,) = warned_of(monde(*short))
+    assert "--seed 3 changes nothing" in line
+    assert warned_of(monde(*short, "--temperature", 0.5)) == []
+
+
+def test_a_warning_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        with one_line_warnings():
+            warnings.warn("a\nb", stacklevel=1)
+            warnings.warn("a b", RuntimeWarning, stacklevel=1)
+    assert capsys.readouterr().err == "monde: warning: a b\n"
+
+
+def test_a_warning_has_its_place_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MONDE_DEBUG", "1")
+    with pytest.warns(UserWarning, match="as Python shows it"), one_line_warnings():
+        warnings.warn("as Python shows it", stacklevel=1)
 
 
 def test_an_instruction_set_that_is_absent_is_an_error() -> None:

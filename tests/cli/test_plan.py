@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +104,7 @@ def test_what_cannot_be_at_any_budget_names_what_is_missing(monde: Monde, tmp_pa
     too_long = monde("plan", MODEL, "-m", "h200", "--context", 10**9)
     assert too_long.exit_code == 2
     assert "lower --context or --batch, or use a smaller model" in too_long.stderr
-    little = dataclasses.replace(DESCRIBED["h200"], memory_bytes=2**20)
+    little = dataclasses.replace(DESCRIBED["h200"], memory_bytes=2**19)
     little.save(tmp_path / "little.json")
     for machine, options, remedy in (
         ("h200", ("--host-memory", "1KiB"), "raise --host-memory"),
@@ -110,6 +113,17 @@ def test_what_cannot_be_at_any_budget_names_what_is_missing(monde: Monde, tmp_pa
         outcome = monde("plan", MODEL, "-m", machine, "--gpu-memory", smallest_budget(monde), *options)
         assert outcome.exit_code == 2
         assert f"{remedy}, or use a smaller model" in outcome.stderr
+
+
+def test_shorter_sequences_are_a_remedy_without_a_gpu_where_they_help(monde: Monde, tmp_path: Path) -> None:
+    """Keys and values lie in host memory there. At 5 MiB not even one token would do."""
+    dataclasses.replace(DESCRIBED["h200"], gpu=None).save(tmp_path / "host.json")
+    for budget, remedy in (("12MiB", ", lower --context or --batch, or use"), ("5MiB", ", or use")):
+        outcome = monde("plan", MODEL, "-m", tmp_path / "host.json", "--host-memory", budget)
+        assert outcome.exit_code == 2
+        assert re.search(rf"Give at least host_memory=\d+{remedy} a smaller model", outcome.stderr), (
+            outcome.stderr
+        )
 
 
 def test_a_format_changes_bytes_and_speed(monde: Monde) -> None:
@@ -277,6 +291,28 @@ def test_what_the_machine_lacks_is_refused(monde: Monde) -> None:
     assert "described machines h200, laptop-4060" in outcome.stderr
 
 
+def test_a_prompt_is_no_longer_than_the_longest_sequence(monde: Monde) -> None:
+    outcome = monde("plan", MODEL, "-m", "h200", "--context", 256, "--prompt", 300)
+    assert (outcome.exit_code, outcome.stdout) == (2, "")
+    assert outcome.stderr.startswith(
+        "monde: error: --prompt 300 is longer than the longest sequence, of 256 tokens"
+    )
+    assert outcome.stderr.count("\n") == 1
+    assert "or give --context 300 or more" in outcome.stderr
+    assert monde("plan", MODEL, "-m", "h200", "--context", 300, "--prompt", 300).stderr == ""
+    assert json.loads(monde("plan", MODEL, "-m", "h200", "--context", 256, "--json").stdout)["prompt"] == 256
+
+
+def test_a_sequence_that_the_model_was_not_made_for_is_warned_of(monde: Monde) -> None:
+    """The model has 1024 positions, which the default keeps to."""
+    assert json.loads(monde("plan", MODEL, "-m", "h200", "--json").stdout)["context"] == 1024
+    assert monde("plan", MODEL, "-m", "h200", "--context", 1024).stderr == ""
+    outcome = monde("plan", MODEL, "-m", "h200", "--context", 1025, "--json")
+    assert json.loads(outcome.stdout)["context"] == 1025
+    assert outcome.stderr.startswith("monde: warning: --context 1025 is longer than the 1024 positions that ")
+    assert outcome.stderr.count("\n") == 1
+
+
 def test_a_mesh_plans_exchanges(monde: Monde) -> None:
     outcome = monde("plan", MODEL, "--mesh", "2x4", "--network", "a800-1nic", "-p", 8192)
     assert outcome.exit_code == 0, outcome.stderr
@@ -303,6 +339,10 @@ def test_a_mesh_plans_exchanges(monde: Monde) -> None:
         ),
         (["--network", "10gbe"], "--network without --mesh"),
         (["--mesh", "2x4", "--network", "10gbe", "-m", "h200"], "--machine: has no meaning for exchanges"),
+        (
+            ["--mesh", "2x4", "--network", "10gbe", "--context", "99"],
+            "--context: has no meaning for exchanges",
+        ),
     ],
 )
 def test_a_mesh_that_cannot_be_planned(monde: Monde, options: list[str], message: str) -> None:
@@ -310,6 +350,25 @@ def test_a_mesh_that_cannot_be_planned(monde: Monde, options: list[str], message
     assert outcome.exit_code == 2
     assert re.search(message, outcome.stderr)
     assert outcome.stderr.count("\n") == 1
+
+
+def test_ranks_make_one_plan() -> None:
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "monde",
+    ]
+    command = [*launcher, "plan", str(MODEL), "-m", "h200", "--context", "2000"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("profile of h200") == 1
+    assert done.stderr.count("monde: warning") == 1
 
 
 def test_a_measured_network_is_of_one_mesh(monde: Monde, tmp_path: Path) -> None:

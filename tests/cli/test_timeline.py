@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hostcompute.timeline import HostSpan
-from monde.cli.timeline import device_events, host_events
+from monde.cli.timeline import Recording, device_events, host_events, without_probe_lines
 from tests.cli.conftest import MODEL, Monde
 
 NUM_LAYERS = 4  # of the shipped model, top-2
@@ -62,6 +63,15 @@ def test_both_clocks_are_one(events: list[dict[str, Any]]) -> None:
         assert outer["name"] == inner["name"]
         assert outer["ts"] - 100 < inner["ts"]
         assert inner["ts"] + inner["dur"] < outer["ts"] + outer["dur"] + 100
+
+
+def test_the_profiler_prints_its_errors_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("hostcompute._native")
+    with Recording([], "cpu").on():
+        os.write(2, b"USDT: of others\n")
+    with without_probe_lines():
+        os.write(2, b"USDT:12 Profiler.cpp] start\nERROR:12 Profiler.cpp] no counters\n")
+    assert capfd.readouterr().err == "USDT: of others\nERROR:12 Profiler.cpp] no counters\n"
 
 
 def test_decode_kernels_get_their_layer() -> None:

@@ -6,14 +6,16 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 from transformers import AutoModelForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
+from monde.cli.train import LINE_INTERVAL_S, progress_lines
 from monde.training.config import read_config
-from monde.training.job import read_losses
+from monde.training.job import StepRecord, read_losses
 
 TOKENIZER = Path(__file__).parents[2] / "assets" / "moe-3m"
 STEPS = 12
@@ -93,6 +95,27 @@ def test_kill_9_and_resume(tmp_path: Path, model: Path) -> None:
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "cut" / "model")
     assert trained.config.num_experts == 4
     assert records[0][-1].loss < records[0][0].loss
+
+
+def test_a_log_gets_a_line_now_and_then() -> None:
+    now_s = [0.0]
+
+    def steps() -> Iterator[StepRecord]:
+        for step in range(100, 200):
+            now_s[0] += LINE_INTERVAL_S / 30
+            yield StepRecord(step, 3.0, 0.0, 1.0, 1e-3, 640, 0.5)
+
+    lines = list(progress_lines(steps(), 200, lambda: now_s[0]))
+    assert [line.split()[1] for line in lines] == ["101", "131", "161", "191", "200"]
+    assert lines[0] == "step 101 of 200, loss 3.0000, 1,280 tokens/s"
+
+
+def test_a_run_into_a_file_is_not_silent(tmp_path: Path, model: Path) -> None:
+    done = run(config_file(tmp_path, model, "out"))
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("monde: step ")]
+    assert lines[0].startswith(f"monde: step 1 of {STEPS}, loss ")
+    assert lines[-1].startswith(f"monde: step {STEPS} of {STEPS}, loss ")
 
 
 @pytest.mark.parametrize(

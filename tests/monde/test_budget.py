@@ -143,6 +143,18 @@ def test_experts_are_spread_evenly() -> None:
     assert plan_memory(size, True, 120 + 50, 10**6).num_resident_L == (2, 2, 1)
 
 
+def test_the_explanation_names_the_experts_that_are_on_the_host() -> None:
+    size = ModelSize(100, 1, 1, 0, 1, 10, (LayerSize(8, 10, 10),))
+    for num_slots, experts in (
+        (8, "no experts +"),
+        (3, "other experts 50 B +"),
+        (0, "all experts 80 B +"),
+    ):
+        made = plan_memory(size, True, 120 + 10 * num_slots, 10**6)
+        assert f"host: {experts}" in made.explain()
+    assert "all experts 80 B =" in plan_memory(size, False, 0, 10**6).explain()
+
+
 def test_the_arithmetic_is_in_the_error() -> None:
     size = ModelSize(3 * 2**20, 1024, 512, 0, 64, 1024, (LayerSize(8, 2**20, 2**20),) * 2)
     with pytest.raises(BudgetError) as error:
