@@ -390,6 +390,21 @@ def test_choice_says_why() -> None:
         choose("cuda")
 
 
+def test_a_forced_isa_is_not_called_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    native = pytest.importorskip("hostcompute.backends.native")
+    best = native.available_isas()[0]
+    monkeypatch.delenv("MONDE_CPU_ISA", raising=False)
+    assert choose().why == f"native is the fastest backend; {best} is this CPU's best instruction set"
+    assert repr(choose("reference")) == (
+        "BackendChoice(name='reference', isa='numpy-float64', why='asked for by name')"
+    )
+    monkeypatch.setattr(native, "available_isas", lambda: ["avx2", "scalar"])
+    monkeypatch.setenv("MONDE_CPU_ISA", "scalar")
+    why = "scalar was forced by MONDE_CPU_ISA, this CPU's best instruction set is avx2"
+    assert choose().why == f"native is the fastest backend; {why}"
+    assert choose("native").why == f"asked for by name; {why}"
+
+
 def test_an_absent_isa_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MONDE_CPU_ISA", "sse9")
     with pytest.raises(RuntimeError, match="sse9"):
