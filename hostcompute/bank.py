@@ -8,7 +8,7 @@ import os
 import weakref
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -49,6 +49,7 @@ class ExpertBank:
         isa: str | None = None,
         places: HostPlaces | None = None,
     ) -> None:
+        _check_kinds(spec, pool, places)
         self.spec = spec
         self.choice: BackendChoice = choose(backend, isa)
         if places is None:
@@ -228,10 +229,17 @@ class ExpertBank:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an ExpertBank can be neither copied nor pickled; load what export(expert_id) gives into a new one"
+        )
+
     # ---- checks ----
     def _check_open(self, op: str) -> None:
         if self._closed:
-            raise RuntimeError(f"[{op}] this ExpertBank was closed; build a new one")
+            raise RuntimeError(
+                f"[{op}] this ExpertBank was closed and its experts are gone; build a new one and load them"
+            )
 
     def _check_id(self, expert_id: Any, op: str) -> None:
         if not isinstance(expert_id, Integral) or not 0 <= int(expert_id) < self.spec.num_experts:
@@ -272,6 +280,18 @@ class ExpertBank:
         if isinstance(out, np.ndarray) and not out.flags.writeable:
             raise ValueError("[forward] out: expected an array to write to, got a read-only one; copy it")
         return (row_major(x_a, x_a.dtype), ids_a, weights_a, out_a), out
+
+
+def _check_kinds(spec: Any, pool: Any, places: Any) -> None:
+    """What duck typing would report deep inside a backend."""
+    if not isinstance(spec, ExpertSpec):
+        raise TypeError(f"ExpertBank: spec: expected an ExpertSpec, got {type(spec).__name__}")
+    if pool is not None and not hasattr(pool, "num_threads"):
+        raise TypeError(
+            f"ExpertBank: pool: expected one from make_pool(num_threads), got {type(pool).__name__}"
+        )
+    if places is not None and not isinstance(places, HostPlaces):
+        raise TypeError(f"ExpertBank: places: expected HostPlaces, got {type(places).__name__}")
 
 
 def _check_fits(spec: ExpertSpec) -> None:

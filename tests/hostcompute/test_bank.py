@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import numpy as np
@@ -385,8 +387,36 @@ def test_closed_bank(backend: str) -> None:
         lambda: bank.release(0),
         lambda: bank.load(0, **make_expert(rng(), SPEC, "separate")),
     ):
-        with pytest.raises(RuntimeError, match="closed"):
+        with pytest.raises(RuntimeError, match="closed and its experts are gone; build a new one and load"):
             use()
+
+
+def test_a_forward_under_way_outlives_the_bank(backend: str) -> None:
+    batch = make_batch(rng(), SPEC, 4, 2)
+    with loaded_bank(backend) as bank:
+        want = forward(bank, batch)
+        out = host_array(np.zeros(batch.x_TD.shape), "f32")
+        pending = bank.submit(*batch.arguments, out=out)
+    np.testing.assert_array_equal(pending.wait().float32(), want)
+
+
+@pytest.mark.parametrize("use", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_bank_cannot_be_copied(backend: str, use: Any) -> None:
+    with loaded_bank(backend) as bank, pytest.raises(TypeError, match=r"load what export\(expert_id\) gives"):
+        use(bank)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"spec": {"num_experts": 3}}, "spec: expected an ExpertSpec, got dict"),
+        ({"pool": 2}, r"pool: expected one from make_pool\(num_threads\), got int"),
+        ({"places": 4}, "places: expected HostPlaces, got int"),
+    ],
+)
+def test_a_bank_of_something_else_is_refused(backend: str, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        ExpertBank(**{"spec": SPEC, "backend": backend, **change})
 
 
 @pytest.mark.parametrize("name", ["num_experts", "d_model", "d_ffn"])
