@@ -162,7 +162,11 @@ class Engine:
         return self._decoders[layer_idx, x_dtype]
 
     def begin_step(self) -> None:
-        """Before a step of the model. Errors: RuntimeError for an earlier step that the host did not answer."""
+        """Before a step of the model, which may be a graph: those outlive the memory that they read.
+
+        Errors: RuntimeError after close, and for an earlier step that the host did not answer.
+        """
+        self.layers[0].check_open()
         for hub in self._hubs.values():
             hub.begin_step()
 
@@ -225,6 +229,7 @@ class Engine:
 
     def export_expert(self, layer_idx: int, expert_id: int) -> dict[str, Tensor]:
         """One expert as `load_expert` took it, bit for bit, on the CPU. Over ranks all of them call it."""
+        self.layers[0].check_open()
         if self.ranked is None:
             return self._export(layer_idx, expert_id)
         held = self.ranked.held_LP[layer_idx][0]
@@ -297,7 +302,7 @@ class Engine:
             self.prefill.close()
         self.residency.close()
         for layer in self.layers:
-            layer.host.bank.close()
+            layer.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
         """A copied model shares the experts of the original."""
