@@ -204,6 +204,11 @@ class Engine:
         for part_idx, local_id, part in self.ranked.parts_of(layer_idx, expert_id, arrays):
             self._load(part_idx, local_id, part)
 
+    def settle(self) -> None:
+        """Before weights of a model that has run change: nothing that reads them is under way. Waits for the device."""
+        self.layers[0].check_open()
+        self.residency.settle()
+
     def holds(self, layer_idx: int, expert_id: int) -> bool:
         """Whether this process needs the expert's weights."""
         return self.ranked is None or self.ranked.holds(layer_idx, expert_id)

@@ -27,7 +27,6 @@ from monde.executors.ranked import RankedExecutor
 from monde.routing.deferral import apart
 from monde.weights.table import SlotTable
 
-
 _CLOSED = "model.monde.close() gave this model's experts back and closed it; load the model again"
 
 
@@ -93,7 +92,6 @@ class MoELayer:
         if self.device is not None:
             return self.device.forward(batch, y_dtype)
         return self.host.submit(batch, y_dtype).wait()
-
 
     def check_open(self) -> None:
         """Errors: RuntimeError after close."""

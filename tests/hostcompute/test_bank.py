@@ -315,7 +315,7 @@ def test_torch_tensors_whose_bytes_are_not_their_values_are_refused(backend: str
     with loaded_bank(backend) as bank:
         with pytest.raises(ValueError, match=r"x: a view that torch negates .* call .resolve_neg\(\) first"):
             bank.forward(torch._neg_view(x_TD), ids_TK, weights_TK)
-        with pytest.raises(ValueError, match="topk_ids: .* got uint8; convert it to int64"):
+        with pytest.raises(ValueError, match=r"topk_ids: .* got uint8; convert it to int64"):
             bank.forward(x_TD, ids_TK.to(torch.uint8), weights_TK)
 
 

@@ -362,15 +362,6 @@ def test_a_forked_process_runs_the_model() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_weights_cannot_be_loaded_into_experts_that_monde_holds() -> None:
-    model = monde.offload(tiny.build("qwen3_moe"), device="cpu")
-    with pytest.raises(
-        RuntimeError, match=r"model.layers.\d.mlp.experts: .* load the weights before monde.offload"
-    ):
-        model.load_state_dict(model.state_dict())
-    model(tiny.prompt())
-
-
 def test_a_state_dict_can_be_stored(tmp_path: Path) -> None:
     original = tiny.build("qwen3_moe")
     torch.save(monde.offload(tiny.build("qwen3_moe"), device="cpu").state_dict(), tmp_path / "weights.pt")
