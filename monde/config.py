@@ -45,8 +45,8 @@ class MondeConfig(QuantizationConfigMixin):
         and resident experts; host_memory the experts on the host. Default: what is free when loading starts.
         Over ranks both are of each rank.
     max_memory: accelerate's form of the same, {0: "10GiB", "cpu": "60GiB"}; give one form or the other.
-    device: where the dense weights run, "cuda:0" or "cpu", or such a torch.device; default the first GPU, else the CPU. On "cpu" a
-        gpu_memory above 0 makes the CPU a stand-in for the GPU: resident experts take the GPU's code path.
+    device: where the dense weights run, "cuda:0" or "cpu", or such a torch.device; default the first GPU, else the
+        CPU. On "cpu" a gpu_memory above 0 makes the CPU a stand-in for the GPU: resident experts take its code path.
     cpu_backend: "auto" (native, else numba), "native", "numba" or "reference".
     num_threads: threads of the host kernels; default all physical cores.
     nllb_upstream_routing: NLLB-MoE as transformers runs it, on experts 0 and 1 alone; default is the routing
@@ -68,7 +68,8 @@ class MondeConfig(QuantizationConfigMixin):
     deferred_experts: of a token's experts in a decode step, how many of smallest routing weight are added one MoE layer
         later, where the host can compute them during attention. Changes the answer: docs/deferral.md has by how much.
         0, the default, is exact.
-    max_context, max_batch: the longest sequence and largest batch that gpu_memory must leave room for.
+    max_context, max_batch: the longest sequence and largest batch that the budget must leave room for. What counts is
+        their product; a model that is asked for more warns once, and may then exceed its budget.
 
     Errors: ValueError with the remedy for sizes that cannot be read, are negative or exceed the machine.
     """
