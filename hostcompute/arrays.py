@@ -21,6 +21,8 @@ _NAMES = {
     "int32": "i32",
     "int64": "i64",
 }
+FLOATS = ("float32", "bfloat16", "float16")
+IDS = ("int64", "int32")
 _NUMPY = {"f32": "<f4", "bf16": "<u2", "f16": "<f2", "f64": "<f8", "i32": "<i4", "i64": "<i8"}
 
 
@@ -101,16 +103,24 @@ def row_major(array: HostArray, dtype: str) -> HostArray:
     return HostArray(values.ctypes.data, values.shape, strides, dtype, values)
 
 
-def as_host_array(value: Any, what: str) -> HostArray:
-    """View `value` as a HostArray. `what` names the argument in errors."""
+def as_host_array(value: Any, what: str, types: tuple[str, ...] = FLOATS) -> HostArray:
+    """View `value`, of one of `types`, as a HostArray. `what` names the argument in errors.
+
+    Errors: TypeError for what is no array; ValueError for other types, other memory, and views whose bytes are not
+    their values.
+    """
     if isinstance(value, HostArray):
+        if value.dtype not in map(_NAMES.__getitem__, types):
+            raise _wrong_type(value.dtype, what, types)
         return value
     if hasattr(value, "data_ptr") and hasattr(value, "stride"):
         if not value.is_cpu:
             raise ValueError(
                 f"{what}: expected host memory, got a tensor on {value.device}; call .cpu() first"
             )
-        dtype = _dtype_name(str(value.dtype).removeprefix("torch."), what)
+        dtype = _dtype_name(str(value.dtype).removeprefix("torch."), what, types)
+        if value.is_neg():
+            raise ValueError(f"{what}: a view that torch negates when it is read; call .resolve_neg() first")
         return HostArray(value.data_ptr(), tuple(value.shape), value.stride(), dtype, value)
     if not isinstance(value, np.ndarray):
         if not hasattr(value, "__dlpack__"):
@@ -118,8 +128,12 @@ def as_host_array(value: Any, what: str) -> HostArray:
                 f"{what}: expected a NumPy array, CPU tensor or DLPack producer, got {type(value).__name__}; "
                 "wrap it: numpy.asarray(..., dtype)"
             )
-        value = np.from_dlpack(value)
-    dtype = _dtype_name(value.dtype.name, what)
+        value = _from_dlpack(value, what)
+    dtype = _dtype_name(value.dtype.name, what, types)
+    if not value.dtype.isnative:
+        raise ValueError(
+            f"{what}: {value.dtype.str} has another byte order than this machine; convert it to {types[0]}"
+        )
     item_bytes = _ITEMSIZE_BYTES[dtype]
     if any(s % item_bytes for s in value.strides):
         raise ValueError(
@@ -129,12 +143,25 @@ def as_host_array(value: Any, what: str) -> HostArray:
     return HostArray(value.ctypes.data, value.shape, strides, dtype, value)
 
 
-def _dtype_name(name: str, what: str) -> str:
-    if name not in _NAMES:
-        raise TypeError(
-            f"{what}: unsupported element type {name}; expected one of {', '.join(_NAMES)}; convert it"
-        )
+def _from_dlpack(value: Any, what: str) -> npt.NDArray[Any]:
+    try:
+        return np.from_dlpack(value)
+    except (BufferError, RuntimeError) as error:  # of another device, or a type that NumPy lacks, as bfloat16
+        raise ValueError(
+            f"{what}: NumPy cannot read this {type(value).__name__} ({error}); give it in host memory, bfloat16 as a "
+            "torch tensor: torch.from_dlpack(...)"
+        ) from error
+
+
+def _dtype_name(name: str, what: str, types: tuple[str, ...]) -> str:
+    if name not in types:
+        raise _wrong_type(name, what, types)
     return _NAMES[name]
+
+
+def _wrong_type(got: str, what: str, types: tuple[str, ...]) -> ValueError:
+    expected = f"{', '.join(types[:-1])} or {types[-1]}" if len(types) > 1 else types[0]
+    return ValueError(f"{what}: expected {expected}, got {got}; convert it to {types[0]}")
 
 
 def empty_like(x: Any, what: str) -> Any:

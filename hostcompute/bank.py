@@ -8,19 +8,17 @@ import os
 import weakref
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
-from hostcompute.arrays import HostArray, as_host_array, empty_like, row_major
+from hostcompute.arrays import FLOATS, IDS, HostArray, as_host_array, empty_like, row_major
 from hostcompute.backends.base import Backend, ExpertWeights, Pending
 from hostcompute.backends.select import BackendChoice, choose
 from hostcompute.layout import LANES, PAD_K, make_layout
 from hostcompute.places import NOWHERE, HostPlaces
 from hostcompute.spec import Cut, ExpertSpec, RoutedCounts
 from hostcompute.topology import machine_memory_bytes
-
-_FLOATS = ("f32", "bf16", "f16")
 
 
 class ExpertBank:
@@ -35,7 +33,8 @@ class ExpertBank:
         bank.load(0, gate=gate_FD, up=up_FD, down=down_DF)
         y_TD = bank.forward(x_TD, topk_ids_TK, topk_weights_TK)
 
-    Arrays are NumPy, torch (CPU) or DLPack; x, out and routing weights are f32, bf16 or f16, ids int32 or int64.
+    Arrays are NumPy, torch (CPU) or DLPack; x, out, routing weights and experts are float32, bfloat16 or float16, ids
+    int32 or int64. Experts are rounded to spec.dtype where theirs is wider.
     Pairs with weight 0 or an id outside [0, E), negative ones included, are ignored and contribute zero: so routers
     mark pairs that somebody else computes. A wrong id is therefore no error.
     Errors: ValueError for shapes and types, and for a bank larger than the machine's memory; KeyError for an expert
@@ -50,6 +49,7 @@ class ExpertBank:
         isa: str | None = None,
         places: HostPlaces | None = None,
     ) -> None:
+        _check_kinds(spec, pool, places)
         self.spec = spec
         self.choice: BackendChoice = choose(backend, isa)
         if places is None:
@@ -113,8 +113,6 @@ class ExpertBank:
             array = as_host_array(value, f"[load] {name}")
             if array.shape != shapes[name]:
                 raise ValueError(f"[load] {name}: expected shape {shapes[name]}, got {array.shape}")
-            if array.dtype not in _FLOATS:
-                raise _no_float(array, f"[load] {name}")
             if name.endswith("_bias") and not self.spec.has_bias:
                 raise ValueError(
                     f"[load] {name}: this bank keeps no biases; build it with ExpertSpec(has_bias=True)"
@@ -231,10 +229,17 @@ class ExpertBank:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an ExpertBank can be neither copied nor pickled; load what export(expert_id) gives into a new one"
+        )
+
     # ---- checks ----
     def _check_open(self, op: str) -> None:
         if self._closed:
-            raise RuntimeError(f"[{op}] this ExpertBank was closed; build a new one")
+            raise RuntimeError(
+                f"[{op}] this ExpertBank was closed and its experts are gone; build a new one and load them"
+            )
 
     def _check_id(self, expert_id: Any, op: str) -> None:
         if not isinstance(expert_id, Integral) or not 0 <= int(expert_id) < self.spec.num_experts:
@@ -250,8 +255,13 @@ class ExpertBank:
         if out is None:
             out = empty_like(x, "[forward] out")
         arrays = tuple(
-            as_host_array(value, f"[forward] {name}")
-            for name, value in (("x", x), ("topk_ids", ids), ("topk_weights", weights), ("out", out))
+            as_host_array(value, f"[forward] {name}", types)
+            for name, value, types in (
+                ("x", x, FLOATS),
+                ("topk_ids", ids, IDS),
+                ("topk_weights", weights, FLOATS),
+                ("out", out, FLOATS),
+            )
         )
         x_a, ids_a, weights_a, out_a = arrays
         if len(x_a.shape) != 2 or x_a.shape[1] != self.spec.d_model:
@@ -262,13 +272,6 @@ class ExpertBank:
             raise ValueError(f"[forward] topk_weights: expected shape {ids_a.shape}, got {weights_a.shape}")
         if out_a.shape != x_a.shape:
             raise ValueError(f"[forward] out: expected shape {x_a.shape}, got {out_a.shape}")
-        if ids_a.dtype not in ("i32", "i64"):
-            raise ValueError(
-                f"[forward] topk_ids: expected i32 or i64, got {ids_a.dtype}; convert them to int64"
-            )
-        for name, array in (("x", x_a), ("topk_weights", weights_a), ("out", out_a)):
-            if array.dtype not in _FLOATS:
-                raise _no_float(array, f"[forward] {name}")
         if not out_a.has_unit_stride_rows or out_a.has_overlapping_rows:
             raise ValueError(
                 f"[forward] out: expected rows of unit stride that do not overlap, got strides {out_a.strides}; "
@@ -277,6 +280,18 @@ class ExpertBank:
         if isinstance(out, np.ndarray) and not out.flags.writeable:
             raise ValueError("[forward] out: expected an array to write to, got a read-only one; copy it")
         return (row_major(x_a, x_a.dtype), ids_a, weights_a, out_a), out
+
+
+def _check_kinds(spec: Any, pool: Any, places: Any) -> None:
+    """What duck typing would report deep inside a backend."""
+    if not isinstance(spec, ExpertSpec):
+        raise TypeError(f"ExpertBank: spec: expected an ExpertSpec, got {type(spec).__name__}")
+    if pool is not None and not hasattr(pool, "num_threads"):
+        raise TypeError(
+            f"ExpertBank: pool: expected one from make_pool(num_threads), got {type(pool).__name__}"
+        )
+    if places is not None and not isinstance(places, HostPlaces):
+        raise TypeError(f"ExpertBank: places: expected HostPlaces, got {type(places).__name__}")
 
 
 def _check_fits(spec: ExpertSpec) -> None:
@@ -300,12 +315,6 @@ def _check_places(spec: ExpertSpec, places: HostPlaces, choice: BackendChoice) -
             f"ExpertBank: places: expected {wanted_bytes} bytes each, got {places.blob_bytes}; "
             "make them with HostPlaces(make_layout(spec), ...)"
         )
-
-
-def _no_float(array: HostArray, what: str) -> ValueError:
-    return ValueError(
-        f"{what}: expected one of {', '.join(_FLOATS)}, got {array.dtype}; convert it to float32"
-    )
 
 
 class PendingForward:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from hostcompute import env
-from hostcompute.topology import ALL_CORES, CoreShare, choose_cores
+from hostcompute.topology import ALL_CORES, CoreShare, choose_cores, default_cores
 
 # How long threads look for the next layer's work, yielding their core, before they sleep. Waking a sleeping thread
 # cost 50 to 300 us on virtual machines; a decode step comes back per layer within a millisecond or two.
@@ -17,13 +16,13 @@ _guard = threading.Lock()
 
 
 def make_pool(num_threads: int | None = None, share: CoreShare = ALL_CORES) -> Any:
-    """A native pool of pinned threads (default: one for every core of this process's share).
+    """A native pool of pinned threads (default: MONDE_NUM_THREADS, or one for every core of this process's share).
 
     Errors: ValueError for an impossible number of threads, ImportError without the native module.
     """
     from hostcompute import _native
 
-    cores = choose_cores(num_threads, share)
+    cores = default_cores(share) if num_threads is None else choose_cores(num_threads, share)
     return _native.Pool([core.cpu_id for core in cores], [core.node_id for core in cores], SPIN_S)
 
 
@@ -32,5 +31,5 @@ def shared_pool() -> Any:
     global _shared
     with _guard:
         if _shared is None:
-            _shared = make_pool(env.num_threads())
+            _shared = make_pool()
         return _shared

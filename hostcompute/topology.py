@@ -8,6 +8,8 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
+from hostcompute import env
+
 _NODES = Path("/sys/devices/system/node")
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -68,12 +70,22 @@ def quota_cpus() -> float:
     return math.inf if quota == "max" else int(quota) / int(period)
 
 
-def choose_cores(num_threads: int | None, share: CoreShare = ALL_CORES) -> list[Core]:
+def default_cores(share: CoreShare = ALL_CORES) -> list[Core]:
+    """One core a thread where nobody gives a number: MONDE_NUM_THREADS of them, else all.
+
+    Errors: ValueError for a number that the variable cannot have here.
+    """
+    return choose_cores(env.num_threads(), share, "MONDE_NUM_THREADS")
+
+
+def choose_cores(
+    num_threads: int | None, share: CoreShare = ALL_CORES, asked_by: str = "num_threads"
+) -> list[Core]:
     """One core a thread: all that are allowed and paid for, or `num_threads` spread evenly over the nodes.
 
     Of those cores a share is a run of neighbours; where there are fewer cores than processes, one core each, in turn.
 
-    Errors: ValueError for fewer than one thread or more than there are cores.
+    Errors: ValueError, naming asked_by, for fewer than one thread or more than there are cores.
     """
     cores = allowed_cores()
     i, n = share.process_idx, share.num_processes
@@ -86,7 +98,8 @@ def choose_cores(num_threads: int | None, share: CoreShare = ALL_CORES) -> list[
         num_threads = len(cores) if quota == math.inf else max(1, min(len(cores), math.ceil(quota) // n))
     if not 1 <= num_threads <= len(cores):
         raise ValueError(
-            f"num_threads: expected 1..{len(cores)} (the cores this process may use), got {num_threads}"
+            f"{asked_by}: expected 1..{len(cores)} (the cores this process may use), got {num_threads}; "
+            f"leave {asked_by} out to use every core"
         )
     picked = [cores[i * len(cores) // num_threads] for i in range(num_threads)]
     used = sorted({core.node_id for core in picked})

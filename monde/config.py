@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.distributed.device_mesh import DeviceMesh
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -43,8 +45,8 @@ class MondeConfig(QuantizationConfigMixin):
         and resident experts; host_memory the experts on the host. Default: what is free when loading starts.
         Over ranks both are of each rank.
     max_memory: accelerate's form of the same, {0: "10GiB", "cpu": "60GiB"}; give one form or the other.
-    device: where the dense weights run, "cuda:0" or "cpu"; default the first GPU, else the CPU. On "cpu" a
-        gpu_memory above 0 makes the CPU a stand-in for the GPU: resident experts take the GPU's code path.
+    device: where the dense weights run, "cuda:0" or "cpu", or such a torch.device; default the first GPU, else the
+        CPU. On "cpu" a gpu_memory above 0 makes the CPU a stand-in for the GPU: resident experts take its code path.
     cpu_backend: "auto" (native, else numba), "native", "numba" or "reference".
     num_threads: threads of the host kernels; default all physical cores.
     nllb_upstream_routing: NLLB-MoE as transformers runs it, on experts 0 and 1 alone; default is the routing
@@ -66,7 +68,8 @@ class MondeConfig(QuantizationConfigMixin):
     deferred_experts: of a token's experts in a decode step, how many of smallest routing weight are added one MoE layer
         later, where the host can compute them during attention. Changes the answer: docs/deferral.md has by how much.
         0, the default, is exact.
-    max_context, max_batch: the longest sequence and largest batch that gpu_memory must leave room for.
+    max_context, max_batch: the longest sequence and largest batch that the budget must leave room for. What counts is
+        their product; a model that is asked for more warns once, and may then exceed its budget.
 
     Errors: ValueError with the remedy for sizes that cannot be read, are negative or exceed the machine.
     """
@@ -76,7 +79,7 @@ class MondeConfig(QuantizationConfigMixin):
         gpu_memory: Size = None,
         host_memory: Size = None,
         max_memory: Mapping[int | str, int | str] | None = None,
-        device: str | None = None,
+        device: str | torch.device | None = None,
         cpu_backend: str = "auto",
         num_threads: int | None = None,
         max_context: int = 4096,
@@ -100,7 +103,7 @@ class MondeConfig(QuantizationConfigMixin):
         if self.host_memory is not None and self.host_memory > machine_memory_bytes():
             wanted, have = format_bytes(self.host_memory), format_bytes(machine_memory_bytes())
             raise ValueError(f"host_memory: {wanted} is more than this machine's {have}; ask for less")
-        self.device = device
+        self.device = None if device is None else _device_name(device)
         if cpu_backend not in CPU_BACKENDS:
             raise ValueError(f"cpu_backend: expected one of {', '.join(CPU_BACKENDS)}, got {cpu_backend!r}")
         self.cpu_backend = cpu_backend
@@ -173,6 +176,20 @@ def _from_max_memory(max_memory: Mapping[int | str, int | str], gpu: Size, host:
     if unknown:
         raise ValueError(f'max_memory: expected the keys 0 (the GPU) and "cpu", got {unknown}')
     return max_memory.get(0, max_memory.get("0")), max_memory.get("cpu")
+
+
+def _device_name(device: str | torch.device) -> str:
+    """As text, for configurations are written as JSON. Whether the machine has it is asked when loading starts."""
+    named = device
+    if isinstance(named, str):
+        with contextlib.suppress(RuntimeError):
+            named = torch.device(named)
+    if isinstance(named, torch.device):
+        if named.type == "cuda":
+            return str(named)
+        if named.type == "cpu" and not named.index:
+            return "cpu"
+    raise ValueError(f'device: expected "cpu", "cuda" or a GPU as "cuda:0", got {device!r}')
 
 
 def _one_dim(mesh: Any) -> DeviceMesh:

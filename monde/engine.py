@@ -161,7 +161,11 @@ class Engine:
         return self._decoders[layer_idx, x_dtype]
 
     def begin_step(self) -> None:
-        """Before a step of the model. Errors: RuntimeError for an earlier step that the host did not answer."""
+        """Before a step of the model, which may be a graph: those outlive the memory that they read.
+
+        Errors: RuntimeError after close, and for an earlier step that the host did not answer.
+        """
+        self.layers[0].check_open()
         for hub in self._hubs.values():
             hub.begin_step()
 
@@ -199,6 +203,11 @@ class Engine:
         for part_idx, local_id, part in self.ranked.parts_of(layer_idx, expert_id, arrays):
             self._load(part_idx, local_id, part)
 
+    def settle(self) -> None:
+        """Before weights of a model that has run change: nothing that reads them is under way. Waits for the device."""
+        self.layers[0].check_open()
+        self.residency.settle()
+
     def holds(self, layer_idx: int, expert_id: int) -> bool:
         """Whether this process needs the expert's weights."""
         return self.ranked is None or self.ranked.holds(layer_idx, expert_id)
@@ -224,6 +233,7 @@ class Engine:
 
     def export_expert(self, layer_idx: int, expert_id: int) -> dict[str, Tensor]:
         """One expert as `load_expert` took it, bit for bit, on the CPU. Over ranks all of them call it."""
+        self.layers[0].check_open()
         if self.ranked is None:
             return self._export(layer_idx, expert_id)
         held = self.ranked.held_LP[layer_idx][0]
@@ -296,7 +306,7 @@ class Engine:
             self.prefill.close()
         self.residency.close()
         for layer in self.layers:
-            layer.host.bank.close()
+            layer.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
         """A copied model shares the experts of the original."""

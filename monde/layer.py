@@ -27,6 +27,8 @@ from monde.executors.ranked import RankedExecutor
 from monde.routing.deferral import apart
 from monde.weights.table import SlotTable
 
+_CLOSED = "model.monde.close() gave this model's experts back and closed it; load the model again"
+
 
 class Watch(Protocol):
     """Whoever follows the routing of all layers."""
@@ -60,9 +62,13 @@ class MoELayer:
         self.spec, self.table, self.host, self.device, self.decoder = spec, table, host, device, decoder
         self.layer_idx, self.watch = layer_idx, watch
         self.num_calls = 0
+        self._is_closed = False
 
     def forward(self, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
-        """y_TD = sum over k of weight_Tk * expert[id_Tk](x_T), summed in fp32, rounded once to x's type."""
+        """y_TD = sum over k of weight_Tk * expert[id_Tk](x_T), summed in fp32, rounded once to x's type.
+
+        Errors: RuntimeError after close.
+        """
         self.enter()
         batch = RoutedBatch(x_TD, topk_ids_TK, topk_weights_TK)
         decode = self.decoder(x_TD.dtype) if DecodeExecutor.takes(batch) else None
@@ -70,6 +76,7 @@ class MoELayer:
 
     def enter(self) -> None:
         """A call of this layer begins."""
+        self.check_open()
         self.num_calls += 1
         if self.watch is not None:
             self.watch.enter(self.layer_idx)
@@ -85,6 +92,16 @@ class MoELayer:
         if self.device is not None:
             return self.device.forward(batch, y_dtype)
         return self.host.submit(batch, y_dtype).wait()
+
+    def check_open(self) -> None:
+        """Errors: RuntimeError after close."""
+        if self._is_closed:
+            raise RuntimeError(_CLOSED)
+
+    def close(self) -> None:
+        """Give the host memory back."""
+        self._is_closed = True
+        self.host.bank.close()
 
 
 class RankedLayer:

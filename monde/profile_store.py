@@ -12,8 +12,7 @@ from pathlib import Path
 
 import torch
 
-from hostcompute import env
-from hostcompute.topology import choose_cores, cpu_name
+from hostcompute.topology import cpu_name, default_cores
 from monde.planning.machines import DESCRIBED
 from monde.planning.profile import HardwareProfile, MachineIdentity
 
@@ -23,7 +22,7 @@ def this_machine() -> MachineIdentity:
     return MachineIdentity(
         name=platform.node(),
         cpu=cpu_name(),
-        num_cores=len(choose_cores(env.num_threads())),
+        num_cores=len(default_cores()),
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         library_version=_version(),
     )

@@ -123,11 +123,7 @@ class Residency:
         """Between two steps of the model. Launches copies at most, and waits for nothing."""
         if not self.counts:
             return
-        done = self._mover.finish()
-        self.num_swaps += len(done)
-        self.swap_bytes += sum(self._layers[swap.layer].slot_bytes for swap in done)
-        back = (self._layers[swap.layer] for swap in done if self._places)
-        self.returned_bytes += sum(layer.slot_bytes - layer.kept_bytes for layer in back)
+        self._finish_swaps()
         if self._steps_in_round >= self.settings.interval_steps:
             if self._read_N2 is not None and self._reading is None:
                 self._reading = self._copies.to_host(self._read_N2, self.tracker.state_N2)
@@ -138,6 +134,24 @@ class Residency:
             assert self._read_N2 is not None
             self._reading = None
             self._swap(self.tracker.record(self._read_N2))
+
+    def settle(self) -> None:
+        """Between two steps of the model: swaps under way are completed, and the device is waited for."""
+        self._wait()
+        while self._mover.is_busy:
+            self._finish_swaps()
+            self._wait()
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _finish_swaps(self) -> None:
+        done = self._mover.finish()
+        self.num_swaps += len(done)
+        self.swap_bytes += sum(self._layers[swap.layer].slot_bytes for swap in done)
+        back = (self._layers[swap.layer] for swap in done if self._places)
+        self.returned_bytes += sum(layer.slot_bytes - layer.kept_bytes for layer in back)
 
     def _swap(self, heat: Heat) -> None:
         placements = [table.placement for table in self.tables]

@@ -26,10 +26,10 @@ def choose_isa(isa: str | None) -> tuple[str, str]:
     available = available_isas()
     asked, source = (isa, "isa argument") if isa else (env.forced_isa(), "MONDE_CPU_ISA")
     if asked is None:
-        return available[0], "the best this CPU has"
+        return available[0], f"{available[0]} is this CPU's best instruction set"
     if asked not in available:
         raise RuntimeError(f"{source}: {asked} cannot run here; this CPU has {', '.join(available)}")
-    return asked, f"forced by {source}"
+    return asked, f"{asked} was forced by {source}, this CPU's best instruction set is {available[0]}"
 
 
 class NativeBackend:

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hostcompute import env
 from hostcompute.arrays import HostArray, as_host_array
 from hostcompute.backends.base import ExpertWeights, stored_weights
 from hostcompute.backends.checks import check_finite, check_present
@@ -23,7 +22,7 @@ from hostcompute.backends.crew import shared_crew
 from hostcompute.backends.numba_kernels import KIND_CODES, NUM_COUNTERS, Job, Matrices, run_tasks
 from hostcompute.backends.reference import store
 from hostcompute.spec import ExpertSpec, RoutedCounts
-from hostcompute.topology import choose_cores
+from hostcompute.topology import default_cores
 
 # A task reads about this much: long enough for the hardware prefetcher, short enough to stay in L2 for the
 # next tokens.
@@ -76,7 +75,7 @@ class NumbaBackend:
 
     def __init__(self, spec: ExpertSpec, num_threads: int | None = None) -> None:
         self.spec = spec
-        self._crew = shared_crew(num_threads or env.num_threads() or len(choose_cores(None)))
+        self._crew = shared_crew(num_threads or len(default_cores()))
         self._experts: dict[int, ExpertWeights] = {}
         self._up, self._down = _no_matrices(spec, spec.d_ffn), _no_matrices(spec, spec.d_model)
         self._gate = _no_matrices(spec, spec.d_ffn) if spec.gated else self._up

@@ -100,7 +100,7 @@ class ReferenceBackend:
 
     def export(self, expert_id: int) -> ExpertWeights:
         arrays: dict[str, Any] = {
-            name: as_host_array(m, name) for name, m in self._experts[expert_id].items()
+            name: as_host_array(m, name, ("float64",)) for name, m in self._experts[expert_id].items()
         }
         return stored_weights(self.spec, ExpertWeights(**arrays))
 

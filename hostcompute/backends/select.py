@@ -1,10 +1,10 @@
-"""Which backend runs, and why: asked for by name, or the fastest that this machine has."""
+"""Which backend runs, and why: asked for by name, or the fastest one that is installed."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hostcompute import env
@@ -23,9 +23,8 @@ class BackendChoice:
     name: str
     isa: str
     why: str
-    build: Callable[
-        [ExpertSpec, Any, HostPlaces | None], Backend
-    ]  # spec, pool, places: native alone uses those
+    # spec, pool, places: native alone uses those
+    build: Callable[[ExpertSpec, Any, HostPlaces | None], Backend] = field(repr=False)
 
 
 def choose(name: str = "auto", isa: str | None = None) -> BackendChoice:
@@ -41,7 +40,7 @@ def choose(name: str = "auto", isa: str | None = None) -> BackendChoice:
     forced = isa or env.forced_isa()
     if name == "auto":
         try:
-            return _native("the fastest one that this machine has", isa)
+            return _native("native is the fastest backend", isa)
         except NativeMissing as error:
             if forced:
                 raise RuntimeError(f"ISA {forced} needs the native backend, but {error}") from error

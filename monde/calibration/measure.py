@@ -9,9 +9,9 @@ from functools import partial
 import psutil
 import torch
 
-from hostcompute import ExpertSpec, env, make_pool
+from hostcompute import ExpertSpec, make_pool
 from hostcompute.probe import uncached_bytes
-from hostcompute.topology import choose_cores, machine_memory_bytes
+from hostcompute.topology import default_cores, machine_memory_bytes
 from monde.calibration.dense import DenseProbes
 from monde.calibration.gpu import GpuProbes
 from monde.calibration.host import FORMATS, HostProbes, format_spec
@@ -49,7 +49,7 @@ def calibrate(
     """
     on_gpu = machine.gpu is not None
     _check_memory(effort, on_gpu)
-    pool = make_pool(host_threads() if on_gpu else len(choose_cores(env.num_threads())))
+    pool = make_pool(host_threads() if on_gpu else len(default_cores()))
     host = HostProbes(effort.spec, pool, effort.sample_s, effort.read_bytes)
     device = torch.device("cuda:0" if on_gpu else "cpu")
     gpu = GpuProbes(host, pool, device, effort.copied_bytes) if on_gpu else None

@@ -20,11 +20,11 @@ def info(backend: BackendOption = BackendName.AUTO) -> None:
 
     from hostcompute import env
     from hostcompute.backends.select import choose
-    from hostcompute.topology import allowed_cores, choose_cores
+    from hostcompute.topology import allowed_cores, default_cores
     from monde.cli.machine import Machine, cuda_or_why_not, huge_pages
 
     choice = choose(backend.value)
-    num_threads, num_allowed = len(choose_cores(env.num_threads())), len(allowed_cores())
+    num_threads, num_allowed = len(default_cores()), len(allowed_cores())
     free_gib = psutil.virtual_memory().available / 2**30
     machine = Machine.here()
     rows = {

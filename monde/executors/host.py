@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hostcompute import ExpertBank, env, make_pool
-from hostcompute.topology import ALL_CORES, CoreShare, choose_cores
+from hostcompute import ExpertBank, make_pool
+from hostcompute.topology import ALL_CORES, CoreShare, default_cores
 from monde.core import RoutedBatch
 from monde.weights.staging import Staging
 
@@ -98,9 +98,9 @@ def host_pool(num_threads: int | None, device: torch.device, share: CoreShare = 
         return make_pool(num_threads, share)
     if device.type == "cuda":
         return make_pool(host_threads(share), share)
-    return make_pool(env.num_threads(), share) if share.num_processes > 1 else None
+    return make_pool(None, share) if share.num_processes > 1 else None
 
 
 def host_threads(share: CoreShare = ALL_CORES) -> int:
     """Threads of the host kernels next to a GPU: one core stays with who launches steps and spins for them."""
-    return max(1, len(choose_cores(env.num_threads(), share)) - 1)
+    return max(1, len(default_cores(share)) - 1)

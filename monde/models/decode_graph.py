@@ -105,6 +105,11 @@ class _Decoding:
                 generation_config, model_kwargs, generation_mode, *sizes
             )
 
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        if self._decode_runner is not None:
+            self._decode_runner.forget()  # assign=True gives parameters other addresses
+        return super().load_state_dict(*args, **kwargs)  # type: ignore[misc]
+
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         if self._decode_runner is not None:
             self._decode_runner.forget()  # the parameters may move, and graphs know their addresses

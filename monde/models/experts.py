@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ from monde.engine import Engine
 from monde.models.adapters.base import Adapter, ExpertAxis, ExpertLayout
 from monde.models.families import UNSUPPORTED, adapter_of, supported_families
 from monde.models.op import ExpertsHandle
+from monde.models.state_dict import GiveExperts, TakeExperts
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
@@ -68,10 +68,12 @@ class ExpertsModule:
                 owner, leaf = _owner(module, name)
                 del owner._parameters[leaf]
                 owner.__dict__[leaf] = _stand_in(param)
-            # Rows past the last expert belong to no view (identity experts); kept, so that saving is exact.
-            num_rows = self.spec.num_experts if name in self._stacked_names() else param.shape[0]
-            tail = param.detach()[num_rows:].clone()
+            tail = self.tail_of(name, param.detach()).clone()
             self.taken[name] = TakenParameter(tuple(param.shape), param.dtype, param.requires_grad, tail)
+
+    def tail_of(self, name: str, param: Tensor) -> Tensor:
+        """Rows past the last expert belong to no view (identity experts); kept, so that saving is exact."""
+        return param[self.spec.num_experts if name in self._stacked_names() else param.shape[0] :]
 
     def rebuild(self, engine: Engine, layer_idx: int) -> Iterator[tuple[str, Tensor]]:
         """(name, whole tensor) of every parameter taken, with the values it had."""
@@ -96,11 +98,12 @@ class ExpertsModule:
     def attach(self, engine: Engine, layer_idx: int) -> None:
         """Route the module's calls to the engine and its state dict through `rebuild`."""
         adapter = self.adapter.configured(engine.config)
-        hook = _StateDictHook(self, engine, layer_idx)
+        give, take = GiveExperts(self, engine, layer_idx), TakeExperts(self, engine, layer_idx)
         for _, module in self._places():
             adapter.attach(module, ExpertsHandle(engine.fronts[layer_idx]))
-            module.register_state_dict_post_hook(hook)
-            module.register_load_state_dict_pre_hook(_refuse_state_dict)
+            module.register_state_dict_post_hook(give)
+            if engine.ranked is None:
+                module.register_load_state_dict_pre_hook(take)
 
     def _stacked_names(self) -> set[str]:
         return {view.param for _, view in self.layout.roles() if view.axis is ExpertAxis.STACKED}
@@ -144,37 +147,6 @@ class TakenParameter:
         if len(self.tail):
             tensor[-len(self.tail) :] = 0 if self.tail.is_meta else self.tail
         return tensor
-
-
-@dataclass(eq=False)  # torch marks hooks with an attribute, so not frozen
-class _StateDictHook:
-    """Puts the experts into `state_dict`, so that it and `save_pretrained` look as if nothing had moved."""
-
-    experts: ExpertsModule
-    engine: Engine
-    layer_idx: int
-    # What was put in last. A tied module finds it in its state dict and gives the same tensors, as before monde.
-    latest: dict[str, weakref.ref[Tensor]] = field(default_factory=dict)
-
-    def __call__(
-        self, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any
-    ) -> None:
-        there = {id(tensor) for tensor in state_dict.values()}
-        known = ((name, ref()) for name, ref in self.latest.items())
-        latest = {name: tensor for name, tensor in known if tensor is not None and id(tensor) in there}
-        tensors = latest or dict(self.experts.rebuild(self.engine, self.layer_idx))
-        self.latest = {name: weakref.ref(tensor) for name, tensor in tensors.items()}
-        state_dict |= {prefix + name: tensor for name, tensor in tensors.items()}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _StateDictHook:
-        return self
-
-
-def _refuse_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    raise RuntimeError(
-        f"{prefix.rstrip('.')}: monde holds these experts and takes weights once, at loading; load the weights "
-        "before monde.offload, or save_pretrained them and load that folder"
-    )
 
 
 def find_experts(model: nn.Module) -> list[ExpertsModule]:

@@ -17,6 +17,8 @@ from monde.models.experts import ExpertsModule
 from monde.models.mesh import run_over_ranks
 from monde.models.norms import fuse_norms
 from monde.models.on_cpu import speed_up_on_cpu
+from monde.models.planned_size import watch_size
+from monde.models.state_dict import refuse_state_dicts
 
 _RUNS_IN = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -28,6 +30,8 @@ def hand_over(model: Any, engine: Engine, modules: Sequence[ExpertsModule]) -> N
         install_on_gpu(model, engine)
     else:
         run_over_ranks(model, engine, engine.ranked.ranks)
+        refuse_state_dicts(model, [module.name for module in modules])
+    watch_size(model, engine)
     defer_in_decode(model, engine)
     fuse_norms(model)
     speed_up_on_cpu(model, engine.device, engine.pool)

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hostcompute import env
-from hostcompute.topology import choose_cores
+from hostcompute.topology import choose_cores, default_cores
 from monde.config import MondeConfig
 from monde.engine import Engine
 from monde.executors.ranks import RankGroup, ranks_of_mesh
@@ -49,8 +48,9 @@ def run_over_ranks(model: Any, engine: Engine, ranks: RankGroup) -> None:
     """What remains to be done when all weights are there; all ranks are here. A step's graph cannot hold exchanges."""
     if engine.device.type == "cpu":
         # torchrun gives torch one thread, other launchers one for every core of the machine.
-        threads = engine.config.num_threads or env.num_threads()
-        torch.set_num_threads(len(choose_cores(threads, ranks.cores)))
+        num_threads = engine.config.num_threads
+        cores = choose_cores(num_threads, ranks.cores) if num_threads else default_cores(ranks.cores)
+        torch.set_num_threads(len(cores))
     engine.loaded()
     _step_together(model, ranks)
 

@@ -62,18 +62,16 @@ def resolve_device(config: MondeConfig) -> torch.device:
         return _device_of(config.mesh)
     if config.device is None:
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(config.device)
-    except RuntimeError as error:
-        raise ValueError(f'device: expected "cpu" or "cuda:0", got {config.device!r}') from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f'device: expected "cpu" or "cuda:0", got {config.device!r}')
+    device = torch.device(config.device)
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(
                 f'device: {config.device} was asked for and this machine has no usable GPU; use device="cpu"'
             )
-        device = torch.device("cuda", device.index or 0)
+        device, num_gpus = torch.device("cuda", device.index or 0), torch.cuda.device_count()
+        if device.index >= num_gpus:
+            have = "cuda:0 alone" if num_gpus == 1 else f"cuda:0 to cuda:{num_gpus - 1}"
+            raise ValueError(f"device: {device} was asked for and this machine has {have}; name one it has")
     if config.mesh is not None and config.mesh.device_type != device.type:
         raise ValueError(
             f"mesh: it is one of {config.mesh.device_type} and dense weights are asked to run on {device}; leave "

@@ -285,3 +285,24 @@ def test_what_all_raise_ends_nothing(tmp_path: Path) -> None:
         assert text.startswith("ValueError")
         assert seconds_s < 3
         assert works == "True"
+
+
+def refuses_state_dicts(parallel: str) -> tuple[str, bool]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = monde.offload(tiny.build("qwen3_moe"), device="cpu", mesh=mesh, parallel=parallel)
+    before, text = model.state_dict(), ""
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    other = {name: tensor + 1 for name, tensor in before.items()}
+    for module, weights in ((model, other), (model.model.layers[1], {})):
+        with pytest.raises(RuntimeError, match="take weights once, at loading") as error:
+            module.load_state_dict(weights)
+        text += str(error.value)
+    after = model.state_dict()
+    return text, all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("parallel", ["sharded", "peers"])
+def test_a_state_dict_is_refused_before_anything_is_written(parallel: str, tmp_path: Path) -> None:
+    for text, is_unchanged in run_ranks(refuses_state_dicts, 2, tmp_path, parallel):
+        assert text.startswith("Qwen3MoeForCausalLM: ranks hold parts of these experts")
+        assert is_unchanged

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import numpy as np
@@ -230,10 +232,10 @@ def test_missing_experts_are_named(backend: str) -> None:
         (
             {"down": np.ones((24, 20), np.int64)},
             ValueError,
-            "down: expected one of f32, bf16, f16, got i64; convert it",
+            "down: expected float32, bfloat16 or float16, got int64; convert it to float32",
         ),
-        ({"down": np.ones((24, 20), np.complex64)}, TypeError, "unsupported element type complex64"),
-        ({"down": np.ones((24, 20))}, ValueError, "down: .* got f64; convert it to float32"),
+        ({"down": np.ones((24, 20), np.complex64)}, ValueError, "down: .* got complex64; convert it"),
+        ({"down": np.ones((24, 20))}, ValueError, "down: .* got float64; convert it to float32"),
         ({"down": [[1.0]]}, TypeError, r"expected a NumPy array.* got list; wrap it: numpy.asarray"),
     ],
 )
@@ -279,13 +281,19 @@ def test_out_that_cannot_be_written_is_refused(backend: str) -> None:
     ("change", "message"),
     [
         ({"x_TD": np.ones((3, 23), np.float32)}, r"x: expected shape \(T, 24\)"),
-        ({"x_TD": np.ones((3, 24), np.float64)}, "x: .* got f64; convert it to float32"),
-        ({"topk_weights_TK": np.ones((3, 2))}, "topk_weights: .* got f64; convert it to float32"),
+        ({"x_TD": np.ones((3, 24), np.float64)}, "x: .* got float64; convert it to float32"),
+        ({"topk_weights_TK": np.ones((3, 2))}, "topk_weights: .* got float64; convert it to float32"),
         ({"topk_ids_TK": np.zeros((2, 2), np.int64)}, r"topk_ids: expected shape \(3, K\)"),
         (
             {"topk_ids_TK": np.zeros((3, 2), np.float32)},
-            "topk_ids: expected i32 or i64, got f32; convert them to int64",
+            "topk_ids: expected int64 or int32, got float32; convert it to int64",
         ),
+        ({"topk_ids_TK": np.zeros((3, 2), np.uint8)}, "topk_ids: .* got uint8; convert it to int64"),
+        ({"topk_ids_TK": np.zeros((3, 2), np.int16)}, "topk_ids: .* got int16; convert it to int64"),
+        ({"topk_ids_TK": np.zeros((3, 2), np.uint64)}, "topk_ids: .* got uint64; convert it to int64"),
+        ({"topk_ids_TK": np.zeros((3, 2), bool)}, "topk_ids: .* got bool; convert it to int64"),
+        ({"topk_ids_TK": np.zeros((3, 2), ">i8")}, "topk_ids: >i8 has another byte order .* to int64"),
+        ({"x_TD": np.ones((3, 24), ">f4")}, "x: >f4 has another byte order .* convert it to float32"),
         ({"topk_weights_TK": np.ones((3, 1), np.float32)}, r"topk_weights: expected shape \(3, 2\)"),
         ({"out": np.ones((3, 25), np.float32)}, r"out: expected shape \(3, 24\)"),
         ({"out": np.ones((24, 3), np.float32).T}, "out: expected rows of unit stride"),
@@ -299,6 +307,42 @@ def test_forward_refuses(backend: str, change: dict[str, Any], message: str) -> 
     }
     with loaded_bank(backend) as bank, pytest.raises(ValueError, match=message):
         bank.forward(**{**batch, **change})
+
+
+def test_torch_tensors_whose_bytes_are_not_their_values_are_refused(backend: str) -> None:
+    torch = pytest.importorskip("torch")
+    x_TD, ids_TK, weights_TK = torch.ones(3, 24), torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2)
+    with loaded_bank(backend) as bank:
+        with pytest.raises(ValueError, match=r"x: a view that torch negates .* call .resolve_neg\(\) first"):
+            bank.forward(torch._neg_view(x_TD), ids_TK, weights_TK)
+        with pytest.raises(ValueError, match=r"topk_ids: .* got uint8; convert it to int64"):
+            bank.forward(x_TD, ids_TK.to(torch.uint8), weights_TK)
+
+
+def test_dlpack_that_numpy_cannot_read_is_refused(backend: str) -> None:
+    torch = pytest.importorskip("torch")
+
+    class OnlyDlpack:
+        def __dlpack__(self, **kwargs: Any) -> Any:
+            return torch.ones(1, 24, dtype=torch.bfloat16).__dlpack__(**kwargs)
+
+        def __dlpack_device__(self) -> Any:
+            return (1, 0)
+
+    out = np.zeros((1, 24), np.float32)
+    with (
+        loaded_bank(backend) as bank,
+        pytest.raises(ValueError, match=r"x: NumPy cannot read this OnlyDlpack \(.*torch.from_dlpack"),
+    ):
+        bank.forward(OnlyDlpack(), np.zeros((1, 1), int), np.ones((1, 1), np.float32), out=out)
+
+
+def test_out_may_be_x(backend: str) -> None:
+    x_TD, ids_TK, weights_TK = rng().standard_normal((5, 24)), np.array([[0, 1]] * 5), np.ones((5, 2))
+    x_TD, weights_TK = x_TD.astype(np.float32), weights_TK.astype(np.float32)
+    with loaded_bank(backend) as bank:
+        apart = bank.forward(x_TD, ids_TK, weights_TK)
+        np.testing.assert_array_equal(bank.forward(x_TD, ids_TK, weights_TK, out=x_TD), apart)
 
 
 def test_lists_are_refused(backend: str) -> None:
@@ -343,8 +387,36 @@ def test_closed_bank(backend: str) -> None:
         lambda: bank.release(0),
         lambda: bank.load(0, **make_expert(rng(), SPEC, "separate")),
     ):
-        with pytest.raises(RuntimeError, match="closed"):
+        with pytest.raises(RuntimeError, match="closed and its experts are gone; build a new one and load"):
             use()
+
+
+def test_a_forward_under_way_outlives_the_bank(backend: str) -> None:
+    batch = make_batch(rng(), SPEC, 4, 2)
+    with loaded_bank(backend) as bank:
+        want = forward(bank, batch)
+        out = host_array(np.zeros(batch.x_TD.shape), "f32")
+        pending = bank.submit(*batch.arguments, out=out)
+    np.testing.assert_array_equal(pending.wait().float32(), want)
+
+
+@pytest.mark.parametrize("use", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_bank_cannot_be_copied(backend: str, use: Any) -> None:
+    with loaded_bank(backend) as bank, pytest.raises(TypeError, match=r"load what export\(expert_id\) gives"):
+        use(bank)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"spec": {"num_experts": 3}}, "spec: expected an ExpertSpec, got dict"),
+        ({"pool": 2}, r"pool: expected one from make_pool\(num_threads\), got int"),
+        ({"places": 4}, "places: expected HostPlaces, got int"),
+    ],
+)
+def test_a_bank_of_something_else_is_refused(backend: str, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        ExpertBank(**{"spec": SPEC, "backend": backend, **change})
 
 
 @pytest.mark.parametrize("name", ["num_experts", "d_model", "d_ffn"])
@@ -388,6 +460,21 @@ def test_choice_says_why() -> None:
     assert choose().name in ("native", "numba")
     with pytest.raises(ValueError, match="expected auto, native, numba, reference, got 'cuda'"):
         choose("cuda")
+
+
+def test_a_forced_isa_is_not_called_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    native = pytest.importorskip("hostcompute.backends.native")
+    best = native.available_isas()[0]
+    monkeypatch.delenv("MONDE_CPU_ISA", raising=False)
+    assert choose().why == f"native is the fastest backend; {best} is this CPU's best instruction set"
+    assert repr(choose("reference")) == (
+        "BackendChoice(name='reference', isa='numpy-float64', why='asked for by name')"
+    )
+    monkeypatch.setattr(native, "available_isas", lambda: ["avx2", "scalar"])
+    monkeypatch.setenv("MONDE_CPU_ISA", "scalar")
+    why = "scalar was forced by MONDE_CPU_ISA, this CPU's best instruction set is avx2"
+    assert choose().why == f"native is the fastest backend; {why}"
+    assert choose("native").why == f"asked for by name; {why}"
 
 
 def test_an_absent_isa_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

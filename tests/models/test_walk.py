@@ -68,6 +68,18 @@ def test_offload_gives_the_weights_back(specimen: Specimen, offloaded: Any, tmp_
         )
 
 
+def test_weights_can_be_loaded_into_an_offloaded_model(specimen: Specimen) -> None:
+    blank = copy.deepcopy(specimen.model)
+    with torch.no_grad():
+        for param in blank.parameters():
+            param.zero_()
+    model = monde.offload(blank, device="cpu")
+    model.load_state_dict(specimen.model.state_dict())
+    wanted, got = specimen.model.state_dict(), model.state_dict()
+    assert [name for name in wanted if not torch.equal(got[name], wanted[name])] == []
+    model.monde.close()
+
+
 def test_from_pretrained_gives_the_same_answers(specimen: Specimen, tmp_path: Path) -> None:
     specimen.model.save_pretrained(tmp_path)
     config = monde.MondeConfig(device="cpu")

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from typing import Any
 
 import pytest
+import torch
 from accelerate.utils.modeling import convert_file_size_to_int
 from hypothesis import given
 from hypothesis import strategies as st
 
 import monde
 from hostcompute.topology import machine_memory_bytes
+from monde.models.sizing import resolve_device
 from monde.sizes import format_bytes, format_number, parse_size_bytes
 
 
@@ -59,6 +62,44 @@ def test_unreadable_sizes(size: Any) -> None:
 def test_refused_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         monde.MondeConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    "device",
+    ["meta", torch.device("meta"), "gpu", "", "CPU", "cpu:3", 0, True, 1.5],
+    ids=repr,
+)
+def test_refused_devices(device: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r'device: expected "cpu", "cuda" or a GPU as "cuda:0", got '
+    ) as error:
+        monde.MondeConfig(device=device)
+    assert str(error.value).endswith(repr(device))
+
+
+@pytest.mark.parametrize(
+    ("device", "num_gpus", "message"),
+    [
+        ("cuda", 0, 'device: cuda was asked for and this machine has no usable GPU; use device="cpu"'),
+        ("cuda:7", 1, "device: cuda:7 was asked for and this machine has cuda:0 alone; name one it has"),
+        ("cuda:2", 2, "device: cuda:2 was asked for and this machine has cuda:0 to cuda:1; name one it has"),
+    ],
+)
+def test_devices_that_the_machine_lacks(
+    device: str, num_gpus: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        resolve_device(monde.MondeConfig(device=device))
+
+
+def test_a_device_of_torch_is_written_down() -> None:
+    config = monde.MondeConfig(device=torch.device("cuda", 1))
+    assert json.loads(config.to_json_string())["device"] == "cuda:1"
+    assert '"device": "cuda:1"' in repr(config)
+    assert monde.MondeConfig(device=torch.device("cpu", 0)).to_dict()["device"] == "cpu"
+    assert resolve_device(monde.MondeConfig(device="cpu")) == torch.device("cpu")
 
 
 def test_unknown_setting() -> None:

@@ -287,6 +287,20 @@ def test_deepcopy_starts_without_graphs() -> None:
     assert runner(twin).num_captures == runner(model).num_captures == 1
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_weights_that_are_loaded_afterwards_are_those_that_run(assign: bool) -> None:
+    original, model = pair()
+    ids = tiny.prompt()
+    generate(model, ids)
+    held = weakref.ref(next(iter(runner(model)._on_cache)))
+    other = {name: tensor * 1.5 for name, tensor in original.state_dict().items()}
+    for one in (original, model):
+        one.load_state_dict(other, assign=assign)
+    assert torch.equal(generate(model, ids), generate(original, ids))
+    gc.collect()
+    assert held() is None  # a graph knows the addresses that parameters had
+
+
 def test_the_class_keeps_its_name() -> None:
     original, model = pair()
     assert type(model).__name__ == type(original).__name__
