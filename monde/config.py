@@ -44,7 +44,7 @@ class MondeConfig(QuantizationConfigMixin):
     gpu_memory, host_memory: "16GiB", "500MB" or bytes. gpu_memory covers dense weights, KV cache, workspace
         and resident experts; host_memory the experts on the host. Default: what is free when loading starts.
         Over ranks both are of each rank.
-    max_memory: accelerate's form of the same, {0: "10GiB", "cpu": "60GiB"}; give one form or the other.
+    max_memory: accelerate's form of the same, {0: "10GiB", "cpu": "56GiB"}; give one form or the other.
     device: where the dense weights run, "cuda:0" or "cpu", or such a torch.device; default the first GPU, else the
         CPU. On "cpu" a gpu_memory above 0 makes the CPU a stand-in for the GPU: resident experts take its code path.
     cpu_backend: "auto" (native, else numba), "native", "numba" or "reference".

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -60,6 +62,8 @@ class Engine:
         self.ranked = ranked
         self.pool = host_pool(config.num_threads, device, ALL_CORES if ranked is None else ranked.ranks.cores)
         self._num_replays = 0
+        # Layers share scratch, staging and residents; banks alone take calls of several threads at once.
+        self._turn = threading.RLock()
         self._hubs: dict[torch.dtype, DecodeHub] = {}
         self._decoders: dict[tuple[int, torch.dtype], DecodeExecutor] = {}
         placements, heat = placements_of(config, plan)
@@ -102,7 +106,9 @@ class Engine:
         if self.prefill is not None:
             blobs = partial(self.residency.fetchable, layer_idx)
             device = PrefillExecutor(layer_idx, bank, slots, table, self.prefill, blobs)
-        return MoELayer(bank.spec, table, host, device, decoder, layer_idx, self.residency)
+        alone = device is not None or self.device.type == "cuda"
+        turn = self._turn if alone else contextlib.nullcontext()
+        return MoELayer(bank.spec, table, host, device, decoder, layer_idx, self.residency, turn)
 
     def _build_front(self, ranked: RankedModel, layer_idx: int) -> RankedLayer:
         parts = [self.layers[held.part_idx] for held in ranked.held_LP[layer_idx]]
@@ -171,10 +177,11 @@ class Engine:
 
     def before_replay(self) -> None:
         """Before a CUDA graph that holds a step of the model."""
-        self._num_replays += 1
-        self.residency.step()
-        for hub in self._hubs.values():
-            hub.before_replay()
+        with self._turn:
+            self._num_replays += 1
+            self.residency.step()
+            for hub in self._hubs.values():
+                hub.before_replay()
 
     def end_step(self) -> None:
         """After a step was launched; it may still run."""
@@ -205,8 +212,9 @@ class Engine:
 
     def settle(self) -> None:
         """Before weights of a model that has run change: nothing that reads them is under way. Waits for the device."""
-        self.layers[0].check_open()
-        self.residency.settle()
+        with self._turn:
+            self.layers[0].check_open()
+            self.residency.settle()
 
     def holds(self, layer_idx: int, expert_id: int) -> bool:
         """Whether this process needs the expert's weights."""
@@ -242,12 +250,12 @@ class Engine:
         return self.ranked.join(layer_idx, mine)
 
     def _export(self, layer_idx: int, expert_id: int) -> dict[str, Tensor]:
-        layer = self.layers[layer_idx]
-        slot = layer.table.placement.slot_of_expert_E[expert_id]
-        slots = self.residency.slots[layer_idx]
-        if slot >= 0 and slots is not None and expert_id not in layer.host.bank.loaded_experts:
-            return {role: tensor.cpu() for role, tensor in slots.read(slot).items()}
-        return from_host_arrays(layer.host.bank.export(expert_id))
+        layer, slots = self.layers[layer_idx], self.residency.slots[layer_idx]
+        with self._turn:
+            slot = layer.table.placement.slot_of_expert_E[expert_id]
+            if slot >= 0 and slots is not None and expert_id not in layer.host.bank.loaded_experts:
+                return {role: tensor.cpu() for role, tensor in slots.read(slot).items()}
+            return from_host_arrays(layer.host.bank.export(expert_id))
 
     def save_heat(self, path: str | Path) -> None:
         """How hot every expert is by now, as a heat file for MondeConfig(heat_file=...). Synchronises.

@@ -12,7 +12,8 @@ Letters are explained in `monde.core`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from monde.executors.ranked import RankedExecutor
 from monde.routing.deferral import apart
 from monde.weights.table import SlotTable
 
+_NO_TURN: AbstractContextManager[Any] = nullcontext()
 _CLOSED = "model.monde.close() gave this model's experts back and closed it; load the model again"
 
 
@@ -47,6 +49,7 @@ class MoELayer:
     the experts without a slot, or, where residents may change and memory allows, all; the table says, to everybody, who is resident.
     watch hears of every call as layer_idx.
     decoder gives the decode executor for a type of activations, or None where there cannot be one.
+    turn: held during a call, where layers share what one call at a time may use; threads then take turns by layer.
     """
 
     def __init__(
@@ -58,7 +61,9 @@ class MoELayer:
         decoder: Callable[[torch.dtype], DecodeExecutor | None] = lambda x_dtype: None,
         layer_idx: int = 0,
         watch: Watch | None = None,
+        turn: AbstractContextManager[Any] = _NO_TURN,
     ) -> None:
+        self.turn = turn
         self.spec, self.table, self.host, self.device, self.decoder = spec, table, host, device, decoder
         self.layer_idx, self.watch = layer_idx, watch
         self.num_calls = 0
@@ -69,10 +74,11 @@ class MoELayer:
 
         Errors: RuntimeError after close.
         """
-        self.enter()
-        batch = RoutedBatch(x_TD, topk_ids_TK, topk_weights_TK)
-        decode = self.decoder(x_TD.dtype) if DecodeExecutor.takes(batch) else None
-        return self.compute(batch, x_TD.dtype) if decode is None else decode.forward(batch)
+        with self.turn:
+            self.enter()
+            batch = RoutedBatch(x_TD, topk_ids_TK, topk_weights_TK)
+            decode = self.decoder(x_TD.dtype) if DecodeExecutor.takes(batch) else None
+            return self.compute(batch, x_TD.dtype) if decode is None else decode.forward(batch)
 
     def enter(self) -> None:
         """A call of this layer begins."""
@@ -133,14 +139,15 @@ class DeferringLayer:
         layer, steps = self.layer, self.steps
         if not steps.enter(layer.layer_idx):
             return layer.forward(x_TD, topk_ids_TK, topk_weights_TK)
-        layer.enter()
         batch, left_TD = RoutedBatch(x_TD, topk_ids_TK, topk_weights_TK), None
         num_left = steps.leaves(layer.layer_idx)
-        # Where Python waits for the host nothing can be hidden, so both halves are computed together.
-        if num_left:
-            y_TD, left_TD = layer.compute(apart(batch, num_left), torch.float32).chunk(2)
-        else:
-            y_TD = layer.compute(batch, torch.float32)
+        with layer.turn:
+            layer.enter()
+            # Where Python waits for the host nothing can be hidden, so both halves are computed together.
+            if num_left:
+                y_TD, left_TD = layer.compute(apart(batch, num_left), torch.float32).chunk(2)
+            else:
+                y_TD = layer.compute(batch, torch.float32)
         earlier_TD = steps.exchange(left_TD)
         return (y_TD if earlier_TD is None else y_TD + earlier_TD).to(x_TD.dtype)
 
