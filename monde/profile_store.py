@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from hostcompute import env
 from hostcompute.topology import cpu_name, default_cores
 from monde.planning.machines import DESCRIBED
 from monde.planning.profile import HardwareProfile, MachineIdentity
