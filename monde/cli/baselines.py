@@ -10,7 +10,8 @@ import torch
 
 from monde.cli.options import LoadOptions
 from monde.cli.records import BenchTest, ModelFacts
-from monde.cli.runners import Runner, runner_facts, watched
+from monde.cli.runners import Runner, auto_class, runner_facts, watched
+from monde.models.configuration import read_configuration
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,12 +43,16 @@ def load_transformers(options: LoadOptions, facts: ModelFacts, labels: list[str]
     On a GPU it gets the same limits as monde, through accelerate's max_memory.
     Errors: ValueError when it does not fit next to monde, or knows one way only.
     """
-    from transformers import AutoModelForCausalLM
-
+    if facts.model_type == "nllb-moe":
+        raise ValueError(
+            "--baseline: transformers runs experts 0 and 1 of nllb-moe alone, monde those that its router asks for; "
+            "measure it without --baseline"
+        )
     _check_room(facts)
     placement = _placement(options)
+    auto = auto_class(read_configuration(options.model))
     model, loading = watched(
-        lambda: AutoModelForCausalLM.from_pretrained(options.model, dtype=options.torch_dtype(), **placement)
+        lambda: auto.from_pretrained(options.model, dtype=options.torch_dtype(), **placement)
     )
     switchable = model._can_set_experts_implementation()
     default_way = getattr(model.config, "_experts_implementation", None) or "eager"

@@ -92,7 +92,8 @@ def bench(
     """Time prompts (pp512) and generation (tg128): tokens/s, TTFT, TPOT, bytes moved, memory speed.
 
     Options that take several values time every combination. Runners take turns within each repetition,
-    after an untimed round and a check that they choose the same tokens.
+    after an untimed round and a check that they choose the same tokens. An encoder-decoder reads prompts with its
+    encoder and generates with its decoder, from a prompt of -d tokens, at least one.
 
     [bold]Examples[/bold]
 
@@ -243,7 +244,11 @@ def _counts(text: str, option: str, least: int) -> list[int]:
 
 
 def check_lengths(tests: list[BenchTest], facts: ModelFacts) -> None:
-    """Errors: ValueError when a test is longer than the model's positions."""
+    """Errors: ValueError when a test is longer than the model's positions, or continues what an encoder has read."""
+    if facts.is_encoder_decoder and any(test.num_prompt and test.depth for test in tests):
+        raise ValueError(
+            f"-d: {facts.name} reads a prompt with its encoder, at once; give -p 0 with -d, which is what it has read"
+        )
     longest = max(tests, key=lambda test: test.num_positions)
     if facts.num_positions is not None and longest.num_positions > facts.num_positions:
         raise ValueError(

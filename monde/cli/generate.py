@@ -139,8 +139,11 @@ def check_positions(model: str, num_tokens: int, max_new_tokens: int) -> None:
     from monde.models.configuration import read_configuration
     from monde.models.positions import positions_of
 
-    num_positions = positions_of(read_configuration(model))
-    if num_positions is not None and num_tokens + max_new_tokens > num_positions:
+    config = read_configuration(model)
+    num_positions, longest = positions_of(config), num_tokens + max_new_tokens
+    if config.is_encoder_decoder:  # one half holds the prompt, the other the answer
+        longest = max(num_tokens, max_new_tokens + 1)
+    if num_positions is not None and longest > num_positions:
         raise ValueError(
             f"PROMPT has {num_tokens} tokens and -n asks for {max_new_tokens} more; {model} has "
             f"{num_positions} positions; shorten PROMPT or lower -n"

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from monde.cli.decoder import choices_without_cache, decoder_of
 from monde.cli.records import BenchTest, Sample, TestResult
 from monde.cli.runners import Runner
 from monde.cli.texts import TokenSource
@@ -107,33 +107,18 @@ def _sample(runner: Runner, test: BenchTest, tokens: Tensor) -> Sample:
     runner.activate()
     tokens = tokens.to(runner.model.device)
     with step_cache(runner.model, test.batch, test.num_positions) as cache:
-        decoder = Decoder(runner.model, cache)
-        if test.depth:
-            decoder.step(tokens[:, : test.depth])
-        end = test.depth + (test.num_prompt or 1)
+        decoder = decoder_of(runner.model, cache)
+        depth = max(test.depth, decoder.least_depth) if test.num_generated else test.depth
+        if depth:
+            decoder.read(tokens[:, :depth])
         runner.reset_counters()
         start_s = time.perf_counter()
         if test.num_prompt:
-            decoder.step(tokens[:, test.depth : end])
-        for position in range(test.depth, test.depth + test.num_generated):
+            decoder.read(tokens[:, depth : depth + test.num_prompt])
+        for position in range(depth, depth + test.num_generated):
             decoder.step(tokens[:, position : position + 1])
         duration_s = runner.slowest_s(time.perf_counter() - start_s)
     return Sample(duration_s, runner.counters() if runner.counters else None)
-
-
-class Decoder:
-    """A sequence under way: the model and its cache."""
-
-    def __init__(self, model: Any, cache: Any = None) -> None:
-        self._model = model
-        self._cache = cache
-
-    def step(self, tokens_BT: Tensor) -> list[int]:
-        """Feed tokens; the likeliest next token of each sequence, on the host."""
-        output = self._model(tokens_BT, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        self._cache = output.past_key_values
-        chosen: list[int] = output.logits[:, -1].argmax(-1).tolist()
-        return chosen
 
 
 def check_agreement(
@@ -169,10 +154,10 @@ def _choices(runner: Runner, source: TokenSource) -> list[int]:
     runner.activate()
     tokens_1T = source.window(0, 1, CHECK_PROMPT_TOKENS + CHECK_STEPS).to(runner.model.device)
     prompt = tokens_1T[:, :CHECK_PROMPT_TOKENS]
-    chosen: list[int] = runner.model(prompt, use_cache=False).logits[0].argmax(-1).tolist()
+    chosen = choices_without_cache(runner.model, prompt)
     with step_cache(runner.model, 1, CHECK_PROMPT_TOKENS + CHECK_STEPS) as cache:
-        decoder = Decoder(runner.model, cache)
-        decoder.step(prompt)
+        decoder = decoder_of(runner.model, cache)
+        decoder.read(prompt)
         for position in range(CHECK_PROMPT_TOKENS, CHECK_PROMPT_TOKENS + CHECK_STEPS):
             chosen += decoder.step(tokens_1T[:, position : position + 1])
     return chosen

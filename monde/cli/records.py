@@ -49,6 +49,7 @@ class ModelFacts:
     dtype: str
     vocab_size: int
     num_positions: int | None  # the longest sequence it takes; None when its configuration does not say
+    is_encoder_decoder: bool = False
 
 
 @dataclass(frozen=True)

@@ -38,20 +38,18 @@ class Runner:
 def model_facts(options: LoadOptions) -> ModelFacts:
     """Counted on a model without memory, so that every runner is judged by the same numbers.
 
-    Errors: ValueError when the configuration cannot be had or is not a causal language model.
+    Errors: ValueError when the configuration cannot be had or is not one of a language model.
     """
-    from transformers import AutoModelForCausalLM
-
     from monde.models.configuration import read_configuration
     from monde.models.positions import positions_of
 
     config = read_configuration(options.model)
     with torch.device("meta"):
         try:
-            model = AutoModelForCausalLM.from_config(config)
+            model = auto_class(config).from_config(config)
         except ValueError as error:
             raise ValueError(
-                f"{options.model}: `monde bench` times causal language models, not {config.model_type}"
+                f"{options.model}: `monde bench` times language models, not {config.model_type}"
             ) from error
     wanted = options.torch_dtype()
     dtype = wanted if isinstance(wanted, torch.dtype) else getattr(config, "dtype", None) or torch.float32
@@ -64,7 +62,15 @@ def model_facts(options: LoadOptions) -> ModelFacts:
         dtype=str(dtype).removeprefix("torch."),
         vocab_size=config.get_text_config().vocab_size,
         num_positions=positions_of(config),
+        is_encoder_decoder=config.is_encoder_decoder,
     )
+
+
+def auto_class(config: Any) -> Any:
+    """The class of transformers that makes language models of this kind."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def load_monde(options: LoadOptions) -> Runner:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from hostcompute.timeline import HostSpan, HostTimeline, bank_id
-from monde.cli.measure import Decoder
+from monde.cli.decoder import decoder_of
 from monde.cli.records import BenchTest
 from monde.cli.runners import Runner
 from monde.cli.texts import TokenSource
@@ -68,18 +68,19 @@ def _run(runner: Runner, test: BenchTest, tokens: torch.Tensor, recording: Recor
     runner.activate()
     tokens = tokens.to(runner.model.device)
     if test.num_prompt:  # once before, so that nothing is compiled or allocated under the eyes
-        Decoder(runner.model).step(tokens[:, : test.depth + test.num_prompt])
+        decoder_of(runner.model).read(tokens[:, : test.depth + test.num_prompt])
     with step_cache(runner.model, test.batch, test.num_positions) as cache:
-        decoder = Decoder(runner.model, cache)
-        if test.depth:
-            decoder.step(tokens[:, : test.depth])
+        decoder = decoder_of(runner.model, cache)
+        depth = max(test.depth, decoder.least_depth) if test.num_generated else test.depth
+        if depth:
+            decoder.read(tokens[:, :depth])
         if test.num_prompt:
             with recording.on():
-                decoder.step(tokens[:, test.depth : test.depth + test.num_prompt])
+                decoder.read(tokens[:, depth : depth + test.num_prompt])
             return
         num_traced = min(NUM_TRACED_STEPS, test.num_generated)
-        first = test.depth + min(NUM_WARM_UPS, test.num_generated - num_traced)
-        for position in range(test.depth, first):
+        first = depth + min(NUM_WARM_UPS, test.num_generated - num_traced)
+        for position in range(depth, first):
             decoder.step(tokens[:, position : position + 1])
         with recording.on():
             for position in range(first, first + num_traced):
