@@ -59,11 +59,13 @@ def _joined(config: TrainConfig) -> Iterator[Fabric]:
     """The ranks, left in order: Gloo's threads end before the interpreter does, which may abort the process otherwise."""
     import torch.distributed as dist
 
-    fabric = _join(config)
+    fabric = None
     try:
+        fabric = _join(config)
         yield fabric
     finally:
-        fabric.close()
+        if fabric is not None:
+            fabric.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -73,6 +75,7 @@ def _join(config: TrainConfig) -> Fabric:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
+    from monde.device.mesh import agree
     from monde.training.fabric import Fabric
 
     if not dist.is_torchelastic_launched():
@@ -83,6 +86,7 @@ def _join(config: TrainConfig) -> Fabric:
         return Fabric(None)
     timeout = timedelta(seconds=config.parallel.timeout_s)
     dist.init_process_group("gloo", timeout=timeout)
+    agree(config.parallel.nodes, "parallel.nodes")  # before a mesh is made of it
     num_ranks, num_nodes = dist.get_world_size(), config.parallel.nodes or dist.get_world_size()
     if num_ranks % num_nodes:
         raise ValueError(

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 # Looked for after that long and as often: longer than steps wait for each other, and no load for the store.
 LOOK_S = 0.1
+# How long the store may take to answer: it may lie beyond the very link that is jammed or dead, and has no limit itself.
+ANSWER_S = 1.0
 _BREAK_TAG = 2**20 + 1  # of a message that nobody sends
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -34,28 +38,51 @@ class Notice:
 
 
 class Notices:
-    """Those of the ranks of one group, of which all have one. Nothing here waits for another rank."""
+    """Those of the ranks of one group, of which all have one. Nothing here waits for another rank, and for the store no
+    longer than ANSWER_S.
+    """
 
     def __init__(self, group: dist.ProcessGroup, rank: int) -> None:
         self.rank = rank
         store = dist.distributed_c10d._get_default_store()
         self._store = dist.distributed_c10d.PrefixStore(f"monde notices of {group.group_name}", store)
+        self._asking: threading.Thread | None = None
 
     def post(self, notice: Notice) -> None:
         """In place of what this rank posted before."""
-        # The store ends with the process that holds it: then there is nobody to tell.
-        with contextlib.suppress(RuntimeError):
+
+        def tell() -> None:
             self._store.set(str(self.rank), json.dumps(asdict(notice)))
             self._store.add("count", 1)
 
+        self._ask(tell, None)
+
     def of_others(self, num_ranks: int) -> list[Notice]:
-        """The latest of every other rank that has posted one."""
-        found = []
-        with contextlib.suppress(RuntimeError):
-            if self._store.add("count", 0) > 0:
-                keys = [str(rank) for rank in range(num_ranks) if rank != self.rank]
-                found = [self._store.get(key) for key in keys if self._store.check([key])]
-        return [Notice(**json.loads(text)) for text in found]
+        """The latest of every other rank that has posted one; none where the store does not say."""
+
+        def read() -> list[str]:
+            if self._store.add("count", 0) == 0:
+                return []
+            keys = [str(rank) for rank in range(num_ranks) if rank != self.rank]
+            return [self._store.get(key).decode() for key in keys if self._store.check([key])]
+
+        if self._asking is not None and self._asking.is_alive():
+            return []
+        texts: list[str] = self._ask(read, [])
+        return [Notice(**json.loads(text)) for text in texts]
+
+    def _ask(self, question: Callable[[], T], otherwise: T) -> T:
+        answers: list[T] = []
+
+        def ask() -> None:
+            # The store ends with the process that holds it: then there is nobody to tell.
+            with contextlib.suppress(RuntimeError):
+                answers.append(question())
+
+        self._asking = threading.Thread(target=ask, daemon=True)
+        self._asking.start()
+        self._asking.join(ANSWER_S)
+        return answers[0] if answers else otherwise
 
 
 def wait_looking(work: Any, look: Callable[[], None]) -> None:

@@ -216,7 +216,7 @@ def _why(network: NetworkProfile, ordered: tuple[Candidate, ...]) -> str:
     if plain is not None and plain is not best:
         text += (
             f", {plain.layer_s / best.layer_s:.2f}x as fast as redundant; "
-            f"{best.inter_bytes / 1e6:.3g} MB leave a node instead of {plain.inter_bytes / 1e6:.3g}"
+            f"{best.inter_bytes / 2**20:.3g} MiB leave a node instead of {plain.inter_bytes / 2**20:.3g}"
         )
     elif plain is not None and len(ordered) > 1:
         text += f"; {ordered[1].name} would take {ordered[1].layer_s / best.layer_s:.2f}x as long"

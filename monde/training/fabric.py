@@ -78,6 +78,8 @@ class Fabric:
         )
         # Groups of our own: one lane issues into each, so no two threads share a group.
         self.everyone = self._own([ranks_NL.flatten().tolist()], timeout)
+        # Before groups that suit one shape only: ranks of other shapes would wait in them, or take rows for others'.
+        self.must_agree("the mesh", ranks_NL.tolist())
         self.reducing = self._own([ranks_NL.flatten().tolist()], timeout)
         self.inter = self._own(ranks_NL.t().tolist(), timeout)
         self.intra = self._own(ranks_NL.tolist(), timeout)

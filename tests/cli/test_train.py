@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -140,3 +142,23 @@ def test_one_line_for_users(tmp_path: Path, model: Path) -> None:
     assert "cannot be read" in missing.stderr
     alone = run(config_file(tmp_path, model, "out", "[parallel]\nnodes = 2\n"))
     assert alone.stderr == "monde: error: parallel.nodes is 2, but one rank runs; start it with torchrun\n"
+
+
+@pytest.mark.slow
+def test_ranks_with_meshes_of_their_own_all_get_the_line(tmp_path: Path, model: Path) -> None:
+    """Two nodes, each with its own copy of the file: told before a mesh is made, in which they would wait."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    for rank in range(2):
+        config = config_file(tmp_path, model, f"out{rank}", f"[parallel]\nnodes = {rank + 1}\n")
+        place = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = os.environ | {name: str(value) for name, value in place.items()}
+        environment["TORCHELASTIC_RUN_ID"] = "test"
+        ranks.append(subprocess.Popen(command(config, 1), env=environment, stderr=subprocess.PIPE, text=True))
+    for process in ranks:
+        _, told = process.communicate(timeout=50)  # below parallel.timeout_s
+        assert process.returncode == 2, told
+        line = "parallel.nodes: ranks disagree: rank 0 has 1, rank 1 has 2; start all ranks with the same arguments"
+        assert told.splitlines()[-1] == f"monde: error: {line}"

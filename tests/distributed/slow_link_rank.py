@@ -1,4 +1,6 @@
-"""One rank of test_slow_link.py: a training layer, or an exchange between nodes, over a link of a given speed."""
+"""One rank of test_slow_link.py: experts in inference or in training, or an exchange between nodes, over a link of a
+given speed.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +15,39 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 from bench.emulated_nodes import shape_link
 from hostcompute import DType, ExpertSpec
 from monde.device.mesh import open_mesh
+from monde.executors.ranked import RankedExecutor
+from monde.executors.ranks import RankGroup
+from monde.executors.sharded import ShardedExecutor
 from monde.planning.exchange import Strategy
 from monde.planning.pipeline import Degrees
+from monde.planning.sharding import BatchPlan, RankedCounts, WayFactors, assign_experts
+from monde.planning.sharding import Way as PlannedWay
 from monde.routing.gates import make_gate
 from monde.training.dispatch import NodeExchange, Way
 from monde.training.fabric import Fabric
 from monde.training.layer import MoELayer
+from tests.distributed.moe import Case, compute_of, slices
 
 D, TOKENS = 256, 1024  # about a megabyte to the other node, forward and backward
+
+
+def inference(timeout_s: float) -> Callable[[], Tensor]:
+    ranks = RankGroup(init_device_mesh("cpu", (2,)), timeout_s)
+    case = Case(ExpertSpec(4, D, 32, DType.F32), (TOKENS, TOKENS), num_topk=2)
+    part, home_W1 = slices(case.spec, (0, 16, 32))[ranks.rank], assign_experts(4, 2)
+    sharded = ShardedExecutor(ranks, compute_of(part, case.experts(), "auto"))
+
+    def plan(counts: RankedCounts, factors: WayFactors) -> BatchPlan:
+        return BatchPlan(PlannedWay.SHARDED, 2, 0, 0, 1)
+
+    executor = RankedExecutor(ranks, 0, home_W1, plan, sharded, None)
+    batch = case.batch(ranks.rank)
+    return lambda: executor.forward(batch)
 
 
 def training(timeout_s: float) -> Callable[[], Tensor]:
@@ -53,16 +76,19 @@ def dispatch(timeout_s: float) -> Callable[[], Tensor]:
     return lambda: exchange.combine(exchange.dispatch(x_RD, routes), routes)
 
 
+WHAT = {"inference": inference, "training": training, "dispatch": dispatch}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["training", "dispatch"])
+    parser.add_argument("what", choices=list(WHAT))
     parser.add_argument("--mbit", type=float, required=True)
     parser.add_argument("--timeout-s", type=float, required=True)
     parser.add_argument("--folder", type=Path, required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    step = {"training": training, "dispatch": dispatch}[arguments.what](arguments.timeout_s)
+    step = WHAT[arguments.what](arguments.timeout_s)
     fast = step()
     dist.barrier()
     shape_link(os.environ["GLOO_SOCKET_IFNAME"], arguments.mbit)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from hostcompute import DType, ExpertSpec
+from monde.device.notices import ANSWER_S, Notice
 from monde.executors.ranked_batch import exchange_batch
 from monde.executors.ranks import RankError, RankGroup
 from monde.executors.sharded import ShardedExecutor
@@ -76,6 +79,51 @@ def test_all_ranks_hear_of_it_in_time(tmp_path: Path, num_ranks: int, how: str, 
         assert "\n" not in error
         assert re.search(message, error), (rank, error)
         assert seconds_s < 3 * TIMEOUT_S + 2, (rank, seconds_s)
+
+
+def silent_store() -> list[float]:
+    """Seconds of looks and of giving notice while the store does not answer, and of a look once it does."""
+    ranks = RankGroup(init_device_mesh("cpu", (dist.get_world_size(),)), TIMEOUT_S)
+    notices, took_s = ranks._notices, []
+    assert notices is not None
+    answers, store = threading.Event(), notices._store
+
+    class Silent:
+        def add(self, *_: object) -> int:
+            answers.wait(30)
+            return 0
+
+        def set(self, *_: object) -> None:
+            answers.wait(30)
+
+    def timed(action: Callable[[], object]) -> object:
+        start_s = time.perf_counter()
+        found = action()
+        took_s.append(time.perf_counter() - start_s)
+        return found
+
+    notices._store = Silent()
+    assert timed(lambda: notices.of_others(2)) == []
+    assert timed(lambda: notices.of_others(2)) == []
+    timed(lambda: notices.post(Notice(None, ranks.rank, "nobody hears it")))
+    answers.set()
+    assert notices._asking is not None
+    notices._asking.join()
+    notices._store = store
+    notices.post(Notice(None, ranks.rank, "heard"))
+    ranks.agree()
+    told = timed(lambda: notices.of_others(2))
+    assert told == [Notice(None, 1 - ranks.rank, "heard")]
+    return took_s
+
+
+def test_a_store_that_does_not_answer_holds_nobody_up(tmp_path: Path) -> None:
+    """It may lie beyond the link that is dead, and knows no time limit."""
+    for first_s, second_s, post_s, last_s in run_ranks(silent_store, 2, tmp_path):
+        assert ANSWER_S <= first_s < ANSWER_S + 1
+        assert second_s < 0.5, "a look waits while another is unanswered"
+        assert ANSWER_S <= post_s < ANSWER_S + 1
+        assert last_s < 0.5
 
 
 def disagree(how: str) -> str:

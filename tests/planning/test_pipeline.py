@@ -84,6 +84,16 @@ def test_the_best_degree_is_next_to_the_closed_form(a_exp: float, n_a2a: float, 
     assert found in {min(MAX_DEGREE, max(1, int(best))), min(MAX_DEGREE, math.ceil(best))}
 
 
+@settings(max_examples=30)
+@given(st.floats(1e-3, 0.1), st.floats(0.1, 2.0))
+def test_the_best_degree_where_links_inside_take_longest(a_intra: float, n_a2a: float) -> None:
+    """Intra bound: r* = sqrt(2 n_a2a / (a_ag + a_rs)), in work seconds over the latencies inside the node."""
+    intra = Stage(a_intra, 1000.0)
+    found = best_degree(stages(Stage(0.0, n_a2a), intra, intra, Stage(0.0, 1e-6)), {})
+    best = math.sqrt(2 * n_a2a / (2 * a_intra))
+    assert found in {min(MAX_DEGREE, max(1, int(best))), min(MAX_DEGREE, math.ceil(best))}
+
+
 def test_enumeration_is_exact_where_no_closed_form_is() -> None:
     contention = {
         (COMPUTE, Resource.LINK_INTER): Overlap(1.3, 1.2),

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from monde.planning.pipeline import Degrees
+from monde.planning.training_profile import refitted
+from monde.training import auto as auto_module
 from monde.training.auto import CONFIRM_ROUNDS, TRIAL_ROUNDS, AutoSchedule, agreed
 from monde.training.convert import convert, converted_experts
 from monde.training.fabric import Fabric
@@ -127,6 +129,48 @@ def auto(mesh_shape: tuple[int, ...]) -> Any:
         norms,
         [o.seconds_s.keys() == _stages(fabric) for o in seen],
     )
+
+
+def looked_again(planted: float) -> Any:
+    """Settled, then told that experts and link take a `planted` part of what they do: what two looks make of it."""
+    auto_module.LOOK_EVERY = 10**6
+    model, fabric, _ = build((2,))
+    ids, lines = tiny.prompt(batch=8, length=32), []
+    reducer = GradientReducer(model, fabric)
+    schedule = AutoSchedule(fabric, reducer, lines.append)
+    norms = []
+
+    def run(first: int, num_steps: int) -> None:
+        for step in range(first, first + num_steps):
+            schedule.before_step(step)
+            reducer.begin()
+            loss_of(model, ids).backward()
+            reducer.finish()
+            schedule.after_step()
+            norms.append(clip_gradients(model, fabric, 1e9))
+
+    most = 1 + 7 * TRIAL_ROUNDS + 2 * CONFIRM_ROUNDS
+    run(0, most)
+    (planner,) = schedule.planners.values()
+    wrong = refitted(planner.profile, dict.fromkeys(("forward", "backward", "inter"), planted))
+    planner.profile, planner.num_refits = wrong, 0
+    lines.clear()
+    auto_module.LOOK_EVERY = 2
+    run(most + most % 2, 5)  # looks at the 1st, 3rd and 5th; two hold the eight observations that are wanted
+    found = planner.profile
+    run(most + most % 2 + 5, most)
+    return repr((found, planner)), found, wrong, lines, norms
+
+
+def test_costs_that_drifted_are_fitted_again_while_training(tmp_path: Path) -> None:
+    answers = run_ranks(looked_again, 2, tmp_path, 1 / 64, deadline_s=120)
+    agreed_on, found, wrong, lines, norms = answers[0]
+    assert answers[1][0] == agreed_on, "ranks would plan differently"
+    assert lines[0] == "costs drifted, fitted again (1)"
+    assert any(line.startswith("chunks forward/backward") for line in lines[1:]), "nothing was planned anew"
+    for cost in ("forward", "backward", "inter"):
+        assert getattr(found, cost).seconds(4096) > 8 * getattr(wrong, cost).seconds(4096), cost
+    assert norms == pytest.approx([norms[0]] * len(norms), rel=1e-5)
 
 
 def _stages(fabric: Fabric) -> set[str]:

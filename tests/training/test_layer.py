@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -239,6 +240,26 @@ def not_in_the_mesh() -> None:
     from torch.distributed.device_mesh import DeviceMesh
 
     Fabric(DeviceMesh("cpu", [0]))
+
+
+def crossed_meshes(shapes: list[tuple[int, int]]) -> tuple[str, float]:
+    """Each rank brings a mesh of all ranks, in a shape of its own."""
+    mesh = init_device_mesh("cpu", shapes[torch.distributed.get_rank()], mesh_dim_names=("node", "local"))
+    start_s = time.monotonic()
+    try:
+        Fabric(mesh)
+    except ValueError as error:
+        return str(error), time.monotonic() - start_s
+    return "", 0.0
+
+
+@pytest.mark.parametrize("shapes", [[(2, 1), (1, 2)], [(4, 1), (4, 1), (1, 4), (4, 1)]], ids=str)
+def test_ranks_of_other_meshes_all_say_so(shapes: list[tuple[int, int]], tmp_path: Path) -> None:
+    """Sizes of exchanges would not tell: each of these ranks has one group of all, whatever it takes it for."""
+    for message, seconds_s in run_ranks(crossed_meshes, len(shapes), tmp_path, shapes, deadline_s=30):
+        assert message.startswith("the mesh differs between ranks (rank 0: [[0]")
+        assert message.endswith("give all ranks the same")
+        assert seconds_s < 5
 
 
 @pytest.mark.parametrize(
