@@ -63,7 +63,13 @@ class ShardedExperts(nn.Module):
     def run(
         self, x_TD: Tensor, choice: Pairs | Mixture, order_name: str | None, balance: Balance | None
     ) -> Tensor:
-        """y_TD of tokens already routed."""
+        """y_TD of tokens already routed. Errors: ValueError, before anything is sent, for x of another type than the experts."""
+        dtype = self.weights.up.dtype
+        if x_TD.dtype != dtype:
+            raise ValueError(
+                f"experts: expected x of {dtype}, as they are, got {x_TD.dtype}; convert it, or make the experts in that "
+                "type"
+            )
         order = order_of(choice, order_name)
         rows_RD = call(self.hooks.before_dispatch, "before_dispatch", order.rows(x_TD))
         traffic = self._exchange_counts(order.counts_E, len(x_TD), balance)

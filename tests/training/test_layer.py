@@ -220,6 +220,9 @@ def test_users_mistakes() -> None:
         layer_of(gate_of("softmoe", E), spec("gpt", E), order="index")(torch.randn(4, D))
     with pytest.raises(ValueError, match="expected x of"):
         layer_of(gate_of("sigmoid", E), spec("gpt", E))(torch.randn(4, D + 1))
+    for x_TD in (torch.randn(4, D).double(), torch.randn(4, D).bfloat16()):
+        with pytest.raises(ValueError, match=r"experts: expected x of torch\.float32"):
+            layer_of(gate_of("sigmoid", E), spec("gpt", E))(x_TD)
     with pytest.raises(ValueError, match="hook after_combine: expected"):
         layer_of(gate_of("sigmoid", E), spec("gpt", E), hooks=Hooks(after_combine=lambda y: y[:1]))(
             torch.randn(4, D)
