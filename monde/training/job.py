@@ -16,9 +16,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from monde.device.mesh import ExchangeFailed
-from monde.device.notices import is_of_a_backend
+from monde.device.notices import is_of_a_backend, one_line
 from monde.routing.gates import Balance
 from monde.training import checkpoint
 from monde.training.auto import AutoSchedule
@@ -114,8 +115,17 @@ class TrainingJob:
                 with (self.folder / LOSSES).open("a") as file:
                     file.write(json.dumps(asdict(record)) + "\n")
             if self.next_step % output.checkpoint_every == 0 or self.next_step == self.config.optimizer.steps:
-                self.save()
+                self._save_after(step)
             yield record
+
+    def _save_after(self, step: int) -> None:
+        try:
+            with self.fabric.telling():
+                self.save()
+        except RuntimeError as error:
+            raise self._explained(error, step) from error
+        except CheckpointException as error:  # which is no Exception
+            raise self._explained(RuntimeError(f"saving failed: {one_line(error)[:300]}"), step) from error
 
     def save(self) -> Path:
         return checkpoint.save(
