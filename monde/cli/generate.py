@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import warnings
@@ -122,7 +123,14 @@ def generate(
 
 
 def read_prompt(prompt: str) -> str:
-    """PROMPT, or standard input for "-". Errors: ValueError for bytes that are not UTF-8, and for a closed input."""
+    """PROMPT, or standard input for "-".
+
+    Errors: ValueError for bytes that are not UTF-8, for a closed input, and for an input that ranks would share.
+    """
+    if prompt == "-" and int(os.environ.get("WORLD_SIZE", "1")) > 1:  # as torchrun sets it
+        raise ValueError(
+            "standard input reaches one process, and torchrun started several; give the prompt as an argument"
+        )
     if prompt == "-" and sys.stdin is None:
         raise ValueError("standard input is closed; give the prompt as an argument, or pipe it in")
     try:

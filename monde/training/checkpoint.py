@@ -18,10 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load as read_state
 from torch.distributed.checkpoint.state_dict_saver import save as write_state
 
+from monde.device.notices import is_of_a_backend, one_line
 from monde.training.fabric import Fabric
 from monde.training.layer import ShardedExperts
 from monde.training.whole import as_part
@@ -82,7 +84,10 @@ def save(
     settings: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Write the checkpoint of `step` and drop all but the newest `keep`. Collective."""
+    """Write the checkpoint of `step` and drop all but the newest `keep`. Collective.
+
+    Errors: OSError on all ranks where one cannot write; RuntimeError of the backend where a rank is gone.
+    """
     final = folder / f"step-{step:08d}"
     partial = folder / f".{final.name}.partial"
 
@@ -106,12 +111,27 @@ def save(
     fabric.first_does(prepare)
     writer = FileSystemWriter(partial, sync_files=True)
     group = fabric.everyone
-    with _one_process_is_fine():
+    with _one_process_is_fine(), _causes_of_failure(final):
         write_state(
             state_of(model, optimizer), storage_writer=writer, process_group=group, no_dist=group is None
         )
     fabric.first_does(publish)
     return final
+
+
+@contextmanager
+def _causes_of_failure(final: Path) -> Iterator[None]:
+    """In place of torch's CheckpointException, which is no Exception and as long as all ranks' tracebacks."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = min(error.failures.items())
+        if isinstance(cause, KeyboardInterrupt) or is_of_a_backend(cause):
+            raise cause from error
+        raise OSError(
+            f"{final}: rank {rank} cannot write it ({one_line(cause)[:200]}); make room, or name another output.folder: "
+            "the same command resumes from the checkpoint before"
+        ) from error
 
 
 @contextmanager

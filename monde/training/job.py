@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 
 from monde.device.mesh import ExchangeFailed
-from monde.device.notices import is_of_a_backend, one_line
+from monde.device.notices import is_of_a_backend
 from monde.routing.gates import Balance
 from monde.training import checkpoint
 from monde.training.auto import AutoSchedule
@@ -101,31 +101,29 @@ class TrainingJob:
         first = self.next_step
         while self.next_step < self.config.optimizer.steps:
             step = self.next_step
-            try:
-                with self.fabric.telling():
-                    if self.auto is not None:
-                        self.auto.before_step(step - first)
-                    record = self._step(step)
-                    if self.auto is not None:
-                        self.auto.after_step()
-            except RuntimeError as error:
-                raise self._explained(error, step) from error
+            with self._explaining(step):
+                if self.auto is not None:
+                    self.auto.before_step(step - first)
+                record = self._step(step)
+                if self.auto is not None:
+                    self.auto.after_step()
             self.next_step += 1
             if self.fabric.is_first:
                 with (self.folder / LOSSES).open("a") as file:
                     file.write(json.dumps(asdict(record)) + "\n")
             if self.next_step % output.checkpoint_every == 0 or self.next_step == self.config.optimizer.steps:
-                self._save_after(step)
+                with self._explaining(step):
+                    self.save()
             yield record
 
-    def _save_after(self, step: int) -> None:
+    @contextmanager
+    def _explaining(self, step: int) -> Iterator[None]:
+        """What all ranks do together in or after this step."""
         try:
             with self.fabric.telling():
-                self.save()
+                yield
         except RuntimeError as error:
             raise self._explained(error, step) from error
-        except CheckpointException as error:  # which is no Exception
-            raise self._explained(RuntimeError(f"saving failed: {one_line(error)[:300]}"), step) from error
 
     def save(self) -> Path:
         return checkpoint.save(

@@ -131,7 +131,7 @@ class MoELayer(nn.Module):
             raise ValueError(f"MoELayer: order {order!r} is unknown; expected index or einsum")
         self.experts = ShardedExperts(experts, mesh, schedule=schedule, hooks=hooks)
         fabric = self.experts.fabric
-        fabric.must_agree("the gate", (type(gate).__name__, str(gate.state_dict().keys()), order))
+        fabric.must_agree("the gate", (*_settings(gate), order))
         self.gate = gate.to(fabric.device)
         self.order, self.hooks = order, hooks
         for tensor in gate.state_dict().values():
@@ -153,6 +153,16 @@ class MoELayer(nn.Module):
         if routing.balance is not None:
             self.aux_loss = routing.balance.loss(load.assigned_E.to(x.device), load.num_tokens)
         return call(self.hooks.before_moe_end, "before_moe_end", y_TD.view(x.shape))
+
+
+def _settings(gate: Gate) -> tuple[str, list[str], dict[str, int | float | str | None]]:
+    """Its kind, its parameters, and what its user chose: plain attributes, as top_k and capacity_factor."""
+    plain = {
+        name: value
+        for name, value in vars(gate).items()
+        if not name.startswith("_") and name != "training" and isinstance(value, int | float | str | None)
+    }
+    return type(gate).__name__, list(gate.state_dict()), plain
 
 
 def aux_loss(model: nn.Module) -> Tensor:

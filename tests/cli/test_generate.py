@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from monde.cli.generate import read_prompt
 from tests.cli.conftest import MODEL, Monde
 
 PROMPT = "It is a truth universally acknowledged, that"
@@ -91,3 +92,13 @@ def test_more_deferred_experts_than_a_token_has(monde: Monde) -> None:
     outcome = monde("generate", MODEL, PROMPT, "--deferred-experts", 2)
     assert outcome.exit_code != 0
     assert "deferred_experts: expected 0..1 for a model of 2 experts per token, got 2" in outcome.stderr
+
+
+def test_standard_input_is_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank would find another part of it, or none."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        ValueError, match="standard input reaches one process, .* give the prompt as an argument"
+    ):
+        read_prompt("-")
+    assert read_prompt("The king") == "The king"

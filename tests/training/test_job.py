@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import time
 from datetime import timedelta
@@ -207,6 +208,17 @@ def with_a_bad_rank(
         return batch(step)
 
     job = job_for(folder, mesh_shape, batch_of, timeout_s=timeout_s)
+    if way.endswith(" while saving") and torch.distributed.get_rank() == 1:
+        save = job.save
+
+        def leave() -> Path:
+            if job.next_step < 4:  # the first is whole
+                return save()
+            if way.startswith("hangs"):
+                time.sleep(3 * timeout_s)  # by then the others have given up
+            os._exit(9)
+
+        job.save = leave  # type: ignore[method-assign]
     if way == "backward" and torch.distributed.get_rank() == 1:
 
         def fail(_: Tensor) -> None:
@@ -226,7 +238,7 @@ def with_a_bad_rank(
     return "no error", 0.0
 
 
-@pytest.mark.parametrize("way", ["dies", "hangs"])
+@pytest.mark.parametrize("way", ["dies", "hangs", "dies while saving", "hangs while saving"])
 def test_a_rank_that_goes_is_an_error_on_the_others_in_time(way: str, tmp_path: Path) -> None:
     timeout_s = 4.0
     answers = run_ranks(
@@ -236,6 +248,35 @@ def test_a_rank_that_goes_is_an_error_on_the_others_in_time(way: str, tmp_path: 
     assert message.startswith("rank 0, step 3: "), message
     assert message.endswith("the same command resumes after step 2"), message
     assert seconds_s < timeout_s + 5
+
+
+def out_of_room(folder: Path, mesh_shape: tuple[int, ...] | None) -> tuple[str, list[str]]:
+    job = job_for(folder, mesh_shape)
+    steps = job.run()
+    next(steps), next(steps)  # saved after two
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY)
+    )  # as a disk with room for no shard
+    try:
+        for _ in steps:
+            pass
+    except (OSError, RuntimeError) as error:
+        return str(error), [path.name for path in checkpoint.complete(folder)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return "no error", []
+
+
+@pytest.mark.parametrize("mesh_shape", [None, (2,)], ids=str)
+def test_no_room_for_a_checkpoint_is_one_line_on_all(
+    mesh_shape: tuple[int, ...] | None, tmp_path: Path
+) -> None:
+    num_ranks = 1 if mesh_shape is None else 2
+    for message, complete in run_ranks(out_of_room, num_ranks, tmp_path, tmp_path / "run", mesh_shape):
+        assert "step-00000004: rank " in message
+        assert "cannot write it" in message
+        assert "\n" not in message
+        assert complete == ["step-00000002"]
 
 
 @pytest.mark.parametrize("mesh_shape", [(2,), (2, 2)])

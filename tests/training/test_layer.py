@@ -235,6 +235,11 @@ def disagree() -> None:
     layer_of(gate_of("sigmoid", num_experts), spec("gpt", num_experts), mesh)
 
 
+def other_gates() -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    layer_of(gate_of("sigmoid", E, top_k=1 + torch.distributed.get_rank()), spec("gpt", E), mesh)
+
+
 def three_dims() -> None:
     Fabric(init_device_mesh("cpu", (1, 2, 1)))
 
@@ -269,6 +274,7 @@ def test_ranks_of_other_meshes_all_say_so(shapes: list[tuple[int, int]], tmp_pat
     ("mistake", "message"),
     [
         (disagree, "differs between ranks"),
+        (other_gates, "the gate differs between ranks"),
         (three_dims, "expected one dim, or two"),
         (not_in_the_mesh, "rank 1 is not in it"),
     ],
