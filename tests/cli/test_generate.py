@@ -98,7 +98,7 @@ def test_standard_input_is_for_one_process(monkeypatch: pytest.MonkeyPatch) -> N
     """Each rank would find another part of it, or none."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(
-        ValueError, match="standard input reaches one process, .* give the prompt as an argument"
+        ValueError, match=r"standard input reaches one process, .* give the prompt as an argument"
     ):
         read_prompt("-")
     assert read_prompt("The king") == "The king"

@@ -99,6 +99,18 @@ def test_the_norm_is_that_of_the_whole_model(mesh_shape: tuple[int, ...], tmp_pa
         assert after == pytest.approx(0.5, rel=1e-5)
 
 
+def scheduled_step(
+    model: Any, fabric: Fabric, reducer: GradientReducer, schedule: AutoSchedule, ids: Any, step: int
+) -> float:
+    """The norm of its gradients."""
+    schedule.before_step(step)
+    reducer.begin()
+    loss_of(model, ids).backward()
+    reducer.finish()
+    schedule.after_step()
+    return clip_gradients(model, fabric, 1e9)
+
+
 def auto(mesh_shape: tuple[int, ...]) -> Any:
     """Profiles and plans of a few steps; then a look at costs that are said to have drifted."""
     model, fabric, _ = build(mesh_shape)
@@ -106,15 +118,9 @@ def auto(mesh_shape: tuple[int, ...]) -> Any:
     lines: list[str] = []
     reducer = GradientReducer(model, fabric)
     schedule = AutoSchedule(fabric, reducer, lines.append)
-    norms = []
     # The first is profiled, then at most seven degrees are tried, then the best of them and none.
-    for step in range(1 + 7 * TRIAL_ROUNDS + 2 * CONFIRM_ROUNDS):
-        schedule.before_step(step)
-        reducer.begin()
-        loss_of(model, ids).backward()
-        reducer.finish()
-        schedule.after_step()
-        norms.append(clip_gradients(model, fabric, 1e9))
+    num_steps = 1 + 7 * TRIAL_ROUNDS + 2 * CONFIRM_ROUNDS
+    norms = [scheduled_step(model, fabric, reducer, schedule, ids, step) for step in range(num_steps)]
     assert schedule.gradient_plan is not None
     (planner,) = schedule.planners.values()
     profile, plan = planner.profile, schedule.gradient_plan
@@ -141,13 +147,8 @@ def looked_again(planted: float) -> Any:
     norms = []
 
     def run(first: int, num_steps: int) -> None:
-        for step in range(first, first + num_steps):
-            schedule.before_step(step)
-            reducer.begin()
-            loss_of(model, ids).backward()
-            reducer.finish()
-            schedule.after_step()
-            norms.append(clip_gradients(model, fabric, 1e9))
+        steps = range(first, first + num_steps)
+        norms.extend(scheduled_step(model, fabric, reducer, schedule, ids, step) for step in steps)
 
     most = 1 + 7 * TRIAL_ROUNDS + 2 * CONFIRM_ROUNDS
     run(0, most)
