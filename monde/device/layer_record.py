@@ -1,15 +1,8 @@
-"""What a kernel knows of a layer: one record, passed by value, so that kernels find it in constant memory.
-
-FIELDS is the agreement: the C struct and the bytes are both made from it. Addresses and numbers are 64 bits wide,
-the two constants of an activation doubles.
-"""
+"""What decode's kernels know of a layer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import numpy as np
-from numpy.typing import NDArray
+from monde.device.record import Record
 
 # The layer's shape (hostcompute.layout); its residents, and its experts in the host's memory, 0 where those
 # cannot be read from here; their places there, 0 where those are in the experts' order; scratch that the model's layers share; the mailbox, whose
@@ -23,21 +16,4 @@ mailbox_rung mailbox_answered mailbox_failed mailbox_x mailbox_ids mailbox_weigh
 mailbox_cut mailbox_gpu_ns
 """.split()  # noqa: SIM905 (one name a line would take a page)
 CONSTANTS = ("limit", "alpha")
-
-_DTYPE = np.dtype([(name, np.int64) for name in FIELDS] + [(name, np.float64) for name in CONSTANTS])
-
-
-def c_struct() -> str:
-    """`struct Layer` in C++."""
-    numbers = "".join(f"long long {name}; " for name in FIELDS)
-    return f"struct Layer {{ {numbers}{''.join(f'double {name}; ' for name in CONSTANTS)}}};\n"
-
-
-def layer_record(values: Mapping[str, int | float]) -> NDArray[np.void]:
-    """The record [1], as CuPy passes it by value. Errors: KeyError unless `values` has every field, and only those."""
-    record = np.zeros(1, _DTYPE)
-    if missing := set(_DTYPE.names or ()) ^ set(values):
-        raise KeyError(f"layer record: fields that differ: {sorted(missing)}")
-    for name, value in values.items():
-        record[name] = value
-    return record
+LAYER = Record("Layer", FIELDS, CONSTANTS)

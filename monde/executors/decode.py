@@ -28,7 +28,7 @@ from monde.device.kernels import (
     DecodeKernels,
     decode_kernels,
 )
-from monde.device.layer_record import layer_record
+from monde.device.layer_record import LAYER
 from monde.device.mailbox import DecodeScratch, DecodeSize, Mailbox
 from monde.device.streams import current_stream
 from monde.executors.host import HostTotals
@@ -156,7 +156,7 @@ class DecodeExecutor:
         if self._host is not None:
             hub.read_from_host(self.layout.num_f_panels)
         self._table, self._heat_E = table, heat_E
-        self._record = layer_record(self._fields(layer_idx))
+        self._record = LAYER.of(self._fields(layer_idx))
         self._kernels: DecodeKernels = decode_kernels(hub.x_dtype, TORCH_DTYPES[spec.dtype])
 
     @staticmethod

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hostcompute import ExpertSpec
-from monde.device.kernels.prefill import PrefillKernels
+from monde.device.kernels.prefill import PrefillKernels, Tiles
 from monde.executors.fetch import Shipment
 from monde.executors.pieces import alone, in_whole, piece_layout
 from monde.executors.prefill_hub import PrefillHub
@@ -30,10 +30,11 @@ from monde.weights.slots import ExpertSlots, bias_sizes
 
 @dataclass(frozen=True)
 class Placed:
-    """The device's rows, and by position of a task its waves with their tiles on the device."""
+    """The device's rows, and by position of a task its waves with their tiles, which lie in `told`."""
 
     rows: Rows
-    waves: dict[int, list[tuple[Wave, Tensor]]]
+    waves: dict[int, list[tuple[Wave, Tiles]]]
+    told: Tensor
 
 
 class DevicePart:
@@ -72,12 +73,15 @@ class DevicePart:
         tiles_n4, num_tiles = tiles_of([wave for waves in waves_of.values() for wave in waves])
         E = len(order.begin_E)
         told = self.hub.lanes.upload(np.concatenate([order.begin_E, tiles_n4.ravel()]))
-        begin_E, tiles = told[:E], iter(told[E:].view(-1, 4).split(num_tiles))
-        position_TK, tokens_N = _place(self.hub.kernels(x_TD.dtype, self.spec), begin_E, order, ids_TK)
+        begin_E, kernels = told[:E], self.hub.kernels(x_TD.dtype, self.spec)
+        firsts = np.cumsum([0, *num_tiles]) * tiles_n4.itemsize * tiles_n4.shape[1]
+        tiles = map(Tiles, (told.data_ptr() + told.itemsize * E + firsts[:-1]).tolist(), num_tiles)
+        position_TK, tokens_N = _place(kernels, begin_E, order, ids_TK)
         dtype = torch.promote_types(x_TD.dtype, TORCH_DTYPES[self.spec.dtype])
         v_dtype = x_TD.dtype if self.is_whole and dtype == x_TD.dtype == y_dtype else torch.float32
         v_ND = torch.empty(order.num_rows + 1, self.spec.d_model, dtype=v_dtype, device=x_TD.device)
-        v_ND[-1].zero_()
+        if kernels is None:
+            v_ND[-1].zero_()
         h_NF = None
         if self.products(x_TD.dtype).panels is not None:
             f_pad_k = piece_layout(self.spec, min(self.size.piece_rows, self.spec.d_ffn)).f_pad_k
@@ -88,21 +92,22 @@ class DevicePart:
                 position: list(zip(waves, islice(tiles, len(waves)), strict=True))
                 for position, waves in waves_of.items()
             },
+            told,
         )
 
     def multiply_residents(self, placed: Placed, position: int) -> None:
         assert self.slots is not None
         packed, rows = Packed(self.slots.blobs_SB, self.slots.biases), placed.rows
-        for wave, tiles_n4 in placed.waves[position]:
-            self.products(rows.x_TD.dtype).multiply(wave, tiles_n4, packed, rows, lambda: None)
+        for wave, tiles in placed.waves[position]:
+            self.products(rows.x_TD.dtype).multiply(wave, tiles, packed, rows, lambda: None)
 
     def multiply_arrived(self, placed: Placed, position: int, shipment: Shipment, blobs: HostBlobs) -> None:
         """Launch the products of what a buffer holds, behind its arrival; then it is free."""
-        shipment.arrived.order()
+        self.hub.lanes.main.after(shipment.arrived)
         if not placed.waves[position]:
             self.hub.ring.release(shipment)
             return
-        [(wave, tiles_n4)] = placed.waves[position]
+        [(wave, tiles)] = placed.waves[position]
         biases_of = [blobs.biases(p.expert_id) for p in shipment.pieces] if self.spec.has_bias else []
         biases = {
             role: self.hub.lanes.upload(np.stack([b[role].numpy() for b in biases_of]))
@@ -110,7 +115,7 @@ class DevicePart:
         }
         packed, rows = Packed(shipment.buffer_B, biases), placed.rows
         self.products(rows.x_TD.dtype).multiply(
-            wave, tiles_n4, packed, rows, lambda: self.hub.ring.release(shipment)
+            wave, tiles, packed, rows, lambda: self.hub.ring.release(shipment)
         )
 
     def combine(

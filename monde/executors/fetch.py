@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hostcompute import ExpertSpec, make_layout
-from monde.device.lanes import Lanes, Mark
+from monde.device.lanes import Lane, Lanes, Mark
 from monde.executors.pieces import alone, in_whole, piece_layout
 from monde.planning.staging import Piece
 from monde.weights.host import HostBlobs
@@ -39,7 +39,7 @@ class StagingRing:
     def __init__(self, lanes: Lanes, num_buffers: int, buffer_bytes: int) -> None:
         self.lanes, self.num_buffers = lanes, num_buffers
         self._buffers_BB = torch.empty(num_buffers, buffer_bytes, dtype=torch.uint8, device=lanes.device)
-        self._free: list[Mark | None] = [lanes.mark()] * num_buffers
+        self._free: list[Mark | None] = [lanes.main.mark()] * num_buffers
         self._next = 0
 
     @property
@@ -59,48 +59,47 @@ class StagingRing:
         layout = piece_layout(spec, pieces[0].num_rows)
         buffer_B, stride_bytes = self._buffers_BB[idx], layout.blob_bytes
         assert len(pieces) * stride_bytes <= len(buffer_B), (len(pieces), stride_bytes)
-        with self.lanes.on_weights():
-            free.order()
-            if after is not None:
-                after.order()
-            left = self.lanes.mark(timed=True)
-            if pieces[0].num_rows == spec.d_ffn:
-                _copy_whole(blobs, pieces, buffer_B, stride_bytes)
-            else:
-                for i, piece in enumerate(pieces):
-                    self._copy_part(blobs, piece, buffer_B[i * stride_bytes :])
-            arrived = self.lanes.mark(timed=True)
+        lane, address = self.lanes.weights, buffer_B.data_ptr()
+        lane.after(free)
+        if after is not None:
+            lane.after(after)
+        left = lane.mark(timed=True)
+        if pieces[0].num_rows == spec.d_ffn:
+            _copy_whole(lane, blobs, pieces, address, stride_bytes)
+        else:
+            for i, piece in enumerate(pieces):
+                _copy_part(lane, blobs, piece, address + i * stride_bytes)
+        arrived = lane.mark(timed=True)
         return Shipment(pieces, buffer_B, stride_bytes, left, arrived, idx, len(pieces) * layout.weight_bytes)
 
     def release(self, shipment: Shipment) -> None:
-        """All that reads the buffer has been launched on the current stream."""
-        self._free[shipment.buffer_idx] = self.lanes.mark()
+        """All that reads the buffer has been launched."""
+        self._free[shipment.buffer_idx] = self.lanes.main.mark()
 
     def release_all(self) -> None:
-        self._free = [self.lanes.mark()] * self.num_buffers
-
-    def _copy_part(self, blobs: HostBlobs, piece: Piece, target_B: Tensor) -> None:
-        spec: ExpertSpec = blobs.spec
-        blob_B, layout = blobs.blob_B(piece.expert_id), piece_layout(spec, piece.num_rows)
-        source, target = in_whole(spec, piece.first_row), alone(spec, piece.num_rows)
-        in_bytes = layout.num_f_panels * layout.in_unit_bytes
-        target_B[:in_bytes].copy_(blob_B[source.in_offset_bytes :][:in_bytes], non_blocking=True)
-        whole = make_layout(spec)
-        rows = (layout.num_d_panels, layout.down_panel_bytes)
-        self.lanes.copy_rows(
-            target_B.as_strided(
-                rows, (layout.down_panel_bytes, 1), target_B.storage_offset() + target.down_offset_bytes
-            ),
-            blob_B.as_strided(
-                rows, (whole.down_panel_bytes, 1), blob_B.storage_offset() + source.down_offset_bytes
-            ),
-        )
+        self._free = [self.lanes.main.mark()] * self.num_buffers
 
 
-def _copy_whole(blobs: HostBlobs, pieces: Sequence[Piece], buffer_B: Tensor, stride_bytes: int) -> None:
+def _copy_part(lane: Lane, blobs: HostBlobs, piece: Piece, target: int) -> None:
+    spec: ExpertSpec = blobs.spec
+    blob, _ = blobs.run(blobs.place_of(piece.expert_id), 1)
+    part, whole = piece_layout(spec, piece.num_rows), make_layout(spec)
+    there, here = in_whole(spec, piece.first_row), alone(spec, piece.num_rows)
+    lane.copy(target, blob + there.in_offset_bytes, part.num_f_panels * part.in_unit_bytes)
+    lane.copy_rows(
+        (target + here.down_offset_bytes, part.down_panel_bytes),
+        (blob + there.down_offset_bytes, whole.down_panel_bytes),
+        part.down_panel_bytes,
+        part.num_d_panels,
+    )
+
+
+def _copy_whole(
+    lane: Lane, blobs: HostBlobs, pieces: Sequence[Piece], target: int, stride_bytes: int
+) -> None:
     """Experts that follow one another in host memory in one copy, as far as the memory was pinned in one."""
     places = [blobs.place_of(piece.expert_id) for piece in pieces]
     runs = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(places)) if b != a + 1), len(pieces)]
     for begin, end in pairwise(runs):
-        source_B = blobs.run_B(places[begin], end - begin)
-        buffer_B[begin * stride_bytes :][: len(source_B)].copy_(source_B, non_blocking=True)
+        source, num_bytes = blobs.run(places[begin], end - begin)
+        lane.copy(target + begin * stride_bytes, source, num_bytes)

@@ -49,7 +49,7 @@ class HostShare:
     def _new_staging(self) -> Staging:
         return Staging(pinned=self.lanes.device.type == "cuda")
 
-    def read(self, name: str, tensor: Tensor) -> Tensor:
+    def _read(self, name: str, tensor: Tensor) -> Tensor:
         """A copy of a device tensor in pinned memory; on the current stream, valid after it."""
         target = self._staging.view(name, tuple(tensor.shape), tensor.dtype)
         return target.copy_(tensor, non_blocking=True)
@@ -60,9 +60,10 @@ class HostShare:
 
     def start(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, totals: HostTotals) -> Posted:
         """On the lane back: the tensors must outlive `there`."""
-        here = [self.read(n, t) for n, t in (("x", x_TD), ("ids", ids_TK), ("weights", weights_TK))]
+        with self.lanes.back.as_current():
+            here = [self._read(n, t) for n, t in (("x", x_TD), ("ids", ids_TK), ("weights", weights_TK))]
         totals.d2h_bytes += sum(tensor.nbytes for tensor in here)
-        return Posted(here[0], here[1], here[2], self.lanes.mark())
+        return Posted(here[0], here[1], here[2], self.lanes.back.mark())
 
     def submit(
         self, bank: ExpertBank, posted: Posted, on_host_E: NDArray[np.bool_], cut: Cut | None

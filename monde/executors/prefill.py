@@ -139,11 +139,11 @@ class PrefillExecutor:
         ids_TK, counts_E, counted = self._count(kernels, batch.topk_ids_TK, weights_TK)
         posted = None
         if self.slots is None or self.slots.num_slots < self.spec.num_experts:
-            with lanes.on_back():
-                counted.order()
-                posted = hub.host.start(x_TD, ids_TK, weights_TK, self.totals)
+            lanes.back.after(counted)
+            posted = hub.host.start(x_TD, ids_TK, weights_TK, self.totals)
         times.append(time.perf_counter())
         counted.wait()
+        lanes.uploaded()  # by the batch before, and that is done
         times.append(time.perf_counter())
         # ---- plan ----
         staged, blobs, cost = hub.take_prefetched(self), self.blobs(), hub.cost(self.shape)
@@ -190,10 +190,10 @@ class PrefillExecutor:
         times.append(time.perf_counter())
         hub.copied(plan.split.copy_s - plan.load.bus_busy_s, fetched)
         if posted is not None:
-            posted.there.order()  # what was read may be freed only after that
+            lanes.main.after(posted.there)  # what was read may be freed only after that
         y_TD = self.device.combine(placed, weights_TK, y_TD, y_dtype)
         # The host's sum has the bus for itself: a layer waits for it, and for nothing that is fetched ahead.
-        hub.prefetch(ahead, None if pending is None else lanes.mark())
+        hub.prefetch(ahead, None if pending is None else lanes.main.mark())
         times.append(time.perf_counter())
         self.phases.add(times)
         return y_TD
@@ -237,7 +237,7 @@ class PrefillExecutor:
             counts_E1 = torch.zeros(E + 1, dtype=torch.int64, device=ids_TK.device)
             counts_E1.scatter_add_(0, ids_TK.flatten(), torch.ones_like(ids_TK).flatten())
             counts_E.copy_(counts_E1[:-1], non_blocking=True)
-        return ids_TK, counts_E, hub.lanes.mark()
+        return ids_TK, counts_E, hub.lanes.main.mark()
 
 
 def known_ids(topk_ids_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Tensor:

@@ -82,7 +82,7 @@ class PrefillHub:
         self._ahead_since_s = 0.0
         self._cost: tuple[Feedback, dict[ExpertShape, CostModel]] = (self.feedback, {})
         self._copies: list[tuple[float, Mark, Mark]] = []  # planned seconds, first left, last arrived
-        self._tail: Mark = self.lanes.mark()
+        self._tail: Mark = self.lanes.main.mark()
         # Steps in any mode of autograd write to these; allocated once, so that no prompt meets a full device.
         with torch.inference_mode(False):
             self.scratch_B = torch.empty(size.scratch_bytes, dtype=torch.uint8, device=device)
@@ -98,11 +98,12 @@ class PrefillHub:
 
     # ---- one batch at a time, on whichever stream ----
     def enter(self) -> None:
-        self._tail.order()
+        self.lanes.begin()
+        self.lanes.main.after(self._tail)
         self._learn_copies()
 
     def leave(self) -> None:
-        self._tail = self.lanes.mark()
+        self._tail = self.lanes.main.mark()
 
     def recover(self) -> None:
         """After an exception: what was launched is waited for, then buffers are free and nothing is read."""
@@ -164,7 +165,7 @@ class PrefillHub:
 
     # ---- what the plan goes by ----
     def cost(self, shape: ExpertShape) -> CostModel:
-        if self._cost[0] is not self.feedback:
+        if not self.feedback.is_close(self._cost[0]):
             self._cost = (self.feedback, {})
         costs = self._cost[1]
         if shape not in costs:

@@ -19,18 +19,19 @@ from torch import Tensor
 
 from hostcompute import ExpertSpec, make_layout
 from hostcompute.layout import LANES
-from monde.device.kernels.prefill import PrefillKernels
+from monde.device.kernels.prefill import PieceRecord, PrefillKernels, Tiles
 from monde.executors.activations import activate
-from monde.executors.pieces import piece_layout
+from monde.executors.pieces import PackedAt, piece_layout
 from monde.executors.waves import Wave
 from monde.weights.packing import TORCH_DTYPES
+from monde.weights.slots import bias_sizes
 
 
 @dataclass(frozen=True)
 class Rows:
     """The device's pairs: position_TK of each in the order of execution, tokens_N of the first N, results v_ND.
 
-    v_ND has one row more, of zeros. h_NF: room for a wave's hidden values, whatever the rows of its pieces.
+    v_ND has one row more, of zeros where there are no kernels. h_NF: room for a wave's hidden values, whatever the rows of its pieces.
     """
 
     x_TD: Tensor
@@ -64,6 +65,7 @@ class Products:
         self._w_dtype = TORCH_DTYPES[spec.dtype]
         self._dtype = torch.promote_types(x_dtype, self._w_dtype)
         self._num_in = 2 if spec.gated else 1
+        self._records: dict[tuple[int, int, PackedAt], PieceRecord] = {}
         # Rows are copied 16 bytes at a time.
         self.panels = (
             kernels if kernels is not None and kernels.has_panels and spec.d_model % 8 == 0 else None
@@ -71,23 +73,19 @@ class Products:
 
     # ---- one wave ----
     def multiply(
-        self, wave: Wave, tiles_n4: Tensor, packed: Packed, rows: Rows, read: Callable[[], None]
+        self, wave: Wave, tiles: Tiles, packed: Packed, rows: Rows, read: Callable[[], None]
     ) -> None:
         """v_ND of the wave's rows; added to where its pieces do not begin their experts.
 
-        tiles_n4: the wave's part of waves.tiles_of, on the device. read: called once all that reads `packed` is launched.
+        tiles: the wave's part of waves.tiles_of. read: called once all that reads `packed` is launched.
         """
         if self.panels is not None:
             assert rows.h_NF is not None
-            layout = piece_layout(self.spec, wave.num_rows)
             self.panels.panels(
-                self.spec,
-                layout,
-                tiles_n4,
+                self._record(wave),
+                tiles,
                 packed.blobs_B,
-                wave.at,
                 packed.biases,
-                wave.first_row,
                 rows.x_TD,
                 rows.tokens_N,
                 rows.h_NF,
@@ -98,6 +96,13 @@ class Products:
         in_nKD, down_nDF = self.unpack(wave, packed.blobs_B)
         read()
         self._one_by_one(wave, packed.biases, in_nKD.to(self._dtype), down_nDF.to(self._dtype), rows)
+
+    def _record(self, wave: Wave) -> PieceRecord:
+        key = (wave.first_row, wave.num_rows, wave.at)
+        if key not in self._records:
+            layout, sizes = piece_layout(self.spec, wave.num_rows), bias_sizes(self.spec)
+            self._records[key] = PieceRecord.of(self.spec, layout, wave.at, wave.first_row, sizes)
+        return self._records[key]
 
     def unpack(self, wave: Wave, blobs_B: Tensor) -> tuple[Tensor, Tensor]:
         """in_nUFD [n, U * F16, Dpad] and down_nDF [n, D16, Fpad], in scratch; then the blobs may change."""

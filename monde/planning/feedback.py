@@ -14,6 +14,7 @@ from monde.planning.fit import AlphaBeta
 from monde.planning.profile import Curve, ExpertRate, HardwareProfile, Overlap
 
 KEEP = 0.5  # of the old factor, in logarithms: a step's noise counts half, three steps are as good as settled
+CLOSE = 1.02  # factors this near to each other make the same plan
 LIMIT = 8.0  # most that a factor may be off, either way
 
 
@@ -30,6 +31,10 @@ class Feedback:
 
     def after_copy(self, planned_s: float, measured_s: float) -> Feedback:
         return replace(self, copy=_moved(self.copy, planned_s, measured_s))
+
+    def is_close(self, other: Feedback) -> bool:
+        ratios = (self.host / other.host, self.copy / other.copy)
+        return all(1 / CLOSE <= ratio <= CLOSE for ratio in ratios)
 
     def cost(self, base: CostModel) -> CostModel:
         """Host and bus at today's speed. What was measured was measured side by side: no slow-down on top."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class Resource(StrEnum):
@@ -21,8 +22,7 @@ class Resource(StrEnum):
     LINK_INTER = "link between nodes"
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """seconds_s alone on the machine; after: positions of earlier tasks of the schedule.
 
     payload: what is to be done, a record that its executor knows; None where the name says it all.

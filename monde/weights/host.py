@@ -43,11 +43,16 @@ class HostBlobs:
         """uint8 [B]. Valid while the bank is open and the expert where it is."""
         return self.run_B(self._places[expert_id], 1)
 
-    def run_B(self, first_place: int, num_places: int) -> Tensor:
-        """Blobs in places that follow one another, from blob to blob blob_bytes: uint8."""
+    def run(self, first_place: int, num_places: int) -> tuple[int, int]:
+        """Address and bytes of blobs in places that follow one another, from blob to blob blob_bytes."""
         stride_bytes = self._layout.blob_bytes
-        start = first_place * stride_bytes
-        return self._all_B[start : start + (num_places - 1) * stride_bytes + self._layout.weight_bytes]
+        num_bytes = (num_places - 1) * stride_bytes + self._layout.weight_bytes
+        return self.address + first_place * stride_bytes, num_bytes
+
+    def run_B(self, first_place: int, num_places: int) -> Tensor:
+        """Those blobs: uint8."""
+        address, num_bytes = self.run(first_place, num_places)
+        return self._all_B[address - self.address :][:num_bytes]
 
     def range_of(self, first_place: int, num_places: int) -> tuple[int, int]:
         """Address and bytes of whole pages that hold these places and no other."""

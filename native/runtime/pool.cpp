@@ -120,19 +120,17 @@ struct Pool::State {
   void wait_for_step(unsigned seen) {
     using Clock = std::chrono::steady_clock;
     const auto start = Clock::now();
-    bool polite = false;  // others may want the core by now: give it away between looks
     for (int spins = 1; epoch.load(std::memory_order_acquire) == seen; ++spins) {
-      if (polite)
-        sched_yield();
-      else
-        relax();
+      relax();
       if (spins % 64 != 0) continue;
       const double waited_s = std::chrono::duration<double>(Clock::now() - start).count();
-      polite = waited_s > kRudeSpinS;
       if (waited_s > spin_s) {
         epoch.wait(seen, std::memory_order_acquire);
         return;
       }
+      // Others may want the core by now: give it away, but not at every look, because whoever shares the core's other
+      // hyperthread, as the thread that launches the next layer may, is slowed by system calls and not by pauses.
+      if (waited_s > kRudeSpinS) sched_yield();
     }
   }
 

@@ -9,7 +9,7 @@ import torch
 
 from monde.device.kernels import ELEMENT_TYPES, compile_options, decode_source
 from monde.device.kernels.prefill import prefill_source
-from monde.device.layer_record import CONSTANTS, FIELDS, c_struct, layer_record
+from monde.device.layer_record import CONSTANTS, FIELDS, LAYER
 
 
 @pytest.mark.parametrize("x_dtype", list(ELEMENT_TYPES), ids=str)
@@ -30,9 +30,9 @@ def test_every_pair_of_types_compiles(x_dtype: torch.dtype, weight_dtype: torch.
 
 def test_the_record_holds_what_it_is_given_where_the_struct_has_it() -> None:
     values = {name: 3 * i for i, name in enumerate(FIELDS)} | dict.fromkeys(CONSTANTS, 0.5)
-    packed = layer_record(values).tobytes()
+    packed = LAYER.of(values).tobytes()
     assert packed == struct.pack(f"<{len(FIELDS)}q{len(CONSTANTS)}d", *values.values())
-    assert [word.rstrip(";") for word in c_struct().split() if word.endswith(";")][:-1] == [
+    assert [word.rstrip(";") for word in LAYER.c_struct().split() if word.endswith(";")][:-1] == [
         *FIELDS,
         *CONSTANTS,
     ]
@@ -42,7 +42,7 @@ def test_a_record_with_other_fields_is_refused() -> None:
     values = dict.fromkeys((*FIELDS, *CONSTANTS), 0) | {"nonsense": 1}
     del values["state"]
     with pytest.raises(KeyError, match=r"\['nonsense', 'state'\]"):
-        layer_record(values)
+        LAYER.of(values)
 
 
 @pytest.mark.parametrize("x_dtype", list(ELEMENT_TYPES), ids=str)

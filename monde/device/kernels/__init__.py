@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hostcompute import ActivationKind
-from monde.device.layer_record import c_struct
+from monde.device.layer_record import LAYER
 
 SOURCES = ("elements.cuh", "product.cuh", "activation.cuh", "decode.cu")  # joined in this order
 MAX_EXPERTS = 1024  # of one layer; sizes an array in shared memory
@@ -44,7 +44,7 @@ def decode_source() -> str:
     constants = {"MAX_EXPERTS": MAX_EXPERTS, "SHARE_ONE": SHARE_ONE} | ring | state | kinds
     lines = [f"constexpr int {name} = {value};" for name, value in constants.items()]
     parts = (Path(__file__).with_name(name).read_text() for name in SOURCES)
-    return "\n".join((*lines, c_struct(), *parts))
+    return "\n".join((*lines, LAYER.c_struct(), *parts))
 
 
 def compile_options(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> tuple[str, ...]:

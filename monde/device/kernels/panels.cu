@@ -94,12 +94,14 @@ struct alignas(16) EightHalves {
   u16 v[8];
 };
 
-// h_NF [N, f_pad_k] of a wave's tiles. Biases [experts, bias_stride] or null, from row bias_row on.
+// h_NF [N, f_pad_k] of a wave's tiles. Biases [experts, piece.up_bias_stride] or null.
 // Grid: (tiles; units, or pairs of panels, over kPanelWarps).
 extern "C" __global__ void __launch_bounds__(kPanelThreads, 2)
-    panels_in(const u8* blobs, const Tile* tiles, const u16* x_TD, const i64* tokens_N, u16* h_NF, i64 in_offset,
-              i64 panel_bytes, int num_panels, int D, int d_pad_k, int f_pad_k, const float* gate_bias,
-              const float* up_bias, i64 bias_stride, int bias_row, int kind, int gated, double limit, double alpha) {
+    panels_in(const PieceLayout piece, const u8* blobs, const Tile* tiles, const u16* x_TD, const i64* tokens_N,
+              u16* h_NF, const float* gate_bias, const float* up_bias) {
+  const i64 panel_bytes = piece.in_panel_bytes;
+  const int num_panels = piece.num_f_panels, D = piece.d_model, d_pad_k = piece.d_pad_k, f_pad_k = piece.f_pad_k;
+  const bool gated = piece.gated;
   extern __shared__ uint4 shared[];
   Stage* stages = reinterpret_cast<Stage*>(shared);
   const Tile tile = tiles[blockIdx.x];
@@ -113,7 +115,7 @@ extern "C" __global__ void __launch_bounds__(kPanelThreads, 2)
   }
   const u8* panels = nullptr;
   if (unit < num_units) {
-    const u8* first = blobs + tile.offset + in_offset + i64(unit) * 2 * panel_bytes;
+    const u8* first = blobs + tile.offset + piece.in_offset_bytes + i64(unit) * 2 * panel_bytes;
     panels = piece_of(first, gated || 2 * unit + 1 < num_panels ? first + panel_bytes : first);
   }
   Accumulators acc = {};
@@ -121,9 +123,9 @@ extern "C" __global__ void __launch_bounds__(kPanelThreads, 2)
   if (!panels) return;
 
   Layer layer;
-  layer.activation = kind, layer.gated = gated, layer.limit = limit, layer.alpha = alpha;
+  layer.activation = piece.activation, layer.gated = gated, layer.limit = piece.limit, layer.alpha = piece.alpha;
   const int panel = gated ? unit : 2 * unit + q / 2, column = panel * 16 + q % 2 * 8;  // of this lane's eight rows of F
-  const i64 bias_at = tile.expert * bias_stride + bias_row + column;
+  const i64 bias_at = tile.expert * piece.up_bias_stride + piece.first_row + column;
   const bool is_last = unit == num_units - 1 && num_panels * 16 < f_pad_k;  // half a tile that must read as zero
 #pragma unroll
   for (int m = 0; m < kTileRows / 16; ++m) {
@@ -160,11 +162,14 @@ extern "C" __global__ void __launch_bounds__(kPanelThreads, 2)
   }
 }
 
-// v_ND [N, D] of a wave's tiles, bf16, or fp32 where v_is_wide, then added to v_ND where `adds`. bias may be null.
-// Grid: (tiles; pairs of panels over kPanelWarps).
+// v_ND [N, D] of a wave's tiles, bf16, or fp32 where v_is_wide, then added to v_ND unless the pieces begin their
+// experts. bias may be null. Grid: (tiles; pairs of panels over kPanelWarps).
 extern "C" __global__ void __launch_bounds__(kPanelThreads, 2)
-    panels_down(const u8* blobs, const Tile* tiles, const u16* h_NF, void* v_ND, i64 down_offset, i64 panel_bytes,
-                int num_panels, int D, int f_pad_k, const float* bias, i64 bias_stride, int v_is_wide, int adds) {
+    panels_down(const PieceLayout piece, const u8* blobs, const Tile* tiles, const u16* h_NF, void* v_ND,
+                const float* bias, int v_is_wide) {
+  const i64 panel_bytes = piece.down_panel_bytes;
+  const int num_panels = piece.num_d_panels, D = piece.d_model, f_pad_k = piece.f_pad_k;
+  const bool adds = piece.first_row > 0;
   extern __shared__ uint4 shared[];
   Stage* stages = reinterpret_cast<Stage*>(shared);
   const Tile tile = tiles[blockIdx.x];
@@ -178,7 +183,7 @@ extern "C" __global__ void __launch_bounds__(kPanelThreads, 2)
   }
   const u8* panels = nullptr;
   if (2 * unit < num_panels) {
-    const u8* first = blobs + tile.offset + down_offset + i64(unit) * 2 * panel_bytes;
+    const u8* first = blobs + tile.offset + piece.down_offset_bytes + i64(unit) * 2 * panel_bytes;
     panels = piece_of(first, 2 * unit + 1 < num_panels ? first + panel_bytes : first);
   }
   Accumulators acc = {};
@@ -186,7 +191,7 @@ extern "C" __global__ void __launch_bounds__(kPanelThreads, 2)
 
   const int column = (2 * unit + q / 2) * 16 + q % 2 * 8;
   if (!panels || column >= D) return;  // D is a multiple of 8
-  if (bias) bias += tile.expert * bias_stride + column;
+  if (bias) bias += tile.expert * piece.down_bias_stride + column;
 #pragma unroll
   for (int m = 0; m < kTileRows / 16; ++m) {
     if (m * 16 >= tile.num_rows) continue;

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ from torch import Tensor
 from hostcompute import ExpertLayout, ExpertSpec
 from hostcompute.layout import LANES
 from monde.device.kernels import ACTIVATION_CODES, MAX_EXPERTS, compile_options
+from monde.device.record import Record
 from monde.device.streams import current_stream
 
 SOURCES = ("elements.cuh", "product.cuh", "activation.cuh", "prefill.cu", "panels.cu")  # joined in this order
@@ -26,12 +28,72 @@ TILE_ROWS = 128  # kTileRows of panels.cu
 _PANEL_WARPS = 4  # kPanelWarps
 _PANEL_SHARED_BYTES = 6 * (TILE_ROWS * 64 + _PANEL_WARPS * 2048)  # kStages times Stage
 _LAYER = "struct Layer { int activation, gated; double limit, alpha; };\n"
+_PIECE = Record(  # what panels.cu knows of a wave's pieces
+    "PieceLayout",
+    """in_offset_bytes in_panel_bytes down_offset_bytes down_panel_bytes num_f_panels num_d_panels
+    d_model d_pad_k f_pad_k first_row up_bias_stride down_bias_stride activation gated""".split(),  # noqa: SIM905
+    ("limit", "alpha"),
+)
+
+
+class Tiles(NamedTuple):
+    """A wave's blocks of rows, on the device: num_tiles times int64 (bytes into what holds the pieces, first row of N,
+    rows, row of the biases), see waves.tiles_of."""
+
+    address: int
+    num_tiles: int
+
+
+@dataclass(frozen=True)
+class PieceRecord:
+    """Pieces of one layout that begin at one row of F, for the kernels that read panels. Grids: blocks of a tile."""
+
+    record: npt.NDArray[np.uint8]
+    first_row: int
+    in_blocks: int
+    down_blocks: int
+
+    @classmethod
+    def of(
+        cls,
+        spec: ExpertSpec,
+        layout: ExpertLayout,
+        at: Any,  # monde.executors.pieces.PackedAt
+        first_row: int,
+        bias_sizes: Mapping[str, int],
+    ) -> PieceRecord:
+        """bias_sizes: rows of a whole expert's biases, with their padding."""
+        activation = spec.activation
+        record = _PIECE.of(
+            {
+                "in_offset_bytes": at.in_offset_bytes,
+                "in_panel_bytes": layout.in_panel_bytes,
+                "down_offset_bytes": at.down_offset_bytes,
+                "down_panel_bytes": at.down_panel_bytes,
+                "num_f_panels": layout.num_f_panels,
+                "num_d_panels": layout.num_d_panels,
+                "d_model": spec.d_model,
+                "d_pad_k": layout.d_pad_k,
+                "f_pad_k": layout.f_pad_k,
+                "first_row": first_row,
+                "up_bias_stride": bias_sizes.get("up_bias", 0),
+                "down_bias_stride": bias_sizes.get("down_bias", 0),
+                "activation": ACTIVATION_CODES[activation.kind],
+                "gated": int(spec.gated),
+                "limit": activation.limit,
+                "alpha": activation.alpha,
+            }
+        )
+        num_units = layout.num_f_panels if spec.gated else -(-layout.num_f_panels // 2)
+        num_pairs = -(-layout.num_d_panels // 2)
+        return cls(record, first_row, -(-num_units // _PANEL_WARPS), -(-num_pairs // _PANEL_WARPS))
 
 
 def prefill_source() -> str:
     kinds = [f"constexpr int KIND_{kind.name} = {code};" for kind, code in ACTIVATION_CODES.items()]
     parts = (Path(__file__).with_name(name).read_text() for name in SOURCES)
-    return "\n".join((f"constexpr int MAX_EXPERTS = {MAX_EXPERTS};", *kinds, _LAYER, *parts))
+    constants = f"constexpr int MAX_EXPERTS = {MAX_EXPERTS};"
+    return "\n".join((constants, *kinds, _LAYER, _PIECE.c_struct(), *parts))
 
 
 @cache
@@ -114,72 +176,34 @@ class PrefillKernels:
     # ---- products from panels ----
     def panels(
         self,
-        spec: ExpertSpec,
-        layout: ExpertLayout,
-        tiles_n4: Tensor,
+        pieces: PieceRecord,
+        tiles: Tiles,
         blobs_B: Tensor,
-        at: Any,  # monde.executors.pieces.PackedAt
         biases: Mapping[str, Tensor],
-        first_row: int,
         x_TD: Tensor,
         tokens_N: Tensor,
         h_NF: Tensor,
         v_ND: Tensor,
     ) -> None:
-        """Pieces of `layout` that begin at first_row of F; v_ND is added to unless that is 0. Needs has_panels.
-
-        tiles_n4: int64 (bytes from blobs_B on, first row of N, rows, row of the biases), see waves.tiles_of.
-        """
-        num_tiles, gated, activation = len(tiles_n4), spec.gated, spec.activation
+        """v_ND of a wave; added to where its pieces do not begin their experts. Needs has_panels."""
+        block, shared = (32 * _PANEL_WARPS,), _PANEL_SHARED_BYTES
         bias = {role: tensor.data_ptr() for role, tensor in biases.items()}
-        stride = {role: tensor.shape[1] for role, tensor in biases.items()}
-        num_units = layout.num_f_panels if gated else -(-layout.num_f_panels // 2)
+        down_bias = 0 if pieces.first_row else bias.get("down_bias", 0)
+        blobs, h = blobs_B.data_ptr(), h_NF.data_ptr()
+        into_h = (x_TD.data_ptr(), tokens_N.data_ptr(), h, bias.get("gate_bias", 0), bias.get("up_bias", 0))
+        into_v = (h, v_ND.data_ptr(), down_bias, np.int32(v_ND.dtype is torch.float32))
         with current_stream(self.device):
             self._of_x["panels_in"](
-                (num_tiles, -(-num_units // _PANEL_WARPS)),
-                (32 * _PANEL_WARPS,),
-                (
-                    blobs_B.data_ptr(),
-                    tiles_n4.data_ptr(),
-                    x_TD.data_ptr(),
-                    tokens_N.data_ptr(),
-                    h_NF.data_ptr(),
-                    np.int64(at.in_offset_bytes),
-                    np.int64(layout.in_panel_bytes),
-                    np.int32(layout.num_f_panels),
-                    np.int32(spec.d_model),
-                    np.int32(layout.d_pad_k),
-                    np.int32(layout.f_pad_k),
-                    bias.get("gate_bias", 0),
-                    bias.get("up_bias", 0),
-                    np.int64(stride.get("up_bias", 0)),
-                    np.int32(first_row),
-                    np.int32(ACTIVATION_CODES[activation.kind]),
-                    np.int32(gated),
-                    np.float64(activation.limit),
-                    np.float64(activation.alpha),
-                ),
-                shared_mem=_PANEL_SHARED_BYTES,
+                (tiles.num_tiles, pieces.in_blocks),
+                block,
+                (pieces.record, blobs, tiles.address, *into_h),
+                shared_mem=shared,
             )
             self._of_x["panels_down"](
-                (num_tiles, -(-layout.num_d_panels // (2 * _PANEL_WARPS))),
-                (32 * _PANEL_WARPS,),
-                (
-                    blobs_B.data_ptr(),
-                    tiles_n4.data_ptr(),
-                    h_NF.data_ptr(),
-                    v_ND.data_ptr(),
-                    np.int64(at.down_offset_bytes),
-                    np.int64(at.down_panel_bytes),
-                    np.int32(layout.num_d_panels),
-                    np.int32(spec.d_model),
-                    np.int32(layout.f_pad_k),
-                    0 if first_row else bias.get("down_bias", 0),
-                    np.int64(stride.get("down_bias", 0)),
-                    np.int32(v_ND.dtype is torch.float32),
-                    np.int32(first_row > 0),
-                ),
-                shared_mem=_PANEL_SHARED_BYTES,
+                (tiles.num_tiles, pieces.down_blocks),
+                block,
+                (pieces.record, blobs, tiles.address, *into_v),
+                shared_mem=shared,
             )
 
     # ---- around the libraries' products ----
