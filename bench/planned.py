@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--device", choices=["cpu"], help="cpu: stand in for a GPU (default: the first GPU)")
     parser.add_argument("--machine", help="file of a measured profile (default: this machine's)")
-    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--prompt", type=int, default=2048)
     parser.add_argument("--generate", type=int, default=64)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repetitions", type=int, default=3)

@@ -8,9 +8,12 @@ Letters, used as suffixes of tensors and arrays everywhere:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 NOT_MINE = -1  # the expert id of a pair that nobody computes; every executor ignores it
@@ -34,6 +37,13 @@ class Placement:
     """Which experts of one layer have a slot on the device: slot_of_expert_E[e], or -1 for the host."""
 
     slot_of_expert_E: tuple[int, ...]
+
+    @cached_property
+    def slot_E(self) -> NDArray[np.int64]:
+        """slot_of_expert_E as an array, read only."""
+        slot_E = np.array(self.slot_of_expert_E, np.int64)
+        slot_E.setflags(write=False)
+        return slot_E
 
     @property
     def resident_experts(self) -> tuple[int, ...]:

@@ -147,7 +147,7 @@ class PrefillExecutor:
         times.append(time.perf_counter())
         # ---- plan ----
         staged, blobs, cost = hub.take_prefetched(self), self.blobs(), hub.cost(self.shape)
-        slot_E = np.array(self.table.placement.slot_of_expert_E)
+        slot_E = self.table.placement.slot_E
         plan = self.latest = self._plan(counts_E.numpy().copy(), slot_E, num_tokens, staged, blobs, cost)
         # ---- do ----
         shipments, fetched = dict[int, Shipment](), list[Shipment]()

@@ -121,7 +121,7 @@ class PrefillHub:
         blobs = None if layer is None or not layer.is_whole or not self.fetches_ahead else layer.blobs()
         if layer is None or blobs is None:
             return None
-        resident_E = np.array(layer.table.placement.slot_of_expert_E) >= 0
+        resident_E = layer.table.placement.slot_E >= 0
         if resident_E.all():
             return None
         num_experts, num_pairs = layer.spec.num_experts, num_tokens * num_topk

@@ -239,7 +239,7 @@ def decode_layer_s(layer: MoeLayer, placement: Placement, machine: HardwareProfi
     tokens_E = np.divide(batch * taken_E, active_E, out=np.zeros_like(active_E), where=active_E > 0)
     if machine.gpu is None:
         return machine.host_call_s + float(active_E @ cost.host_s(tokens_E))
-    resident_E = np.asarray(placement.slot_of_expert_E) >= 0
+    resident_E = placement.slot_E >= 0
     cold_E = np.where(resident_E, 0.0, active_E)
     gpu_s = machine.gpu.decode_layer_s + float((active_E - cold_E) @ cost.resident_s(tokens_E))
     any_cold = 1 - float(np.prod(1 - cold_E))
@@ -268,7 +268,7 @@ def prefill_layer_s(
     tokens_E = np.rint(num_tokens * np.minimum(layer.num_topk * layer.popularity_E, 1.0)).astype(np.int64)
     if machine.gpu is None:
         return machine.host_call_s + float(cost.host_s(tokens_E).sum())
-    resident_E = np.asarray(placement.slot_of_expert_E) >= 0
+    resident_E = placement.slot_E >= 0
     prompt = machine.gpu.prompt
     ahead = certain_fetches(tokens_E.astype(np.float64), resident_E, num_tokens, cost, layer.num_ahead)
     resident_E[ahead] = True

@@ -132,7 +132,7 @@ def swap_limit(
     """
     read_bytes = 0.0
     for placement, hits_E, layer in zip(current, hits_per_step_L, layers, strict=True):
-        cold_E = np.asarray(placement.slot_of_expert_E) < 0
+        cold_E = placement.slot_E < 0
         read_bytes += float(-np.expm1(-np.asarray(hits_E, np.float64)[cold_E]).sum()) * layer.slot_bytes
     largest_bytes = max((layer.slot_bytes for layer in layers), default=1)
     return max(1, int(min(share * num_steps * read_bytes / largest_bytes, 2**31)))

@@ -88,12 +88,12 @@ def schedule_of(
             host_s = profile.host_call_s + float(cost.host_s(tokens_E).sum())
             done = [builder.add(f"host {l}", Resource.HOST, host_s, [dense])]
             continue
-        resident_E = np.asarray(placement.slot_of_expert_E) >= 0
+        resident_E = placement.slot_E >= 0
         if is_decode:
             done = _decode_layer(builder, l, layer, tokens_E, resident_E, num_tokens, cost, dense)
         else:
             load = Load(tokens_E, resident_E, num_tokens, cut_granule=64)
-            slot_E = np.asarray(placement.slot_of_expert_E)
+            slot_E = placement.slot_E
             staging = layer.staging or Staging.one_by_one(layer.shape.d_ffn, num_experts)
             split = best_split(load, cost)
             own = builder.add(f"layer {l}", Resource.GPU, cost.gpu.prompt.plan_s, [dense])

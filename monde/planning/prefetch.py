@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from monde.planning.cost import CostModel
-from monde.planning.split import Load, Where, best_split
+from monde.planning.split import Load, best_uncut
 
 # An expert that expects so many tokens, each choosing by itself, gets none with a probability of exp(-8), 1 in 3000.
 MIN_TOKENS = 8
@@ -24,8 +24,7 @@ def certain_fetches(
 ) -> list[int]:
     """At most `limit` experts, the most loaded first, that the best split of the expected tokens would fetch."""
     tokens_E = np.rint(expected_E).astype(np.int64)
-    fetched = np.flatnonzero(
-        best_split(Load(tokens_E, resident_E, num_tokens), cost).where_E == Where.FETCHED
-    )
+    fetched = np.sort(best_uncut(Load(tokens_E, resident_E, num_tokens), cost))
     fetched = fetched[tokens_E[fetched] >= MIN_TOKENS]
-    return [int(e) for e in fetched[np.argsort(-tokens_E[fetched], kind="stable")][:limit]]
+    chosen: list[int] = fetched[np.argsort(-tokens_E[fetched], kind="stable")][:limit].tolist()
+    return chosen

@@ -126,6 +126,10 @@ class Lanes:
         gemm_s[1:] += np.cumsum(self.gemm_n)
         return self.load.bus_busy_s + np.arange(n + 1) * np.float64(self.copy_one_s), gemm_s, host_s
 
+    def whole_s(self, copy_k: Seconds, gemm_k: Seconds, host_k: Seconds) -> Seconds:
+        """makespan_s when the first k are fetched, of what `prefixes` says."""
+        return self.makespan_s(self.lead_s(np.arange(len(copy_k)) > 0), copy_k, gemm_k, host_k)
+
     def cut(self, idx: NDArray[np.int64], share: Seconds) -> tuple[Seconds, Seconds, Seconds]:
         """What cutting expert idx adds to copy_s and gemm_s and takes from host_s; share in (0, 1)."""
         h2d = self.cost.gpu.h2d
@@ -171,11 +175,17 @@ class Lanes:
         )
 
 
+def best_uncut(load: Load, cost: CostModel) -> NDArray[np.int64]:
+    """The experts that the split of least makespan_s fetches if it may cut none, the slowest on the host first."""
+    lanes = Lanes(load, cost)
+    return lanes.order[: int(np.argmin(lanes.whole_s(*lanes.prefixes())))]
+
+
 def best_split(load: Load, cost: CostModel) -> ExpertSplit:
     """The split of least makespan_s; O(E log E) array operations, no loop over experts."""
     lanes = Lanes(load, cost)
     copy_k, gemm_k, host_k = lanes.prefixes()
-    whole_k = lanes.makespan_s(lanes.lead_s(np.arange(len(copy_k)) > 0), copy_k, gemm_k, host_k)
+    whole_k = lanes.whole_s(copy_k, gemm_k, host_k)
     best_k = int(np.argmin(whole_k))
     rows = np.arange(load.cut_granule, cost.shape.d_ffn, load.cut_granule) if load.cut_granule else None
     if rows is None or len(rows) == 0 or len(lanes.order) == 0:

@@ -107,7 +107,7 @@ def hits(placements: Sequence[Placement], step: Sequence[NDArray[np.int16]]) -> 
     for placement, ids_TK in zip(placements, step, strict=True):
         ids = ids_TK[ids_TK != NOT_MINE]
         num_pairs += len(ids)
-        num_hits += int(np.count_nonzero(np.asarray(placement.slot_of_expert_E)[ids] >= 0))
+        num_hits += int(np.count_nonzero(placement.slot_E[ids] >= 0))
     return num_hits, num_pairs
 
 
