@@ -136,6 +136,16 @@ def test_of_equal_weights_the_later_in_k_are_left() -> None:
     layers.hub.close()
 
 
+def test_a_layer_of_residents_waits_for_all_that_a_slow_host_owes() -> None:
+    """Not for the answer to what counted a layer before alone."""
+    rng = np.random.default_rng(30)
+    specs = [ExpertSpec(9, 256, 4096), ExpertSpec(9, 256, 32)]
+    layers = build(specs, [NOBODY, list(range(9))], "bf16", 3)
+    for again in range(5):
+        check(layers, batches_of(rng, layers, 4, 8), 6, "bf16", f"step {again}")
+    layers.hub.close()
+
+
 def test_counters_add_up() -> None:
     rng = np.random.default_rng(23)
     layers = build([ExpertSpec(9, 64, 32)] * 4, PLACES["some"], "bf16", 2)
