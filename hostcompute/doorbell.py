@@ -19,17 +19,21 @@ from hostcompute.spec import DType
 class MailboxAddresses:
     """Where the mailbox's parts lie. rung, answered and cut are 64-bit words, each on its own cache line.
 
-    x: [T, D] of the model's activations; ids: int32 [T, K]; weights: float [T, K]; out: float [T, D].
-    cut: panels of 16 rows of F that whoever rings computes itself, of every expert; an even number below all.
+    All but answered are there twice, box_bytes apart: for rings of even and of odd numbers.
+    x: [T, D] of the model's activations; weights: float [T, K]; ids: int32 [2, T, K] and out: float [2, T, D], of what
+    counts now and of what counts later.
+    cut: panels of 16 rows of F that whoever rings computes itself, of every expert that counts now; an even number
+    below all.
     """
 
-    rung: int
     answered: int
+    rung: int
     x: int
     ids: int
     weights: int
     out: int
     cut: int
+    box_bytes: int
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class DoorbellTotals:
     num_pairs: int
     weight_bytes: int
     busy_s: float
+    later_s: float  # of busy_s, for pairs that count later
 
 
 class Doorbell:

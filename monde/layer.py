@@ -21,11 +21,11 @@ from torch import Tensor
 from hostcompute import ExpertSpec
 from monde.core import RoutedBatch
 from monde.executors.decode import DecodeExecutor
-from monde.executors.deferral import DeferredSteps
+from monde.executors.deferral import Deferred, DeferredSteps, Left
 from monde.executors.host import HostExecutor
 from monde.executors.prefill import PrefillExecutor
 from monde.executors.ranked import RankedExecutor
-from monde.routing.deferral import apart
+from monde.routing.deferral import apart, check_topk
 from monde.weights.table import SlotTable
 
 _NO_TURN: AbstractContextManager[Any] = nullcontext()
@@ -77,7 +77,7 @@ class MoELayer:
         with self.turn:
             self.enter()
             batch = RoutedBatch(x_TD, topk_ids_TK, topk_weights_TK)
-            decode = self.decoder(x_TD.dtype) if DecodeExecutor.takes(batch) else None
+            decode = self.decode_executor(batch)
             return self.compute(batch, x_TD.dtype) if decode is None else decode.forward(batch)
 
     def enter(self) -> None:
@@ -86,6 +86,10 @@ class MoELayer:
         self.num_calls += 1
         if self.watch is not None:
             self.watch.enter(self.layer_idx)
+
+    def decode_executor(self, batch: RoutedBatch) -> DecodeExecutor | None:
+        """Who computes `batch` without a wait in Python; None: `compute` must."""
+        return self.decoder(batch.x_TD.dtype) if DecodeExecutor.takes(batch) else None
 
     def compute(self, batch: RoutedBatch, y_dtype: torch.dtype) -> Tensor:
         """y_TD of `batch`, rounded once to y_dtype."""
@@ -139,17 +143,25 @@ class DeferringLayer:
         layer, steps = self.layer, self.steps
         if not steps.enter(layer.layer_idx):
             return layer.forward(x_TD, topk_ids_TK, topk_weights_TK)
-        batch, left_TD = RoutedBatch(x_TD, topk_ids_TK, topk_weights_TK), None
-        num_left = steps.leaves(layer.layer_idx)
+        batch, num_left = RoutedBatch(x_TD, topk_ids_TK, topk_weights_TK), steps.leaves(layer.layer_idx)
+        check_topk(num_left, topk_ids_TK.shape[1])
         with layer.turn:
             layer.enter()
-            # Where Python waits for the host nothing can be hidden, so both halves are computed together.
-            if num_left:
-                y_TD, left_TD = layer.compute(apart(batch, num_left), torch.float32).chunk(2)
+            decode, earlier = layer.decode_executor(batch), steps.take()
+            if decode is None:
+                done = self._compute(batch, num_left, earlier)
             else:
-                y_TD = layer.compute(batch, torch.float32)
-        earlier_TD = steps.exchange(left_TD)
-        return (y_TD if earlier_TD is None else y_TD + earlier_TD).to(x_TD.dtype)
+                done = decode.forward_deferring(batch, num_left, earlier)
+        steps.leave(done.left)
+        return done.y_TD
+
+    def _compute(self, batch: RoutedBatch, num_left: int, earlier: Left | None) -> Deferred:
+        """Where Python waits for the host nothing can be hidden, so both halves are computed together."""
+        halves = apart(batch, num_left) if num_left else batch
+        y_TD, *left = self.layer.compute(halves, torch.float32).split(batch.x_TD.shape[0])
+        if earlier is not None:
+            y_TD = y_TD + earlier.whole_TD()
+        return Deferred(y_TD.to(batch.x_TD.dtype), Left(left[0]) if left else None)
 
 
 Front = MoELayer | RankedLayer | DeferringLayer  # what a model's modules call

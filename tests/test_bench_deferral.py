@@ -32,7 +32,7 @@ def test_without_deferral_it_is_the_model_itself(monkeypatch: pytest.MonkeyPatch
         return monde.offload(tiny.build("qwen3_moe"), device="cpu", deferred_experts=num_deferred)
 
     left_out = model(2)
-    left_out.monde.deferred.exchange = lambda left_TD: None
+    left_out.monde.deferred.take = lambda: None
     models = {Way("deferred", 0): model(0), Way("deferred", 2): model(2), Way("left out", 2): left_out}
     exact, deferred, without = judge(models, "tiny", "random", ids_WT)
     with torch.no_grad():

@@ -36,7 +36,7 @@ NUM_TRACED_STEPS = 8
 NUM_WARM_UPS = 24  # by then a decode step has been captured
 _STDERR = 2
 _HOST_PID, _LAYERS_PID = 1 << 30, (1 << 30) + 1  # no process has these
-_DECODE_KERNELS = ("route", "gate_up", "down", "combine")
+_DECODE_KERNELS = ("route", "gate_up", "down", "combine", "collect")
 
 Event = dict[str, Any]
 

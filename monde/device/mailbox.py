@@ -7,7 +7,7 @@ Letters: T tokens, K experts per token, R = T * K routed pairs, D model dim, F e
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,13 +18,7 @@ from hostcompute.layout import LANES
 from monde.device.kernels import STATE_WORDS
 
 _LINE_BYTES = 128
-_WORDS = (
-    "rung",
-    "answered",
-    "failed",
-    "cut",
-    "gpu_ns",
-)  # 64 bits each, every one on a line of its own
+_WORDS = ("answered", "failed", "gpu_ns")  # 64 bits each, every one on a line of its own
 
 
 @dataclass(frozen=True)
@@ -57,7 +51,7 @@ class DecodeSize:
     @property
     def scratch_bytes(self) -> int:
         """Device memory of DecodeScratch, at most."""
-        values = self.max_tokens * self.d_pad_k + self.max_pairs * (self.f_pad_k + self.d_panels * LANES + 4)
+        values = self.max_tokens * self.d_pad_k + self.max_pairs * (self.f_pad_k + self.d_panels * LANES + 5)
         return 4 * values + 4096
 
 
@@ -74,7 +68,8 @@ class DecodeScratch:
         self.x_TD = torch.zeros(size.max_tokens * size.d_pad_k, device=device)
         self.h_RF = torch.zeros(num_pairs * size.f_pad_k, device=device)
         self.v_RD = torch.zeros(num_pairs * size.d_panels * LANES, device=device)
-        self.slots_R, self.group_slot_G, self.group_pairs_R = (ints(num_pairs) for _ in range(3))
+        self.slots_R, self.is_later_R = ints(num_pairs), ints(num_pairs)
+        self.group_slot_G, self.group_pairs_R = ints(num_pairs), ints(num_pairs)
         self.group_first_G, self.num_groups = ints(num_pairs + 1), ints(1)
 
     @property
@@ -84,25 +79,27 @@ class DecodeScratch:
 
 
 class Mailbox:
-    """Pinned memory with the words and arrays of hostcompute.doorbell.MailboxAddresses."""
+    """Pinned memory with the words and arrays of hostcompute.doorbell.MailboxAddresses, which `addresses` names."""
 
     def __init__(self, size: DecodeSize) -> None:
         import cupy
 
-        parts = dict.fromkeys(_WORDS, 8) | {
+        box = {
+            "rung": 8,
+            "cut": 8,
             "x": 4 * size.max_tokens * size.d_model,
-            "ids": 4 * size.max_pairs,
+            "ids": 2 * 4 * size.max_pairs,
             "weights": 4 * size.max_pairs,
-            "out": 4 * size.max_tokens * size.d_model,
+            "out": 2 * 4 * size.max_tokens * size.d_model,
         }
-        offsets, end = {}, 0
-        for name, num_bytes in parts.items():
-            offsets[name] = end
-            end += -(-num_bytes // _LINE_BYTES) * _LINE_BYTES
+        offsets, end = _laid_out(dict.fromkeys(_WORDS, 8) | box)
+        _, box_bytes = _laid_out(box)
+        end += box_bytes  # the second box
         # Not from a pool: the memory must start as zeros and stay at its address.
         self._memory = cupy.cuda.PinnedMemory(end)
         self.num_bytes = end
         self.addresses = {name: self._memory.ptr + offset for name, offset in offsets.items()}
+        self.addresses["box_bytes"] = box_bytes
         self._bytes = _view(self._memory.ptr, end)
         self._bytes.zero_()
         self._offsets = offsets
@@ -123,6 +120,15 @@ class Mailbox:
 
     def _word(self, name: str) -> Tensor:
         return self._bytes[self._offsets[name] :][:8].view(torch.int64)
+
+
+def _laid_out(parts: Mapping[str, int]) -> tuple[dict[str, int], int]:
+    """Offset of each part of so many bytes, on lines of its own, and where the last one ends."""
+    offsets, end = {}, 0
+    for name, num_bytes in parts.items():
+        offsets[name] = end
+        end += -(-num_bytes // _LINE_BYTES) * _LINE_BYTES
+    return offsets, end
 
 
 def _view(address: int, num_bytes: int) -> Tensor:

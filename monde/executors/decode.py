@@ -1,7 +1,8 @@
 """A layer's few tokens on GPU and host at once, with nothing that waits on the CPU's side.
 
 Four kernels a layer (monde/device/kernels/decode.cu): route and ring, gate-up and down of the residents, and of a
-part of every other expert, while the host computes what is left of those, combine. All of it is plain launches on the current stream, so a CUDA graph can hold it.
+part of every other expert, while the host computes what is left of those, combine. All of it is plain launches on the
+current stream, so a CUDA graph can hold it.
 Letters as in monde.core.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import sys
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,6 +33,7 @@ from monde.device.kernels import (
 from monde.device.layer_record import LAYER
 from monde.device.mailbox import DecodeScratch, DecodeSize, Mailbox
 from monde.device.streams import current_stream
+from monde.executors.deferral import Deferred, Left
 from monde.executors.host import HostTotals
 from monde.executors.zero_copy import ShareBalance, can_read_from_host
 from monde.weights.host import HostBlobs
@@ -71,6 +74,7 @@ class DecodeHub:
         self._first_share = share
         self._fewest_panels = sys.maxsize  # of F, of the layers whose experts the GPU reads from the host
         self.balance: ShareBalance | None = None
+        self._left: weakref.ref[Left] | None = None  # by the layer launched last, while somebody wants it
 
     def read_from_host(self, num_f_panels: int) -> None:
         """A layer of so many panels of F lets the GPU read its experts on the host."""
@@ -97,14 +101,31 @@ class DecodeHub:
         torch.cuda.synchronize(self.device)
         what = self.doorbell.error or f"the host did not answer within {self.deadline_s:g} s"
         self.doorbell.reset()
-        self.scratch.state[STATE_WORDS.index("FAILED")] = 0
+        for name in ("FAILED", "LEFT_RING"):
+            self.scratch.state[STATE_WORDS.index(name)] = 0
         self.mailbox.clear_failure()
         raise RuntimeError(f"monde: MoE layer {layer_idx}: {what}; the step's output is NaN, call again")
 
     def before_replay(self) -> None:
         """Call it before a CUDA graph that holds a step of the whole model runs."""
         if self.is_captured:
+            self.follow(None)
             self.doorbell.expect(self.num_ringing)
+
+    def follow(self, earlier: Left | None) -> bool:
+        """Launches are about to follow which take `earlier`; whether the host's part of it is still in the mailbox.
+
+        That lasts until the next layer, so what another thread's step left is collected first.
+        """
+        latest = None if self._left is None else self._left()
+        self._left = None
+        if latest is not None and latest is not earlier:
+            latest.whole_TD()
+        return latest is not None and latest is earlier and latest.collect is not None
+
+    def leave(self, left: Left) -> None:
+        """What was launched last leaves this."""
+        self._left = weakref.ref(left)
 
     def count(self, name: str) -> int:
         """A counter of the device's state; synchronises."""
@@ -171,6 +192,10 @@ class DecodeExecutor:
 
     def forward(self, batch: RoutedBatch) -> Tensor:
         """y_TD like x_TD, every pair computed, summed in fp32, rounded once. No synchronisation."""
+        return self.forward_deferring(batch, 0, None).y_TD
+
+    def forward_deferring(self, batch: RoutedBatch, num_left: int, earlier: Left | None) -> Deferred:
+        """As forward, but the num_left lightest pairs of every token are left, and what the layer before left is added."""
         x_TD = batch.x_TD.contiguous()
         ids_TK, weights_TK = batch.topk_ids_TK.long().contiguous(), batch.topk_weights_TK.contiguous()
         if weights_TK.dtype not in ELEMENT_TYPES:
@@ -178,17 +203,31 @@ class DecodeExecutor:
         weights_type = ELEMENT_TYPES[weights_TK.dtype]
         num_tokens, num_topk = ids_TK.shape
         y_TD = torch.empty_like(x_TD)
+        left = None
+        if num_left:
+            left = Left(torch.empty(x_TD.shape, dtype=torch.float32, device=x_TD.device), self._collect)
+        # A graph's layers follow each other whatever other threads launch while it is captured.
         if torch.cuda.is_current_stream_capturing():
             self.hub.is_captured = True
-        elif self.rings:
-            self.hub.doorbell.expect(1)
+            is_owed = earlier is not None and earlier.collect is not None
+        else:
+            is_owed = self.hub.follow(earlier)
+            if left is not None:
+                self.hub.leave(left)
+            if self.rings:
+                self.hub.doorbell.expect(1)
+        taken = leaves = 0
+        if earlier is not None:
+            taken = (earlier.sum_TD if is_owed else earlier.whole_TD()).data_ptr()
+        if left is not None:
+            leaves = left.sum_TD.data_ptr()
         record, block = self._record, (_THREADS,)
         ids, weights, x, y = (t.data_ptr() for t in (ids_TK, weights_TK, x_TD, y_TD))
         with current_stream(self.hub.device):
             self._kernels.route(
                 (_blocks(num_tokens * self.layout.d_pad_k // 8),),
                 block,
-                (record, x, ids, weights, _int(weights_type), _int(num_tokens), _int(num_topk)),
+                (record, x, ids, weights, *map(_int, (weights_type, num_tokens, num_topk, num_left))),
             )
             num_places = self._num_slots + (0 if self._host is None else self.spec.num_experts)
             if num_places:
@@ -201,9 +240,17 @@ class DecodeExecutor:
             self._kernels.combine(
                 (_blocks(self.spec.d_model), num_tokens),
                 block,
-                (record, weights, _int(weights_type), y, _int(num_topk)),
+                (record, weights, _int(weights_type), y, _int(num_topk), taken, _int(is_owed), leaves),
             )
-        return y_TD
+        return Deferred(y_TD, left)
+
+    def _collect(self, left_TD: Tensor) -> None:
+        """Add what the host owes to what this layer left, as long as no layer was launched since."""
+        num_tokens, d_model = left_TD.shape
+        with current_stream(self.hub.device):
+            self._kernels.collect(
+                (_blocks(d_model), num_tokens), (_THREADS,), (self._record, left_TD.data_ptr())
+            )
 
     @property
     def _num_slots(self) -> int:
@@ -214,7 +261,6 @@ class DecodeExecutor:
         biases = {} if slots is None else slots.biases
         places = None if self._host is None else self._host.place_of_expert_E
         names = {"gate_bias": "gate_bias_SF", "up_bias": "up_bias_SF", "down_bias": "down_bias_SD"}
-        mailbox = self.hub.mailbox.addresses if self.rings else dict.fromkeys(self.hub.mailbox.addresses, 0)
         return {
             "layer_idx": layer_idx,
             "num_experts": spec.num_experts,
@@ -242,7 +288,8 @@ class DecodeExecutor:
             "heat_E": self._heat_E.data_ptr(),
             **{field: biases[role].data_ptr() if role in biases else 0 for role, field in names.items()},
             **self.hub.scratch.addresses,
-            **{f"mailbox_{name}": address for name, address in mailbox.items()},
+            "rings": int(self.rings),
+            **{f"mailbox_{name}": address for name, address in self.hub.mailbox.addresses.items()},
         }
 
 

@@ -46,7 +46,7 @@ class ShareBalance:
     ) -> None:
         self._controller = ShareController(share, min_share=_GRANULE_PANELS / num_f_panels)
         self._state, self._mailbox, self._doorbell = state, mailbox, doorbell
-        self._seen_s = (mailbox.gpu_s, doorbell.totals.busy_s)
+        self._seen_s = self._now_s()
         self._write()
 
     @property
@@ -55,13 +55,18 @@ class ShareBalance:
 
     def step(self) -> None:
         """Between two steps of the model."""
-        now_s = (self._mailbox.gpu_s, self._doorbell.totals.busy_s)
+        now_s = self._now_s()
         gpu_s, host_s = (now - seen for now, seen in zip(now_s, self._seen_s, strict=True))
         self._seen_s = now_s
         if gpu_s > 0 and host_s > 0:  # else nothing was cold, or the totals were reset
             before = self.share
             if self._controller.update(gpu_s, host_s) != before:
                 self._write()
+
+    def _now_s(self) -> tuple[float, float]:
+        """Of GPU and host so far. Pairs that count later are the host's alone, whatever the share."""
+        host = self._doorbell.totals
+        return self._mailbox.gpu_s, host.busy_s - host.later_s
 
     def _write(self) -> None:
         self._state[STATE_WORDS.index("SHARE")] = round(self.share * SHARE_ONE)

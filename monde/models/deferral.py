@@ -16,10 +16,8 @@ from monde.models.experts import ExpertsModule
 from monde.models.sizing import topk_of
 
 
-def check_deferral(
-    model_config: Any, modules: Sequence[ExpertsModule], config: MondeConfig, device: torch.device
-) -> None:
-    """Errors: ValueError where config asks for deferral and the model or the device cannot have it."""
+def check_deferral(model_config: Any, modules: Sequence[ExpertsModule], config: MondeConfig) -> None:
+    """Errors: ValueError where config asks for deferral and the model cannot have it."""
     wanted = config.deferred_experts
     if not wanted:
         return
@@ -33,10 +31,6 @@ def check_deferral(
     if any(module.tied for module in modules):
         raise ValueError(
             "deferred_experts: layers of this model share their experts, so that none is the next; leave it 0"
-        )
-    if device.type != "cpu":
-        raise ValueError(
-            f'deferred_experts: decode on {device} is without it as yet; leave it 0, or set device="cpu"'
         )
 
 

@@ -40,7 +40,7 @@ def _offload(model: Any, config: MondeConfig, ranks: RankGroup | None) -> PreTra
     start_s = time.perf_counter()
     modules = find_experts(model)
     device = resolve_device(config)
-    check_deferral(model.config, modules, config, device)
+    check_deferral(model.config, modules, config)
     specs = [module.spec for module in modules]
     ranked = None if ranks is None else RankedModel(ranks, config, specs)
     plan = plan_for(model, modules, config, device, ranked)

@@ -88,7 +88,7 @@ class MondeQuantizer(HfQuantizer):
             )
         modules = find_experts(model)
         device = resolve_device(config)
-        check_deferral(model.config, modules, config, device)
+        check_deferral(model.config, modules, config)
         specs = [module.spec for module in modules]
         ranked = None if ranks is None else RankedModel(ranks, config, specs)
         plan = plan_for(model, modules, config, device, ranked)

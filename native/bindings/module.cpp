@@ -109,9 +109,11 @@ nb::dict ring_layout() {
   nb::dict layout;
   layout["LAYER_SHIFT"] = ring::kLayerShift;
   layout["TOKENS_SHIFT"] = ring::kTokensShift;
+  layout["LATER_SHIFT"] = ring::kLaterShift;
   layout["TOPK_SHIFT"] = ring::kTopkShift;
   layout["WORK_SHIFT"] = ring::kWorkShift;
   layout["FAILED_SHIFT"] = ring::kFailedShift;
+  layout["OWING_SHIFT"] = ring::kOwingShift;
   layout["MAX_LAYERS"] = ring::kMaxLayers;
   layout["MAX_TOKENS"] = ring::kMaxTokens;
   layout["MAX_TOPK"] = ring::kMaxTopk;
@@ -224,21 +226,22 @@ NB_MODULE(_native, m) {
   nb::class_<Doorbell>(m, "Doorbell")
       .def(
           "__init__",
-          [](Doorbell* self, std::vector<std::shared_ptr<Bank>> banks, std::shared_ptr<Pool> pool, uintptr_t rung,
-             uintptr_t answered, uintptr_t x, uintptr_t ids, uintptr_t weights, uintptr_t out, uintptr_t cut,
-             const std::string& x_dtype, double deadline_s) {
-            const Mailbox mailbox{rung, answered, x, ids, weights, out, cut, dtype(x_dtype)};
+          [](Doorbell* self, std::vector<std::shared_ptr<Bank>> banks, std::shared_ptr<Pool> pool, uintptr_t answered,
+             uintptr_t rung, uintptr_t x, uintptr_t ids, uintptr_t weights, uintptr_t out, uintptr_t cut,
+             uintptr_t box_bytes, const std::string& x_dtype, double deadline_s) {
+            const Mailbox mailbox{answered, rung, x, ids, weights, out, cut, box_bytes, dtype(x_dtype)};
             new (self) Doorbell(std::move(banks), std::move(pool), mailbox, deadline_s);
           },
-          nb::arg("banks"), nb::arg("pool"), nb::arg("rung"), nb::arg("answered"), nb::arg("x"), nb::arg("ids"),
-          nb::arg("weights"), nb::arg("out"), nb::arg("cut"), nb::arg("x_dtype"), nb::arg("deadline_s"))
+          nb::arg("banks"), nb::arg("pool"), nb::arg("answered"), nb::arg("rung"), nb::arg("x"), nb::arg("ids"),
+          nb::arg("weights"), nb::arg("out"), nb::arg("cut"), nb::arg("box_bytes"), nb::arg("x_dtype"),
+          nb::arg("deadline_s"))
       .def("expect", &Doorbell::expect)
       .def("reset", &Doorbell::reset, nb::call_guard<nb::gil_scoped_release>())
       .def("reset_totals", &Doorbell::reset_totals)
       .def_prop_ro("error", &Doorbell::error)
       .def_prop_ro("totals", [](const Doorbell& doorbell) {
         const DoorbellTotals totals = doorbell.totals();
-        return nb::make_tuple(totals.num_rings, totals.num_pairs, totals.weight_bytes, totals.busy_s);
+        return nb::make_tuple(totals.num_rings, totals.num_pairs, totals.weight_bytes, totals.busy_s, totals.later_s);
       });
 
   m.def(

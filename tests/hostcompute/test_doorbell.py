@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import dataclass, field
 
@@ -31,46 +32,69 @@ MAX_TOKENS, TOPK = 9, 3
 DEADLINE_S = 5.0
 
 
+BOX = np.dtype(
+    [
+        ("rung", np.uint64, 8),  # words have a line each
+        ("cut", np.uint64, 8),
+        ("x_TD", np.uint16, (MAX_TOKENS, 40)),
+        ("weights_R", np.float32, MAX_TOKENS * TOPK),
+        ("ids_2R", np.int32, 2 * MAX_TOKENS * TOPK),
+        ("out_2TD", np.float32, 2 * MAX_TOKENS * 40),
+    ]
+)
+
+
 @dataclass
 class FakeGpu:
     """Memory of a mailbox and the stores that a kernel makes."""
 
-    words: npt.NDArray[np.uint64] = field(default_factory=lambda: np.zeros(32, np.uint64))
-    x_TD: npt.NDArray[np.uint16] = field(default_factory=lambda: np.zeros((MAX_TOKENS, 40), np.uint16))
-    ids_TK: npt.NDArray[np.int32] = field(default_factory=lambda: np.zeros((MAX_TOKENS, TOPK), np.int32))
-    weights_TK: npt.NDArray[np.float32] = field(
-        default_factory=lambda: np.zeros((MAX_TOKENS, TOPK), np.float32)
-    )
-    out_TD: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros((MAX_TOKENS, 40), np.float32))
+    answered: npt.NDArray[np.uint64] = field(default_factory=lambda: np.zeros(8, np.uint64))
+    boxes: npt.NDArray[np.void] = field(default_factory=lambda: np.zeros(2, BOX))
     number: int = 0
 
     @property
     def addresses(self) -> doorbell.MailboxAddresses:
-        base = self.words.ctypes.data
-        parts = (self.x_TD, self.ids_TK, self.weights_TK, self.out_TD)
-        return doorbell.MailboxAddresses(base, base + 64, *(part.ctypes.data for part in parts), base + 128)
+        assert BOX.fields is not None
+        at = {name.split("_")[0]: self.boxes.ctypes.data + offset for name, (_, offset) in BOX.fields.items()}
+        return doorbell.MailboxAddresses(answered=self.answered.ctypes.data, box_bytes=BOX.itemsize, **at)
 
-    def ring(self, layer: int, num_tokens: int, work: bool) -> None:
+    def ring(self, layer: int, num_tokens: int, work: bool, later: bool = False) -> None:
         self.number += 1
         word = self.number | layer << RING["LAYER_SHIFT"] | num_tokens << RING["TOKENS_SHIFT"]
-        self.words[0] = word | TOPK << RING["TOPK_SHIFT"] | int(work) << RING["WORK_SHIFT"]
+        word |= TOPK << RING["TOPK_SHIFT"] | int(work) << RING["WORK_SHIFT"]
+        self.boxes["rung"][self.number & 1, 0] = word | int(later) << RING["LATER_SHIFT"]
 
-    def post(self, layer: int, batch: Batch) -> None:
-        num_tokens = batch.x_TD.shape[0]
-        self.x_TD[:num_tokens] = batch.x_TD.numpy()
-        self.ids_TK[:num_tokens] = batch.ids_TK
-        self.weights_TK[:num_tokens] = batch.weights_TK.numpy()
-        self.out_TD[:] = np.nan
-        self.ring(layer, num_tokens, work=True)
+    def post(self, layer: int, batch: Batch, is_later_TK: npt.NDArray[np.bool_] | None = None) -> None:
+        """All of `batch` for now, or what is chosen for later."""
+        num_tokens, num_pairs = batch.x_TD.shape[0], batch.ids_TK.size
+        box = self.boxes[(self.number + 1) & 1]
+        later_TK = np.zeros(batch.ids_TK.shape, bool) if is_later_TK is None else is_later_TK
+        box["x_TD"][:num_tokens] = batch.x_TD.numpy()
+        box["ids_2R"][:num_pairs] = np.where(later_TK, -1, batch.ids_TK).ravel()
+        box["ids_2R"][num_pairs : 2 * num_pairs] = np.where(later_TK, batch.ids_TK, -1).ravel()
+        box["weights_R"][:num_pairs] = batch.weights_TK.numpy().ravel()
+        box["out_2TD"] = np.nan
+        self.ring(layer, num_tokens, not later_TK.all(), bool(later_TK.any()))
 
-    def wait(self) -> None:
-        end_s = time.perf_counter() + DEADLINE_S
-        while int(self.words[8]) & 0xFFFFFFFF != self.number:
+    def wait(self, number: int | None = None, whole: bool = True) -> None:
+        """For the answer to this ring or the latest one, with what it has for later if `whole`."""
+        wanted, end_s = self.number if number is None else number, time.perf_counter() + DEADLINE_S
+        while True:
+            word = int(self.answered[0])
+            ahead, owing = (word & 0xFFFFFFFF) - wanted, word >> RING["OWING_SHIFT"] & 1
+            if ahead > 0 or (ahead == 0 and not (whole and owing)):
+                return
             assert time.perf_counter() < end_s, "the host did not answer"
+
+    def out_TD(
+        self, num_tokens: int, number: int | None = None, later: bool = False
+    ) -> npt.NDArray[np.float32]:
+        box = self.boxes[(self.number if number is None else number) & 1]
+        return box["out_2TD"].reshape(-1, 40)[later * num_tokens :][:num_tokens].copy()
 
     @property
     def failed(self) -> bool:
-        return bool(int(self.words[8]) >> RING["FAILED_SHIFT"])
+        return bool(int(self.answered[0]) >> RING["FAILED_SHIFT"] & 1)
 
 
 def two_layers(rng: np.random.Generator, pool: object) -> tuple[list[ExpertBank], list[dict]]:
@@ -98,7 +122,7 @@ def test_answers_are_those_of_the_bank() -> None:
             batch = make_batch(rng, SPEC, 1 + (step + layer) % MAX_TOKENS, TOPK, "bf16")
             gpu.post(layer, batch)
             gpu.wait()
-            y_TD = gpu.out_TD[: batch.x_TD.shape[0]]
+            y_TD = gpu.out_TD(batch.x_TD.shape[0])
             assert_within(y_TD, expected(SPEC, experts[layer], batch, "f32", bf16_dots=True), f"step {step}")
             ids_TK = batch.ids_TK
             wanted_TK = (ids_TK >= 0) & (ids_TK < SPEC.num_experts) & (batch.weights_TK.float32() != 0)
@@ -123,12 +147,12 @@ def test_who_rings_may_compute_a_part_of_every_expert() -> None:
     bell = doorbell.Doorbell([bank], gpu.addresses, DType.BF16, pool)
     whole_bytes = []
     for cut_panel in (num_rows // 16, 0):
-        gpu.words[16] = cut_panel
+        gpu.boxes["cut"] = cut_panel
         batch = make_batch(rng, spec, 5, TOPK, "bf16")
         bell.expect(1)
         gpu.post(0, batch)
         gpu.wait()
-        y_TD = gpu.out_TD[:5].copy()
+        y_TD = gpu.out_TD(5)
         if cut_panel:
             part = host_array(np.zeros((5, spec.d_model)), "f32")
             ours.forward(*batch.arguments, out=part)
@@ -156,10 +180,95 @@ def test_rings_without_work_may_overtake_each_other() -> None:
         gpu.post(1, batch)
         gpu.wait()
         assert_within(
-            gpu.out_TD[:2], expected(SPEC, experts[1], batch, "f32", bf16_dots=True), "after 3 empty rings"
+            gpu.out_TD(2), expected(SPEC, experts[1], batch, "f32", bf16_dots=True), "after 3 empty rings"
         )
     time.sleep(0.01)
     assert bell.totals.num_rings == 200
+    bell.close()
+
+
+def part(batch: Batch, is_mine_TK: npt.NDArray[np.bool_]) -> Batch:
+    return dataclasses.replace(batch, ids_TK=np.where(is_mine_TK, batch.ids_TK, -1))
+
+
+def test_what_counts_later_is_answered_apart_while_the_next_ring_arrives() -> None:
+    """Every layer waits for what counts now, and for what the layer before left: on the host, or nobody's."""
+    rng, gpu, pool = np.random.default_rng(9), FakeGpu(), make_pool(2)
+    banks, experts = two_layers(rng, pool)
+    bell = doorbell.Doorbell(banks, gpu.addresses, DType.BF16, pool)
+    earlier: tuple[int, int, Batch] | None = None
+    num_pairs = 0
+    for step in range(200):
+        layer, num_tokens = step % 2, 1 + step % 4
+        batch = make_batch(rng, SPEC, num_tokens, TOPK, "bf16")
+        later_TK = rng.random(batch.ids_TK.shape) < (0.0, 0.5, 1.0)[step % 3]
+        bell.expect(1)
+        gpu.post(layer, batch, later_TK)
+        if later_TK.all():
+            # Only what is wanted is waited for, so that this ring may still be unseen when the next one comes.
+            if earlier is not None:
+                gpu.wait(earlier[0])
+        else:
+            gpu.wait(whole=False)
+            want = expected(SPEC, experts[layer], part(batch, ~later_TK), "f32", bf16_dots=True)
+            assert_within(gpu.out_TD(num_tokens), want, f"step {step}, now")
+        if earlier is not None:
+            number, from_layer, left = earlier
+            got_TD = gpu.out_TD(left.x_TD.shape[0], number, later=True)
+            want = expected(SPEC, experts[from_layer], left, "f32", bf16_dots=True)
+            assert_within(got_TD, want, f"step {step}, of the layer before")
+        earlier = (gpu.number, layer, part(batch, later_TK)) if later_TK.any() else None
+        ids_TK = batch.ids_TK
+        num_pairs += int(
+            ((ids_TK >= 0) & (ids_TK < SPEC.num_experts) & (batch.weights_TK.float32() != 0)).sum()
+        )
+    gpu.wait()
+    time.sleep(0.01)
+    assert bell.totals.num_rings == 200
+    assert bell.totals.num_pairs == num_pairs
+    assert 0 < bell.totals.later_s < bell.totals.busy_s
+    bell.close()
+
+
+def test_what_counts_later_is_not_cut() -> None:
+    rng, gpu, pool = np.random.default_rng(10), FakeGpu(), make_pool(1)
+    spec = ExpertSpec(num_experts=6, d_model=40, d_ffn=104)
+    experts = {e: make_expert(rng, spec, "separate") for e in range(spec.num_experts)}
+    bell = doorbell.Doorbell(
+        [load_all(ExpertBank(spec, "native", pool=pool), experts)], gpu.addresses, DType.BF16, pool
+    )
+    gpu.boxes["cut"] = 4
+    batch = make_batch(rng, spec, 2, TOPK, "bf16")
+    gpu.post(0, batch, np.ones(batch.ids_TK.shape, bool))
+    gpu.wait()
+    assert_within(gpu.out_TD(2, later=True), expected(spec, experts, batch, "f32", bf16_dots=True), "whole")
+    bell.close()
+
+
+def test_a_failure_later_reaches_whoever_waits_for_the_next_ring_and_ends_with_a_reset() -> None:
+    rng, gpu, pool = np.random.default_rng(11), FakeGpu(), make_pool(1)
+    banks, experts = two_layers(rng, pool)
+    banks[0].release(2)
+    bell = doorbell.Doorbell(banks, gpu.addresses, DType.BF16, pool)
+    bad, good = (make_batch(rng, SPEC, 1, TOPK, "bf16") for _ in range(2))
+    bad.ids_TK[...] = 2
+    bad.weights_TK.numpy()[...] = 1
+    everything = np.ones(bad.ids_TK.shape, bool)
+    gpu.post(0, bad, everything)
+    gpu.post(1, good)
+    gpu.wait()
+    assert gpu.failed
+    assert "layer 0: expert 2" in bell.error
+    gpu.post(1, good)
+    gpu.wait()
+    assert not gpu.failed
+    gpu.post(0, bad, everything)  # and a reset, before anybody has seen the answer
+    bell.reset()
+    assert bell.error == ""
+    gpu.post(1, good)
+    gpu.wait()
+    assert not gpu.failed
+    assert_within(gpu.out_TD(1), expected(SPEC, experts[1], good, "f32", bf16_dots=True), "after a reset")
     bell.close()
 
 
@@ -194,7 +303,7 @@ def test_an_expected_ring_that_never_comes_costs_little_and_is_still_answered() 
     batch = make_batch(rng, SPEC, 1, TOPK, "bf16")
     gpu.post(0, batch)
     gpu.wait()
-    assert_within(gpu.out_TD[:1], expected(SPEC, experts[0], batch, "f32", bf16_dots=True), "late ring")
+    assert_within(gpu.out_TD(1), expected(SPEC, experts[0], batch, "f32", bf16_dots=True), "late ring")
     bell.reset()
     bell.close()
 
@@ -208,7 +317,7 @@ def test_rings_that_nobody_announced_are_answered() -> None:
         batch = make_batch(rng, SPEC, 1, TOPK, "bf16")
         gpu.post(0, batch)
         gpu.wait()
-        assert_within(gpu.out_TD[:1], expected(SPEC, experts[0], batch, "f32", bf16_dots=True), "unannounced")
+        assert_within(gpu.out_TD(1), expected(SPEC, experts[0], batch, "f32", bf16_dots=True), "unannounced")
     bell.close()
 
 
@@ -232,7 +341,7 @@ def test_a_missing_expert_is_an_error_that_names_the_layer() -> None:
     gpu.post(0, batch)
     gpu.wait()
     assert not gpu.failed
-    assert_within(gpu.out_TD[:1], expected(SPEC, experts[0], batch, "f32", bf16_dots=True), "after an error")
+    assert_within(gpu.out_TD(1), expected(SPEC, experts[0], batch, "f32", bf16_dots=True), "after an error")
     bell.close()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,21 @@ SHARE_ONE = 1 << 16  # the state's share of F in these parts
 ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # 64-bit words of device memory that the layers of a model share.
 STATE_WORDS = (
-    *("RING", "TICKET", "COLD", "FAILED", "DEADLINE_NS", "SHARE", "SHARED_PANELS", "ROUTED_NS", "GPU_NS"),
+    # LEFT_RING: with which the latest layer gave the host pairs for later, EARLIER_RING the one before it; 0: none.
+    *(
+        "RING",
+        "TICKET",
+        "COLD",
+        "LATER",
+        "LEFT_RING",
+        "EARLIER_RING",
+        "FAILED",
+        "DEADLINE_NS",
+        "SHARE",
+        "SHARED_PANELS",
+        "ROUTED_NS",
+        "GPU_NS",
+    ),
     *("COLD_PAIRS", "RESIDENT_PAIRS", "POSTED_TOKENS", "ANSWERED_TOKENS", "SHARED_BYTES"),  # counters
 )
 ACTIVATION_CODES = {kind: code for code, kind in enumerate(ActivationKind)}
@@ -32,6 +46,7 @@ class DecodeKernels:
     gate_up: Any
     down: Any
     combine: Any
+    collect: Any
 
 
 def decode_source() -> str:
@@ -57,4 +72,6 @@ def decode_kernels(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> DecodeKer
     import cupy
 
     module = cupy.RawModule(code=decode_source(), options=compile_options(x_dtype, weight_dtype))
-    return DecodeKernels(*(module.get_function(name) for name in ("route", "gate_up", "down", "combine")))
+    return DecodeKernels(
+        *(module.get_function(name) for name in (field.name for field in fields(DecodeKernels)))
+    )

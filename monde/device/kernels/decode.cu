@@ -5,6 +5,10 @@
 //   down      v = down h                      one block: 32 rows of D of one expert
 //   combine   y = sum of weight * v, and, when it has answered, what the host computed
 //
+// A layer may leave pairs to the next one (docs/deferral.md). They are computed with the others, but summed apart: those
+// of residents here, into left_TD; those of cold experts by the host alone, after all else, while the GPU goes on. The
+// next layer's combine waits for the host's part and adds both.
+//
 // gate_up and down compute residents from their slots, and of every cold expert the first rows of F, as many as the
 // state says, straight from the host's memory: the bus has nothing else to do, and the host reads that much less.
 //
@@ -27,6 +31,12 @@ __device__ u64 nanoseconds() {
   u64 now;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
   return now;
+}
+
+// Boxes of the mailbox take turns, by the number of the ring.
+template <typename T>
+__device__ T* in_box(const Layer* layer, i64 part, u64 number) {
+  return reinterpret_cast<T*>(part + i64(number & 1) * layer->mailbox_box_bytes);
 }
 
 // ---- route ----
@@ -96,18 +106,33 @@ __device__ int shared_panels(const Layer* layer, u64 share) {
   return 2 * min(num_tiles, int((share * u64(layer->num_f_panels) / 2 + SHARE_ONE / 2) / SHARE_ONE));
 }
 
-// x_TD [T, D] and ids_TK [T, K] contiguous; weights_TK of weights_type.
+// Whether pair r is among the num_left lightest of its token; of equal ones those later in K are lighter, as in
+// monde/routing/deferral.py.
+__device__ bool counts_later(const void* weights_TK, int weights_type, int r, int num_topk, int num_left) {
+  const float weight = router_weight(weights_TK, weights_type, r);
+  const int first = r / num_topk * num_topk;
+  int num_heavier = 0;
+  for (int other = first; other < first + num_topk; ++other) {
+    const float w = router_weight(weights_TK, weights_type, other);
+    num_heavier += w > weight || (w == weight && other < r);
+  }
+  return num_heavier >= num_topk - num_left;
+}
+
+// x_TD [T, D] and ids_TK [T, K] contiguous; weights_TK of weights_type. num_left: pairs of every token that count later.
 extern "C" __global__ void __launch_bounds__(kThreads)
     route(const __grid_constant__ Layer record, const XElement* x_TD, const i64* ids_TK, const void* weights_TK,
-          int weights_type, int num_tokens, int num_topk) {
+          int weights_type, int num_tokens, int num_topk, int num_left) {
   const Layer* const layer = &record;
   const int num_pairs = num_tokens * num_topk, D = int(layer->d_model), d_pad_k = int(layer->d_pad_k);
   u64* state = reinterpret_cast<u64*>(layer->state);
+  const bool rings = layer->rings;
+  const u64 number = (state[STATE_RING] + 1) & 0xffffffffull;  // of this layer's ring
 
   // Rows: padded with zeros for the products here, and as they are for the host.
   constexpr int kVector = 16 / sizeof(XElement);
   XElement* padded = reinterpret_cast<XElement*>(layer->x_TD);
-  XElement* posted = reinterpret_cast<XElement*>(layer->mailbox_x);
+  XElement* posted = rings ? in_box<XElement>(layer, layer->mailbox_x, number) : nullptr;
   const int per_row = d_pad_k / kVector;
   const bool aligned = D % kVector == 0;
   for (int v = blockIdx.x * kThreads + threadIdx.x; v < num_tokens * per_row; v += gridDim.x * kThreads) {
@@ -127,9 +152,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
   // Pairs: the table decides, here and nowhere else.
   if (blockIdx.x == 0) {
-    __shared__ int num_cold, num_resident;
+    __shared__ int num_cold, num_later, num_resident;  // cold: for the host to compute now
     if (threadIdx.x == 0) {
-      num_cold = num_resident = 0;
+      num_cold = num_later = num_resident = 0;
       state[STATE_ROUTED_NS] = nanoseconds();
     }
     const int cut = shared_panels(layer, state[STATE_SHARE]);
@@ -137,38 +162,46 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     const int* slot_of_expert_E = reinterpret_cast<const int*>(layer->slot_of_expert_E);
     float* heat_E = reinterpret_cast<float*>(layer->heat_E);
     int* slots_R = reinterpret_cast<int*>(layer->slots_R);
-    int* posted_ids_R = reinterpret_cast<int*>(layer->mailbox_ids);
-    float* posted_weights_R = reinterpret_cast<float*>(layer->mailbox_weights);
+    int* is_later_R = reinterpret_cast<int*>(layer->is_later_R);
+    int* posted_ids_2R = in_box<int>(layer, layer->mailbox_ids, number);
+    float* posted_weights_R = in_box<float>(layer, layer->mailbox_weights, number);
     for (int r = threadIdx.x; r < num_pairs; r += kThreads) {
       const i64 id = ids_TK[r];
       const float weight = router_weight(weights_TK, weights_type, r);
       const bool wanted = id >= 0 && id < layer->num_experts && weight != 0.f;
       const int slot = wanted ? slot_of_expert_E[id] : -1;
-      const bool cold = wanted && slot < 0;
+      const bool is_later = num_left && counts_later(weights_TK, weights_type, r, num_topk, num_left);
+      const bool cold = wanted && slot < 0 && !is_later, cold_later = wanted && slot < 0 && is_later;
       slots_R[r] = cold && cut > 0 ? int(layer->num_slots + id) : slot;
+      if (num_left) is_later_R[r] = is_later;
       if (wanted) atomicAdd(heat_E + id, 1.f);
-      if (posted) {
-        posted_ids_R[r] = cold ? int(id) : -1;
+      if (rings) {
+        posted_ids_2R[r] = cold ? int(id) : -1;
+        if (num_left) posted_ids_2R[num_pairs + r] = cold_later ? int(id) : -1;
         posted_weights_R[r] = weight;
       }
       if (cold) atomicAdd(&num_cold, 1);
+      if (cold_later) atomicAdd(&num_later, 1);
       if (slot >= 0) atomicAdd(&num_resident, 1);
     }
     __syncthreads();
     if (threadIdx.x == 0) {
       state[STATE_COLD] = num_cold;
+      state[STATE_LATER] = num_later;
+      state[STATE_EARLIER_RING] = state[STATE_LEFT_RING];
+      state[STATE_LEFT_RING] = num_later ? number : 0;
       state[STATE_SHARED_PANELS] = cut;
-      if (posted) *reinterpret_cast<u64*>(layer->mailbox_cut) = cut;
-      state[STATE_COLD_PAIRS] += num_cold;
+      if (rings) *in_box<u64>(layer, layer->mailbox_cut, number) = cut;
+      state[STATE_COLD_PAIRS] += num_cold + num_later;
       state[STATE_RESIDENT_PAIRS] += num_resident;
-      if (posted) state[STATE_POSTED_TOKENS] += num_tokens;
-      if (num_cold) state[STATE_ANSWERED_TOKENS] += num_tokens;
+      if (rings) state[STATE_POSTED_TOKENS] += num_tokens;
+      state[STATE_ANSWERED_TOKENS] += ((num_cold > 0) + (num_later > 0)) * num_tokens;
     }
   }
 
   // The last block to get here rings: everything that is posted is visible to the host by then. One thread's fence
   // covers what its block wrote before the barrier, and the release what came before the ticket.
-  if (posted) {
+  if (rings) {
     __syncthreads();
     if (threadIdx.x == 0) {
       bool is_last = gridDim.x == 1;
@@ -179,11 +212,12 @@ extern "C" __global__ void __launch_bounds__(kThreads)
       }
       if (is_last) {
         const u64 cold = *reinterpret_cast<volatile u64*>(state + STATE_COLD);
-        const u64 number = (state[STATE_RING] + 1) & 0xffffffffull;
+        const u64 later = *reinterpret_cast<volatile u64*>(state + STATE_LATER);
         state[STATE_RING] = number;
-        store_release(reinterpret_cast<u64*>(layer->mailbox_rung),
+        store_release(in_box<u64>(layer, layer->mailbox_rung, number),
                       number | u64(layer->layer_idx) << RING_LAYER_SHIFT | u64(num_tokens) << RING_TOKENS_SHIFT |
-                          u64(num_topk) << RING_TOPK_SHIFT | u64(cold > 0) << RING_WORK_SHIFT);
+                          u64(later > 0) << RING_LATER_SHIFT | u64(num_topk) << RING_TOPK_SHIFT |
+                          u64(cold > 0) << RING_WORK_SHIFT);
       }
     }
   }
@@ -296,43 +330,73 @@ __device__ void fail(const Layer* layer) {
   store_release(reinterpret_cast<u64*>(layer->mailbox_failed), u64(layer->layer_idx) + 1);
 }
 
-// Until the host has answered the latest ring. False when its forward raised, or when it did not answer in time.
-__device__ bool host_answered(const Layer* layer) {
+// Until the host has answered this ring, with its pairs for later if `whole`, and so all rings before it.
+// False when a forward raised, or when there was no answer in time.
+__device__ bool host_answered(const Layer* layer, u64 number, bool whole) {
   u64* state = reinterpret_cast<u64*>(layer->state);
   if (*reinterpret_cast<volatile u64*>(state + STATE_FAILED)) return false;
-  const u32 number = u32(state[STATE_RING]);
   const u64 deadline_ns = state[STATE_DEADLINE_NS], start = nanoseconds();
   for (;;) {
     const u64 answered = load_acquire(reinterpret_cast<const u64*>(layer->mailbox_answered));
     const bool in_time = nanoseconds() - start <= deadline_ns;
-    if (int(u32(answered) - number) < 0 && in_time) continue;
-    if (in_time && (answered >> RING_FAILED_SHIFT) == 0) return true;
+    const int ahead = int(u32(answered) - u32(number));
+    const bool done = ahead > 0 || (ahead == 0 && !(whole && answered >> RING_OWING_SHIFT & 1));
+    if (!done && in_time) continue;
+    if (in_time && (answered >> RING_FAILED_SHIFT & 1) == 0) return true;
     fail(layer);
     return false;
   }
 }
 
-// Grid: (enough for D, T).
+// What the host computed with the ring of this number, [2, T, D]: now, and later.
+__device__ const volatile float* host_out(const Layer* layer, u64 number) {
+  return in_box<const volatile float>(layer, layer->mailbox_out, number);
+}
+
+// earlier_TD: what the layer before left here; the host's part of it is added too if `owed`. left_TD: what this one
+// leaves. Either may be null. A box is filled again after the next layer's combine, so that waits for what the host was
+// given in any case. Grid: (enough for D, T).
 extern "C" __global__ void __launch_bounds__(kThreads)
     combine(const __grid_constant__ Layer record, const void* weights_TK, int weights_type, XElement* y_TD,
-            int num_topk) {
+            int num_topk, const float* earlier_TD, int owed, float* left_TD) {
   const Layer* const layer = &record;
   __shared__ bool ok;
   u64* state = reinterpret_cast<u64*>(layer->state);
-  const bool waits = layer->mailbox_x && state[STATE_COLD] > 0;
+  const bool waits = layer->rings && state[STATE_COLD] > 0;
+  const u64 number = state[STATE_RING], earlier = state[STATE_EARLIER_RING];
   if (waits && threadIdx.x == 0 && blockIdx.x == 0 && blockIdx.y == 0)
     *reinterpret_cast<volatile u64*>(layer->mailbox_gpu_ns) = state[STATE_GPU_NS] +=
         nanoseconds() - state[STATE_ROUTED_NS];
-  if (threadIdx.x == 0) ok = !waits || host_answered(layer);
+  if (threadIdx.x == 0) ok = (!waits && !earlier) || host_answered(layer, waits ? number : earlier, !waits);
   __syncthreads();
   const int t = blockIdx.y, D = int(layer->d_model), d = blockIdx.x * kThreads + threadIdx.x;
   if (d >= D) return;
   const int* slots_R = reinterpret_cast<const int*>(layer->slots_R);
   const float* v_RD = reinterpret_cast<const float*>(layer->v_RD);
-  const i64 v_stride = layer->num_d_panels * 16;
-  float sum = 0.f;
+  const int* is_later_R = reinterpret_cast<const int*>(layer->is_later_R);
+  const i64 v_stride = layer->num_d_panels * 16, at = i64(t) * D + d;
+  const float nan = __int_as_float(0x7fc00000);
+  float sum = 0.f, left = 0.f;
   for (int r = t * num_topk; r < (t + 1) * num_topk; ++r)
-    if (slots_R[r] >= 0) sum += router_weight(weights_TK, weights_type, r) * v_RD[r * v_stride + d];
-  if (waits) sum += reinterpret_cast<const volatile float*>(layer->mailbox_out)[i64(t) * D + d];
-  y_TD[i64(t) * D + d] = narrow<X>(ok ? sum : __int_as_float(0x7fc00000));
+    if (slots_R[r] >= 0)
+      (left_TD && is_later_R[r] ? left : sum) += router_weight(weights_TK, weights_type, r) * v_RD[r * v_stride + d];
+  if (waits) sum += host_out(layer, number)[at];
+  if (earlier_TD) sum += earlier_TD[at];
+  if (owed && earlier) sum += host_out(layer, earlier)[i64(gridDim.y) * D + at];
+  y_TD[at] = narrow<X>(ok ? sum : nan);
+  if (left_TD) left_TD[at] = ok ? left : nan;
+}
+
+// Adds the host's part to what the latest layer left, for whoever takes it not right after that layer. Grid: as combine.
+extern "C" __global__ void __launch_bounds__(kThreads) collect(const __grid_constant__ Layer record, float* left_TD) {
+  const Layer* const layer = &record;
+  __shared__ bool ok;
+  const u64 number = reinterpret_cast<const u64*>(layer->state)[STATE_LEFT_RING];
+  if (number == 0) return;
+  if (threadIdx.x == 0) ok = host_answered(layer, number, true);
+  __syncthreads();
+  const int D = int(layer->d_model), d = blockIdx.x * kThreads + threadIdx.x;
+  if (d >= D) return;
+  const i64 at = i64(blockIdx.y) * D + d;
+  left_TD[at] += ok ? host_out(layer, number)[i64(gridDim.y) * D + at] : __int_as_float(0x7fc00000);
 }
