@@ -50,7 +50,7 @@ class DoorbellTotals:
 class Doorbell:
     """Answers rings for `banks[layer]` until it is closed.
 
-    The mailbox's memory and the banks must outlive it. deadline_s: after so long without an expected ring the
+    memory: whoever owns the mailbox's, kept until the thread has ended, however the rest is torn down. deadline_s: after so long without an expected ring the
     thread sleeps, and looks once a millisecond. Errors: ValueError for banks of another backend than native.
     """
 
@@ -61,6 +61,7 @@ class Doorbell:
         x_dtype: DType,
         pool: Any = None,
         deadline_s: float = 1.0,
+        memory: object = None,
     ) -> None:
         # Here, so that the module imports where the native one was not built.
         from hostcompute import _native
@@ -72,7 +73,7 @@ class Doorbell:
             names = {backend.name for backend in backends} - {"native"}
             raise ValueError(f"Doorbell: needs banks of the native backend, got {', '.join(sorted(names))}")
         self._doorbell: Any = _native.Doorbell(
-            natives, pool or shared_pool(), **vars(mailbox), x_dtype=x_dtype.value, deadline_s=deadline_s
+            memory, natives, pool or shared_pool(), **vars(mailbox), x_dtype=x_dtype.value, deadline_s=deadline_s
         )
 
     def expect(self, num_rings: int) -> None:

@@ -96,11 +96,11 @@ class Mailbox:
         _, box_bytes = _laid_out(box)
         end += box_bytes  # the second box
         # Not from a pool: the memory must start as zeros and stay at its address.
-        self._memory = cupy.cuda.PinnedMemory(end)
+        self.memory = cupy.cuda.PinnedMemory(end)
         self.num_bytes = end
-        self.addresses = {name: self._memory.ptr + offset for name, offset in offsets.items()}
+        self.addresses = {name: self.memory.ptr + offset for name, offset in offsets.items()}
         self.addresses["box_bytes"] = box_bytes
-        self._bytes = _view(self._memory.ptr, end)
+        self._bytes = _view(self.memory.ptr, end)
         self._bytes.zero_()
         self._offsets = offsets
 

@@ -23,8 +23,8 @@ class Record:
             f"struct {self.name} {{ {numbers}{''.join(f'double {name}; ' for name in self._constants)}}};\n"
         )
 
-    def of(self, values: Mapping[str, int | float]) -> NDArray[np.uint8]:
-        """The record's bytes, which CuPy passes by value; of an array with fields it would list them at every launch.
+    def of(self, values: Mapping[str, int | float]) -> NDArray[np.void]:
+        """The record as one value [1] without fields, passed by value: of one with fields CuPy lists them at every launch.
 
         Errors: KeyError unless `values` has every field, and only those.
         """
@@ -33,4 +33,4 @@ class Record:
             raise KeyError(f"{self.name} record: fields that differ: {sorted(missing)}")
         for name, value in values.items():
             record[name] = value
-        return record.view(np.uint8)
+        return record.view(f"V{record.nbytes}")

@@ -70,7 +70,7 @@ class DecodeHub:
         self.is_captured = False  # a CUDA graph holds a step
         names = (field.name for field in dataclasses.fields(MailboxAddresses))
         places = MailboxAddresses(**{name: self.mailbox.addresses[name] for name in names})
-        self.doorbell = Doorbell(banks, places, _HOST_DTYPES[x_dtype], pool)
+        self.doorbell = Doorbell(banks, places, _HOST_DTYPES[x_dtype], pool, memory=self.mailbox.memory)
         self._first_share = share
         self._fewest_panels = sys.maxsize  # of F, of the layers whose experts the GPU reads from the host
         self.balance: ShareBalance | None = None

@@ -226,15 +226,15 @@ NB_MODULE(_native, m) {
   nb::class_<Doorbell>(m, "Doorbell")
       .def(
           "__init__",
-          [](Doorbell* self, std::vector<std::shared_ptr<Bank>> banks, std::shared_ptr<Pool> pool, uintptr_t answered,
-             uintptr_t rung, uintptr_t x, uintptr_t ids, uintptr_t weights, uintptr_t out, uintptr_t cut,
-             uintptr_t box_bytes, const std::string& x_dtype, double deadline_s) {
+          [](Doorbell* self, nb::handle, std::vector<std::shared_ptr<Bank>> banks, std::shared_ptr<Pool> pool,
+             uintptr_t answered, uintptr_t rung, uintptr_t x, uintptr_t ids, uintptr_t weights, uintptr_t out,
+             uintptr_t cut, uintptr_t box_bytes, const std::string& x_dtype, double deadline_s) {
             const Mailbox mailbox{answered, rung, x, ids, weights, out, cut, box_bytes, dtype(x_dtype)};
             new (self) Doorbell(std::move(banks), std::move(pool), mailbox, deadline_s);
           },
-          nb::arg("banks"), nb::arg("pool"), nb::arg("answered"), nb::arg("rung"), nb::arg("x"), nb::arg("ids"),
-          nb::arg("weights"), nb::arg("out"), nb::arg("cut"), nb::arg("box_bytes"), nb::arg("x_dtype"),
-          nb::arg("deadline_s"))
+          nb::arg("memory").none(), nb::arg("banks"), nb::arg("pool"), nb::arg("answered"), nb::arg("rung"),
+          nb::arg("x"), nb::arg("ids"), nb::arg("weights"), nb::arg("out"), nb::arg("cut"), nb::arg("box_bytes"),
+          nb::arg("x_dtype"), nb::arg("deadline_s"), nb::keep_alive<1, 2>())
       .def("expect", &Doorbell::expect)
       .def("reset", &Doorbell::reset, nb::call_guard<nb::gil_scoped_release>())
       .def("reset_totals", &Doorbell::reset_totals)

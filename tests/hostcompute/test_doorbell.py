@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import time
+import weakref
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -109,6 +111,20 @@ def test_layout_twins_agree() -> None:
             for d_model, d_ffn in ((1, 1), (40, 24), (2048, 768), (37, 53)):
                 ours = make_layout(ExpertSpec(1, d_model, d_ffn, dtype, gated))
                 assert vars(ours) == native.expert_layout(d_model, d_ffn, gated, dtype.value)
+
+
+def test_the_mailbox_is_kept_until_the_thread_has_ended() -> None:
+    """Whoever is torn down in the middle of an exception closes nothing, and in any order."""
+    pool, gpu = make_pool(1), FakeGpu()
+    banks, _ = two_layers(np.random.default_rng(0), pool)
+    kept = weakref.ref(gpu)
+    bell = doorbell.Doorbell(banks, gpu.addresses, DType.BF16, pool, memory=gpu)
+    del gpu
+    gc.collect()
+    assert kept() is not None
+    bell.close()
+    gc.collect()
+    assert kept() is None
 
 
 def test_answers_are_those_of_the_bank() -> None:

@@ -48,7 +48,7 @@ class Tiles(NamedTuple):
 class PieceRecord:
     """Pieces of one layout that begin at one row of F, for the kernels that read panels. Grids: blocks of a tile."""
 
-    record: npt.NDArray[np.uint8]
+    record: npt.NDArray[np.void]
     first_row: int
     in_blocks: int
     down_blocks: int
