@@ -8,7 +8,6 @@ chunk by chunk. Loads are expectations for tokens that choose experts independen
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -129,14 +128,21 @@ def forecast_prefill(
 ) -> Speed:
     """A prompt of `num_tokens` in one pass."""
     step = num_tokens if profile.gpu is None else model.chunk_tokens
-    chunks = Counter(min(step, num_tokens - first) for first in range(0, num_tokens, step))
+    chunks = [min(step, num_tokens - first) for first in range(0, num_tokens, step)]
 
     def step_s(machine: HardwareProfile) -> float:
-        whole_s = dense_s = dense_prefill_s(model, machine, num_tokens)
-        between_s = dense_s / model.num_blocks / chunks.total()
-        for chunk, count in chunks.items():
-            for layer, placement in zip(model.layers, placements, strict=True):
-                whole_s += count * prefill_layer_s(layer, placement, machine, chunk, between_s)
+        launch_s, kernels_s = _prompt_block_s(model, machine, num_tokens)
+        block_s = max(launch_s, kernels_s)
+        whole_s = (model.num_blocks - len(model.layers)) * block_s
+        for layer, placement in zip(model.layers, placements, strict=True):
+            ends = {
+                chunk: _prompt_layer(layer, placement, machine, chunk, block_s / len(chunks))
+                for chunk in dict.fromkeys(chunks)
+            }
+            # Python launches a block while the device still has the products of the layer before.
+            last = ends[chunks[-1]]
+            whole_s += sum(ends[chunk].device_s for chunk in chunks[:-1])
+            whole_s += max(last.python_s + launch_s, last.device_s + kernels_s)
         return whole_s
 
     return _speed(step_s, profile, num_tokens)
@@ -203,31 +209,41 @@ def dense_decode_s(
     # Attention on the host reads keys and values where they lie, once.
     passes = 1.0 if machine.gpu is None else _KV_PASSES * model.kv_repeats
     kv_bytes = passes * model.kv_bytes_per_token * batch * context
-    return _dense_s(model, machine, batch, model.dense_read_bytes + kv_bytes, 0.0, is_captured)
-
-
-def dense_prefill_s(model: ModelOutline, machine: HardwareProfile, num_tokens: int) -> float:
-    """Everything but experts of a prompt; attention keeps its scores in caches and skips what is in the future."""
-    attention_flops = 2.0 * model.num_blocks * model.attention_dim * num_tokens**2
-    return _dense_s(model, machine, num_tokens, model.dense_read_bytes, attention_flops, False)
-
-
-def _dense_s(
-    model: ModelOutline,
-    machine: HardwareProfile,
-    num_tokens: int,
-    read_bytes: float,
-    attention_flops: float,
-    is_captured: bool,
-) -> float:
-    rate = machine.host_expert if machine.gpu is None else machine.gpu.expert
-    flops = 2 * model.dense_read_bytes / model.dense_bytes_per_weight * num_tokens + attention_flops
-    kernels_s = max(read_bytes / rate.bytes_per_s, flops / float(rate.flops_per_s.at(num_tokens)))
+    kernels_s = _kernels_s(model, machine, batch, model.dense_read_bytes + kv_bytes)
     if machine.gpu is None:
         return model.num_blocks * machine.eager_block_s + kernels_s
     if is_captured:
         return model.num_blocks * machine.gpu.block_overhead_s + kernels_s
     return max(model.num_blocks * machine.eager_block_s, kernels_s)  # Python runs ahead of the GPU
+
+
+def dense_prefill_s(model: ModelOutline, machine: HardwareProfile, num_tokens: int) -> float:
+    """Everything but experts of a prompt, alone."""
+    return model.num_blocks * max(_prompt_block_s(model, machine, num_tokens))
+
+
+def _prompt_block_s(model: ModelOutline, machine: HardwareProfile, num_tokens: int) -> tuple[float, float]:
+    """Of a block without its experts: what launching it takes, and its kernels; without a GPU both are its seconds.
+
+    Attention keeps its scores in caches and skips what is in the future.
+    """
+    attention_flops = 2.0 * model.num_blocks * model.attention_dim * num_tokens**2
+    kernels_s = _kernels_s(model, machine, num_tokens, model.dense_read_bytes, attention_flops)
+    launch_s, kernels_s = machine.eager_block_s, kernels_s / model.num_blocks
+    return (launch_s, kernels_s) if machine.gpu is not None else (launch_s + kernels_s,) * 2
+
+
+def _kernels_s(
+    model: ModelOutline,
+    machine: HardwareProfile,
+    num_tokens: int,
+    read_bytes: float,
+    attention_flops: float = 0.0,
+) -> float:
+    """Of all blocks without their experts."""
+    rate = machine.host_expert if machine.gpu is None else machine.gpu.expert
+    flops = 2 * model.dense_read_bytes / model.dense_bytes_per_weight * num_tokens + attention_flops
+    return max(read_bytes / rate.bytes_per_s, flops / float(rate.flops_per_s.at(num_tokens)))
 
 
 def decode_layer_s(layer: MoeLayer, placement: Placement, machine: HardwareProfile, batch: int) -> float:
@@ -264,14 +280,30 @@ def prefill_layer_s(
 
     Until its routing is known the bus brings experts that it will fetch in any case.
     """
+    return _prompt_layer(layer, placement, machine, num_tokens, between_s).device_s
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """Of a layer's experts: when Python goes on to what follows, and when the device has their sum."""
+
+    python_s: float
+    device_s: float
+
+
+def _prompt_layer(
+    layer: MoeLayer, placement: Placement, machine: HardwareProfile, num_tokens: int, between_s: float
+) -> _Ends:
     cost = CostModel(machine, layer.shape)
     tokens_E = np.rint(num_tokens * np.minimum(layer.num_topk * layer.popularity_E, 1.0)).astype(np.int64)
     if machine.gpu is None:
-        return machine.host_call_s + float(cost.host_s(tokens_E).sum())
+        host_s = machine.host_call_s + float(cost.host_s(tokens_E).sum())
+        return _Ends(0.0, host_s)
     resident_E = placement.slot_E >= 0
     prompt = machine.gpu.prompt
     ahead = certain_fetches(tokens_E.astype(np.float64), resident_E, num_tokens, cost, layer.num_ahead)
     resident_E[ahead] = True
     busy_s = max(0.0, len(ahead) * float(cost.copy_s()) - prompt.plan_s - between_s)
     load = Load(tokens_E, resident_E, num_tokens, cut_granule=64, bus_busy_s=busy_s)
-    return prompt.plan_s + best_split(load, cost).makespan_s
+    split = best_split(load, cost)
+    return _Ends(prompt.plan_s + split.python_s, prompt.plan_s + split.makespan_s)

@@ -148,7 +148,8 @@ def add_prefill(
     done = list(leads)
     if on_host_E.any():
         on_host = OnHost(on_host_E, split.cut_expert, split.cut_rows)
-        done.append(add(f"{layer}host", Resource.HOST, split.host_s, first, on_host))
+        name, share = f"{layer}host", split.host_memory_share
+        done.append(add(name, Resource.HOST, split.host_s, first, on_host, share))
     fetch()
     ahead = [piece.expert_id for chosen in from_staged for piece in chosen.pieces]
     rows = np.concatenate([np.array(ahead, np.int64), residents, fetched, np.array(cut, np.int64)])

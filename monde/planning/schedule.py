@@ -25,6 +25,7 @@ class Resource(StrEnum):
 class Task(NamedTuple):
     """seconds_s alone on the machine; after: positions of earlier tasks of the schedule.
 
+    memory_share: of its seconds, what it reads or writes memory in, where others that run may disturb it.
     payload: what is to be done, a record that its executor knows; None where the name says it all.
     """
 
@@ -33,6 +34,7 @@ class Task(NamedTuple):
     seconds_s: float
     after: tuple[int, ...] = ()
     payload: object = None
+    memory_share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,9 @@ class ScheduleBuilder:
         seconds_s: float,
         after: Sequence[int] = (),
         payload: object = None,
+        memory_share: float = 1.0,
     ) -> int:
-        self.tasks.append(Task(name, resource, seconds_s, tuple(after), payload))
+        self.tasks.append(Task(name, resource, seconds_s, tuple(after), payload, memory_share))
         return len(self.tasks) - 1
 
     def build(self) -> Schedule:

@@ -1,7 +1,7 @@
 """A schedule on a machine whose resources disturb each other: when every task starts and ends.
 
 Between events the set of running tasks is constant; a task advances at 1 / (product of the slow-downs that the other
-running resources inflict on its own). Events are ends of tasks, so the timeline is exact, not sampled.
+running resources inflict on its own, as far as both tasks use memory). Events are ends of tasks, so the timeline is exact, not sampled.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from math import prod
 from typing import Any
 
 from monde.planning.profile import HardwareProfile, Overlap
-from monde.planning.schedule import Resource, Schedule
+from monde.planning.schedule import Resource, Schedule, Task
 
 Contention = Mapping[tuple[Resource, Resource], Overlap]
 
@@ -98,22 +98,26 @@ def simulate(schedule: Schedule, contention: Contention | None = None) -> Timeli
             if ready and queue[0] not in left_s:
                 left_s[queue[0]] = schedule.tasks[queue[0]].seconds_s
                 start_s[queue[0]] = clock_s
-        running = {i: schedule.tasks[i].resource for i in left_s}
-        pace = {i: prod(slow.get((r, other), 1.0) for other in running.values()) for i, r in running.items()}
-        step_s = min(left_s[i] * pace[i] for i in running)
+        running = [schedule.tasks[i] for i in left_s]
+        pace = {i: prod(_slow_down(schedule.tasks[i], other, slow) for other in running) for i in left_s}
+        step_s = min(left_s[i] * pace[i] for i in left_s)
         clock_s += step_s
-        for i in running:
+        for i in list(left_s):
             left_s[i] -= step_s / pace[i]
             if left_s[i] <= _DONE * schedule.tasks[i].seconds_s:
                 del left_s[i]
                 end_s[i] = clock_s
-                queues[running[i]].popleft()
+                queues[schedule.tasks[i].resource].popleft()
     return Timeline(
         tuple(
             Span(i, task.name, task.resource, start_s[i], _ended(end_s[i]))
             for i, task in enumerate(schedule.tasks)
         )
     )
+
+
+def _slow_down(task: Task, other: Task, slow: Mapping[tuple[Resource, Resource], float]) -> float:
+    return 1 + (slow.get((task.resource, other.resource), 1.0) - 1) * task.memory_share * other.memory_share
 
 
 def _both_ways(contention: Contention) -> dict[tuple[Resource, Resource], float]:

@@ -67,8 +67,9 @@ class Load:
 class ExpertSplit:
     """where_E[e] is a Where. The cut expert counts as HOST there; its first cut_rows of F are fetched.
 
-    copy_s, gemm_s, host_s: each lane alone; lead_s and launch_s: what holds up the bus and the products; makespan_s:
-    everything together.
+    copy_s, gemm_s, host_s: each lane alone; lead_s and launch_s: what holds up the bus and the products; python_s: when
+    everything is launched and the host has answered; makespan_s: everything together. host_memory_share: of host_s,
+    what it reads memory in, see Lanes.
     """
 
     where_E: NDArray[np.int8]
@@ -79,7 +80,9 @@ class ExpertSplit:
     host_s: float
     lead_s: float
     launch_s: float
+    python_s: float
     makespan_s: float
+    host_memory_share: float
 
     @property
     def num_fetched(self) -> int:
@@ -105,15 +108,31 @@ class Lanes:
         self.resident_s = float(resident_s.sum()) + len(resident_s) * gpu.expert.overhead_s
         self.copy_one_s = gpu.h2d.alpha_s + gpu.h2d.s_per_unit * cost.shape.expert_bytes
         self.trip_s = float(cost.prompt_trip_s(load.num_tokens))
+        self.host_memory_share = self._reading_share()
+        self._host_while_copying = gpu.host_while_copying.of_share(self.host_memory_share)
+
+    def _reading_share(self) -> float:
+        """Of the host's time if it computed all cold experts, what it reads them in: products of many tokens leave the
+        memory to the bus. One number a load, whoever is fetched, because the exactness of the split rests on that."""
+        reading_s = len(self.order) * self.cost.shape.expert_bytes / self.cost.host.bytes_per_s
+        host_s = self.trip_s + float(self.host_n.sum())
+        return min(1.0, reading_s / host_s) if host_s > 0 else 1.0
+
+    def _answered_s(self, copied_s: float, host_s: float) -> float:
+        """When the host is done: slowed for as long as the bus is busy."""
+        overlap = self._host_while_copying
+        return min(host_s * overlap.first, float(overlapped_s(host_s, copied_s, overlap)))
 
     def lead_s(self, is_fetching: ArrayLike) -> Seconds:
         return np.where(is_fetching, self.cost.gpu.prompt.fetch_s, 0.0)
 
-    def makespan_s(self, lead_s: Seconds, copy_s: ArrayLike, gemm_s: ArrayLike, host_s: ArrayLike) -> Seconds:
+    def makespan_s(
+        self, lead_s: ArrayLike, copy_s: ArrayLike, gemm_s: ArrayLike, host_s: ArrayLike
+    ) -> Seconds:
         gpu = self.cost.gpu
-        copied_s = lead_s + np.asarray(copy_s)
-        launched_s = gpu.prompt.layer_s + lead_s + np.asarray(gemm_s)
-        with_host_s = overlapped_s(host_s, copied_s, gpu.host_while_copying)
+        copied_s = np.asarray(lead_s) + np.asarray(copy_s)
+        launched_s = gpu.prompt.layer_s + np.asarray(lead_s) + np.asarray(gemm_s)
+        with_host_s = overlapped_s(host_s, copied_s, self._host_while_copying)
         with_gpu_s = np.maximum(overlapped_s(gemm_s, copied_s, gpu.gpu_while_copying), launched_s)
         return np.asarray(np.maximum(with_host_s, with_gpu_s))
 
@@ -161,7 +180,8 @@ class Lanes:
         where_E[self.load.tokens_E > 0] = _RESIDENT
         where_E[self.order] = np.where(fetched_n, _FETCHED, _HOST)
         cut_expert = None if cut_idx is None else int(self.order[cut_idx])
-        lead_s = self.lead_s(bool(fetched_n.any()) or cut_expert is not None)
+        lead_s = float(self.lead_s(bool(fetched_n.any()) or cut_expert is not None))
+        launch_s = self.cost.gpu.prompt.layer_s + lead_s
         return ExpertSplit(
             where_E,
             cut_expert,
@@ -169,9 +189,11 @@ class Lanes:
             copy_s,
             gemm_s,
             host_s,
-            lead_s=float(lead_s),
-            launch_s=self.cost.gpu.prompt.layer_s + float(lead_s),
+            lead_s,
+            launch_s,
+            python_s=max(launch_s, self._answered_s(lead_s + copy_s, host_s)),
             makespan_s=float(self.makespan_s(lead_s, copy_s, gemm_s, host_s)),
+            host_memory_share=self.host_memory_share,
         )
 
 

@@ -88,11 +88,13 @@ def brute_force_s(load: Load, cost: CostModel, prefixes_only: bool = False) -> f
             copy_M = copy_M + cost.copy_s(share)
             gemm_M = gemm_M + cost.resident_s(tokens_n[cut], share)
             host_M = host_M - host_n[cut] + cost.host_s(tokens_n[cut], 1 - share)
+        reading_s = len(host_n) * cost.shape.expert_bytes / cost.host.bytes_per_s
+        overlap = cost.gpu.host_while_copying.of_share(min(1.0, reading_s / (trip_s + host_n.sum())))
         prompt = cost.gpu.prompt
         lead_M = prompt.fetch_s * (fetched_Mn.any(1) | (cut is not None))
         launch_M, copy_M = prompt.layer_s + lead_M, lead_M + copy_M
         makespan_M = np.maximum(
-            overlapped_s(host_M, copy_M, cost.gpu.host_while_copying),
+            overlapped_s(host_M, copy_M, overlap),
             overlapped_s(gemm_M, copy_M, cost.gpu.gpu_while_copying),
         )
         makespan_M = np.maximum(makespan_M, launch_M + gemm_M)
