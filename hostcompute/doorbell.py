@@ -73,7 +73,12 @@ class Doorbell:
             names = {backend.name for backend in backends} - {"native"}
             raise ValueError(f"Doorbell: needs banks of the native backend, got {', '.join(sorted(names))}")
         self._doorbell: Any = _native.Doorbell(
-            memory, natives, pool or shared_pool(), **vars(mailbox), x_dtype=x_dtype.value, deadline_s=deadline_s
+            memory,
+            natives,
+            pool or shared_pool(),
+            **vars(mailbox),
+            x_dtype=x_dtype.value,
+            deadline_s=deadline_s,
         )
 
     def expect(self, num_rings: int) -> None:
