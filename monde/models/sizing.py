@@ -202,7 +202,9 @@ def model_size(
 ) -> ModelSize:
     """The sizes of `model` at the longest context and largest batch of `config`; all ranks have such batches."""
     expert_names = {module.full_name(param) for module in modules for param in module.param_names()}
-    dense = [p for name, p in model.named_parameters() if name not in expert_names]
+    # Before weights are loaded, those that will be one tensor are two.
+    params, tied = dict(model.named_parameters()), getattr(model, "all_tied_weights_keys", None) or {}
+    dense = [p for name, p in params.items() if name not in expert_names and tied.get(name) not in params]
     dense_bytes = sum(t.nbytes for t in (*dense, *model.buffers()))
     itemsize_bytes = max((p.element_size() for p in dense), default=4)
     text_config: Any = model.config.get_text_config()  # type: ignore[operator,union-attr]

@@ -68,6 +68,15 @@ def test_dtype_is_the_callers(checkpoints: Any) -> None:
         tiny.assert_logits(model(ids).logits, tiny.expected(original, ids))
 
 
+def test_tied_weights_count_once() -> None:
+    """While a checkpoint is read they are still two."""
+    folder = Path(__file__).parents[2] / "assets" / "moe-3m"
+    model = monde.from_pretrained(folder, device="cpu")
+    assert model.config.tie_word_embeddings
+    held_bytes = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    assert model.monde.plan.size.dense_bytes == held_bytes
+
+
 def test_load_report_and_counters(way: Any, checkpoints: Any) -> None:
     model = way(checkpoints("qwen3_moe"))
     engine = model.monde
