@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,6 +34,7 @@ from monde.planning.split_policies import FETCH_AHEAD, SPLIT_POLICIES
 from monde.profile_store import profile_of, this_machine
 from monde.residency import POLICIES, Residency
 from monde.routing.heat import Heat
+from monde.routing.trace import TraceRecorder
 from monde.weights.host import from_host_arrays
 from monde.weights.places import place_pools
 from monde.weights.staging import Staging
@@ -257,12 +258,44 @@ class Engine:
                 return {role: tensor.cpu() for role, tensor in slots.read(slot).items()}
             return from_host_arrays(layer.host.bank.export(expert_id))
 
+    def watch_heat(self) -> None:
+        """Count from now on which experts are asked for, also where all are on the host and nobody else needs to know."""
+        self._one_process("watch_heat")
+        self.residency.counts = True
+
     def save_heat(self, path: str | Path) -> None:
         """How hot every expert is by now, as a heat file for MondeConfig(heat_file=...). Synchronises.
 
-        Errors: ValueError for a model without slots that runs on the CPU: there nothing is counted.
+        Errors: ValueError for a model without slots that runs on the CPU, unless watch_heat was called.
         """
         self.residency.heat().save(path)
+
+    @contextlib.contextmanager
+    def record_routing(self) -> Iterator[TraceRecorder]:
+        """What routers ask for inside, step by step; `finish()` of what this gives is a Trace for `monde plan --routing`.
+
+        Decode steps are launched one by one meanwhile, for no graph writes down what it routes.
+        Errors: RuntimeError while another record is made, ValueError over ranks.
+        """
+        self._one_process("record_routing")
+        if self.residency.recorder is not None:
+            raise RuntimeError("record_routing: another record is being made; end that one first")
+        recorder = TraceRecorder([layer.spec.num_experts for layer in self.layers])
+        self.residency.recorder = recorder
+        try:
+            yield recorder
+        finally:
+            self.residency.recorder = None
+
+    @property
+    def is_recording(self) -> bool:
+        return self.residency.recorder is not None
+
+    def _one_process(self, what: str) -> None:
+        if self.ranked is not None:
+            raise ValueError(
+                f"{what}: the experts of this model are spread over ranks; load it in one process"
+            )
 
     # ---- what happened ----
     @property

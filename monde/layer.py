@@ -38,6 +38,9 @@ class Watch(Protocol):
     def enter(self, layer_idx: int) -> None:
         """A layer is called; between two steps of the model is the time to change tables."""
 
+    def routed(self, layer_idx: int, batch: RoutedBatch) -> None:
+        """All pairs of a call."""
+
     def count(self, layer_idx: int, batch: RoutedBatch) -> None:
         """Pairs that the decode kernels do not count themselves."""
 
@@ -75,17 +78,18 @@ class MoELayer:
         Errors: RuntimeError after close.
         """
         with self.turn:
-            self.enter()
             batch = RoutedBatch(x_TD, topk_ids_TK, topk_weights_TK)
+            self.enter(batch)
             decode = self.decode_executor(batch)
             return self.compute(batch, x_TD.dtype) if decode is None else decode.forward(batch)
 
-    def enter(self) -> None:
+    def enter(self, batch: RoutedBatch) -> None:
         """A call of this layer begins."""
         self.check_open()
         self.num_calls += 1
         if self.watch is not None:
             self.watch.enter(self.layer_idx)
+            self.watch.routed(self.layer_idx, batch)
 
     def decode_executor(self, batch: RoutedBatch) -> DecodeExecutor | None:
         """Who computes `batch` without a wait in Python; None: `compute` must."""
@@ -125,8 +129,9 @@ class RankedLayer:
 
     def forward(self, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
         """As MoELayer.forward, of this rank's tokens; every rank calls it. Errors: RankError."""
-        self.parts[0].enter()
-        return self.executor.forward(RoutedBatch(x_TD, topk_ids_TK, topk_weights_TK))
+        batch = RoutedBatch(x_TD, topk_ids_TK, topk_weights_TK)
+        self.parts[0].enter(batch)
+        return self.executor.forward(batch)
 
 
 class DeferringLayer:
@@ -146,7 +151,7 @@ class DeferringLayer:
         batch, num_left = RoutedBatch(x_TD, topk_ids_TK, topk_weights_TK), steps.leaves(layer.layer_idx)
         check_topk(num_left, topk_ids_TK.shape[1])
         with layer.turn:
-            layer.enter()
+            layer.enter(batch)
             decode, earlier = layer.decode_executor(batch), steps.take()
             if decode is None:
                 done = self._compute(batch, num_left, earlier)

@@ -22,6 +22,7 @@ from monde.planning.budget import MAX_SPARE_PLACES, LayerSize
 from monde.planning.placement import plan_swaps, swap_limit
 from monde.routing.heat import Heat, HeatTracker
 from monde.routing.replay import DynamicSettings
+from monde.routing.trace import TraceRecorder
 from monde.weights.host import HostBlobs, runs
 from monde.weights.places import PlacePool, PlaceTable
 from monde.weights.slots import ExpertSlots
@@ -88,6 +89,7 @@ class Residency:
         self.tracker.step(self.settings.interval_steps)
         self._steps_in_round, self._last_layer = 0, len(banks)
         self.num_swaps = self.swap_bytes = self.returned_bytes = 0
+        self.recorder: TraceRecorder | None = None  # of what is routed, while somebody wants it
         self._movable = {
             l: slots
             for l, slots in enumerate(self.slots)
@@ -111,8 +113,15 @@ class Residency:
     def enter(self, layer_idx: int) -> None:
         """A layer is called, not as part of a replay. A step of the model begins where layers do not go up."""
         begins, self._last_layer = layer_idx <= self._last_layer, layer_idx
+        if begins and self.recorder is not None:
+            self.recorder.step()
         if begins and not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             self.step()
+
+    def routed(self, layer_idx: int, batch: RoutedBatch) -> None:
+        """All pairs of a layer, whoever computes and counts them."""
+        if self.recorder is not None:
+            self.recorder.record(layer_idx, batch.topk_ids_TK, batch.topk_weights_TK)
 
     def count(self, layer_idx: int, batch: RoutedBatch) -> None:
         """Pairs that the decode kernels have not counted. No synchronisation."""
@@ -178,7 +187,8 @@ class Residency:
         """As of now; waits for the device. Errors: ValueError where nothing counts it."""
         if not self.counts:
             raise ValueError(
-                "heat: no expert of this model can be on a GPU, so nothing is counted; set gpu_memory"
+                "heat: no expert of this model can be on a GPU, so nothing is counted unless model.monde.watch_heat() "
+                "asks for it; call it first, or set gpu_memory"
             )
         heat = self.tracker.read()
         missing_steps = self.settings.interval_steps - self._steps_in_round

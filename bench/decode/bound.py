@@ -112,8 +112,11 @@ class Target:
 
 
 def targets(rows: list[Row], round_trip_s: float | None) -> list[Target]:
-    """The targets of decode at batch 1; ratios are of medians, the worst case counts."""
-    ones = [row for row in rows if row.batch == 1 and not row.skipped]
+    """The targets of decode at batch 1; ratios are of medians, the worst case counts.
+
+    A hybrid whose own costs sent no expert to its CPU only fetched, and says nothing of hybrids.
+    """
+    ones = [row for row in rows if row.batch == 1 and not row.skipped and not _only_fetched(row)]
     monde = [row for row in ones if row.group == "monde"]
     some_cold = [row for row in monde if row.budget != "all"]
     everything = [row for row in monde if row.budget == "all"]
@@ -135,6 +138,10 @@ def targets(rows: list[Row], round_trip_s: float | None) -> list[Target]:
     if round_trip_s:
         lines.append(Target("12 us over the round trip of a layer", 1.0, 12e-6 / round_trip_s))
     return lines
+
+
+def _only_fetched(row: Row) -> bool:
+    return row.group == "hybrid" and row.figures.get("num_on_cpu_per_step") == 0
 
 
 def _target(what: str, wanted: float, found: tuple[float, Row] | None) -> Target:

@@ -25,8 +25,10 @@ from monde.cli.options import (
     OutputFormat,
     ParallelName,
     ParallelOption,
+    RecordRoutingOption,
     ResidencyName,
     ResidencyOption,
+    SaveHeatOption,
     SplitPolicyName,
     SplitPolicyOption,
     ThreadsOption,
@@ -34,6 +36,7 @@ from monde.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from monde.cli.observe import Observed
     from monde.cli.records import BenchReport, BenchTest, ModelFacts
 
 
@@ -85,6 +88,8 @@ def bench(
     threads: ThreadsOption = None,
     residency: ResidencyOption = ResidencyName.DYNAMIC,
     heat: HeatOption = None,
+    save_heat: SaveHeatOption = None,
+    record_routing: RecordRoutingOption = None,
     split_policy: SplitPolicyOption = SplitPolicyName.BEST,
     parallel: ParallelOption = ParallelName.SHARDED,
     deferred_experts: DeferredOption = 0,
@@ -105,11 +110,14 @@ def bench(
 
       monde bench MODEL -p 512 -n 32 -r 1 --trace timeline.json
 
+      monde bench MODEL --text mine.txt --save-heat mine.heat --record-routing mine.npz     # in a round of their own
+
       torchrun --nproc-per-node 2 -m monde bench MODEL -b 4     # each rank its own 4 sequences
     """
     tests = parse_tests(n_prompt, n_gen, n_depth, batch)
     from monde.cli.baselines import parse_baselines
     from monde.cli.measure import CHECK_PROMPT_TOKENS, CHECK_STEPS
+    from monde.cli.observe import Observed
 
     if text is not None and random_tokens:
         raise ValueError("--text and --random-tokens are two answers to one question; give one of them")
@@ -122,12 +130,16 @@ def bench(
         from monde.cli.timeline import check_trace
 
         check_trace(trace)
+    observed = Observed(save_heat, record_routing)
+    observed.check()
     from monde.cli.ranks import refuse_over_ranks, torchrun_command, torchrun_mesh
 
     with torchrun_mesh(device) as mesh:
         if mesh is not None:
             refuse_over_ranks("--baseline", baselines)
             refuse_over_ranks("--trace", trace)
+            refuse_over_ranks("--save-heat", save_heat)
+            refuse_over_ranks("--record-routing", record_routing)
         options = LoadOptions(
             model,
             gpu_memory,
@@ -146,7 +158,7 @@ def bench(
             deferred_experts=deferred_experts,
         )
         command = torchrun_command(context.obj, mesh)
-        report = run(command, options, tests, baselines, repetitions, text, random_tokens, trace)
+        report = run(command, options, tests, baselines, repetitions, text, random_tokens, trace, observed)
         if mesh is not None and mesh.get_local_rank() > 0:
             return
     from monde.cli.report import render
@@ -159,6 +171,8 @@ def bench(
         typer.echo(f"monde: plot saved to {plot}", err=True)
     if trace is not None:
         typer.echo(f"monde: timeline saved to {trace}; open it at ui.perfetto.dev", err=True)
+    for line in observed.told():
+        typer.echo(line, err=True)
 
 
 def run(
@@ -170,6 +184,7 @@ def run(
     text: Path | None,
     random_tokens: bool,
     trace: Path | None = None,
+    observed: Observed | None = None,
 ) -> BenchReport:
     """Load, check and measure, and write a timeline where one was asked for; progress on standard error. `command`: what was typed, for the record."""
     from rich.console import Console
@@ -177,7 +192,7 @@ def run(
 
     from monde.cli.baselines import load_transformers
     from monde.cli.machine import Machine, read_ceiling
-    from monde.cli.measure import measure, num_rounds
+    from monde.cli.measure import measure, num_rounds, observe
     from monde.cli.records import BenchReport
     from monde.cli.runners import load_monde, model_facts
     from monde.cli.texts import token_source
@@ -209,6 +224,8 @@ def run(
         from monde.cli import timeline
 
         timeline.trace(runners[0], tests, source, trace)
+    if observed:
+        observe(runners[0], tests, source, observed, options.model)
     return BenchReport(
         command=command,
         started=started,

@@ -18,11 +18,16 @@ from monde.cli.options import (
     DTypeName,
     DTypeOption,
     GpuMemoryOption,
+    HeatOption,
     HostMemoryOption,
     LoadOptions,
     ModelArgument,
     ParallelName,
     ParallelOption,
+    RecordRoutingOption,
+    ResidencyName,
+    ResidencyOption,
+    SaveHeatOption,
     SplitPolicyName,
     SplitPolicyOption,
     ThreadsOption,
@@ -55,6 +60,10 @@ def generate(
     dtype: DTypeOption = DTypeName.AUTO,
     backend: BackendOption = BackendName.AUTO,
     threads: ThreadsOption = None,
+    residency: ResidencyOption = ResidencyName.DYNAMIC,
+    heat: HeatOption = None,
+    save_heat: SaveHeatOption = None,
+    record_routing: RecordRoutingOption = None,
     split_policy: SplitPolicyOption = SplitPolicyName.BEST,
     parallel: ParallelOption = ParallelName.SHARDED,
     deferred_experts: DeferredOption = 0,
@@ -70,6 +79,8 @@ def generate(
       monde generate Qwen/Qwen3-30B-A3B "The moon" --gpu-memory 16GiB -n 64 --temperature 0.7 --seed 1
 
       monde generate ./my-model - --device cpu < prompt.txt
+
+      monde generate MODEL "The moon" --save-heat moon.heat     # then: --heat moon.heat, of bench and plan too
 
       torchrun --nproc-per-node 2 -m monde generate MODEL "The moon"     # the experts lie on both ranks
     """
@@ -91,12 +102,18 @@ def generate(
 
     from transformers import set_seed
 
-    from monde.cli.ranks import torchrun_mesh
+    from monde.cli.observe import Observed
+    from monde.cli.ranks import refuse_over_ranks, torchrun_mesh
 
+    observed = Observed(save_heat, record_routing)
+    observed.check()
     sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     )
     with torchrun_mesh(device) as mesh:
+        if mesh is not None:
+            refuse_over_ranks("--save-heat", save_heat)
+            refuse_over_ranks("--record-routing", record_routing)
         options = LoadOptions(
             model,
             gpu_memory,
@@ -106,6 +123,8 @@ def generate(
             backend,
             threads,
             max_context=num_tokens + max_new_tokens,
+            residency=residency,
+            heat_file=heat,
             mesh=mesh,
             parallel=parallel,
             split_policy=split_policy,
@@ -115,11 +134,14 @@ def generate(
         set_seed(seed)  # the same on all ranks, which go on with the same token
         is_first = mesh is None or mesh.get_local_rank() == 0
         streamer = timed_streamer(tokenizer) if is_first else None
-        loaded.generate(
-            **inputs.to(loaded.device), max_new_tokens=max_new_tokens, streamer=streamer, **sampling
-        )
+        with observed.of(loaded.monde, model):
+            loaded.generate(
+                **inputs.to(loaded.device), max_new_tokens=max_new_tokens, streamer=streamer, **sampling
+            )
         if streamer is not None:
             typer.echo(_summary(streamer.token_times_s, loaded.monde), err=True)
+        for line in observed.told():
+            typer.echo(line, err=True)
 
 
 def read_prompt(prompt: str) -> str:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from monde.cli.decoder import choices_without_cache, decoder_of
+from monde.cli.observe import Observed
 from monde.cli.records import BenchTest, Sample, TestResult
 from monde.cli.runners import Runner
 from monde.cli.texts import TokenSource
@@ -119,6 +121,17 @@ def _sample(runner: Runner, test: BenchTest, tokens: Tensor) -> Sample:
             decoder.step(tokens[:, position : position + 1])
         duration_s = runner.slowest_s(time.perf_counter() - start_s)
     return Sample(duration_s, runner.counters() if runner.counters else None)
+
+
+@torch.inference_mode()
+def observe(
+    runner: Runner, tests: list[BenchTest], source: TokenSource, observed: Observed, model: str
+) -> None:
+    """Every test once more, untimed, with what the routers of `model` ask for written down."""
+    engine: Any = runner.model.monde
+    with observed.of(engine, model):
+        for test in tests:
+            _sample(runner, test, source.window(0, test.batch, test.num_positions + 1))
 
 
 def check_agreement(

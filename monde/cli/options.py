@@ -88,6 +88,16 @@ SplitPolicyOption = Annotated[
 HeatOption = Annotated[
     Path | None, typer.Option(help="A heat file: who is resident at first.", show_default="first experts")
 ]
+SaveHeatOption = Annotated[
+    Path | None,
+    typer.Option(help="Write how often each expert was asked for, for --heat.", show_default=False),
+]
+RecordRoutingOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Write what the routers asked for, step by step, for `monde plan --routing`.", show_default=False
+    ),
+]
 DeferredOption = Annotated[
     int,
     typer.Option(

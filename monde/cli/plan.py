@@ -50,8 +50,11 @@ def plan(
     heat: Annotated[
         Path | None, typer.Option(help="A heat file: how popular experts are.", show_default="all equally")
     ] = None,
-    trace: Annotated[
-        Path | None, typer.Option(help="Recorded routing to play on the machine, step by step.")
+    routing: Annotated[
+        Path | None,
+        typer.Option(
+            help="Routing to play on the machine, step by step; --record-routing of generate or bench writes it."
+        ),
     ] = None,
     mesh: Annotated[
         str | None,
@@ -93,7 +96,7 @@ def plan(
         }
         given |= {
             "--heat": heat,
-            "--trace": trace,
+            "--routing": routing,
             "--plot": plot,
             "--format": weight_format is not DTypeName.AUTO,
         }
@@ -106,7 +109,7 @@ def plan(
         return
     from monde.cli.plan_forecast import Question
     from monde.cli.plan_plot import draw_budgets, sweep
-    from monde.cli.plan_text import answer_of, impossible, text_of, trace_answer
+    from monde.cli.plan_text import THIS_MACHINE, answer_of, impossible, text_of, trace_answer
     from monde.cli.plot import check_plot
     from monde.planning.forecast import with_one_more_channel
     from monde.planning.formats import format_named
@@ -130,7 +133,7 @@ def plan(
     verdicts = question.verdicts(gpu_bytes)
     outlined = question.outlined(asked)
     mine = next(verdict for verdict in verdicts if verdict.format is asked)
-    profile_is = "this machine, calibrated" if machine is None else machine
+    profile_is = THIS_MACHINE if machine is None else machine
     answer = answer_of(profile_is, question, asked, verdicts, outlined)
     if mine.forecast is None:
         if as_json:
@@ -140,8 +143,8 @@ def plan(
     channel = with_one_more_channel(profile)
     more_host = None if channel is None else question.forecast(outlined, gpu_bytes, channel)
     answer = answer_of(profile_is, question, asked, verdicts, outlined, more_gpu, more_host)
-    if trace is not None:
-        answer["trace"] = trace_answer(question.played(outlined, mine.forecast, trace))
+    if routing is not None:
+        answer["routing"] = trace_answer(question.played(outlined, mine.forecast, routing))
     typer.echo(json.dumps(answer, indent=1) if as_json else text_of(mine.forecast, answer, heat))
     if plot is not None:
         title = f"{Path(model).name} in {asked.name} on {profile.machine.name}"

@@ -113,7 +113,7 @@ class Question:
         """A recorded routing under the forecast's placement. Errors: ValueError for a trace of another model."""
         if outlined.halves is not None:
             raise ValueError(
-                "--trace: a step of an encoder-decoder runs half of its layers, which is not played; leave --trace out"
+                "--routing: a step of an encoder-decoder runs half of its layers, which is not played; leave --routing out"
             )
         slots_bytes = forecast.plan.slots_bytes
         placements = self._placements(outlined, outlined.size.layers, slots_bytes, self.profile)

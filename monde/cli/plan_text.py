@@ -15,6 +15,8 @@ from monde.planning.played import Played
 from monde.sizes import format_bytes as size
 from monde.sizes import format_number as number
 
+THIS_MACHINE = "this machine, calibrated"
+
 
 def answer_of(
     profile_is: str,
@@ -75,7 +77,7 @@ def answer_of(
 def trace_answer(played: Played) -> dict[str, Any]:
     """Of the steps of a recorded routing."""
     if not played.step_s:
-        raise ValueError("--trace: it holds no steps; record a longer one")
+        raise ValueError("--routing: it holds no steps; record a longer one")
     total_s = sum(played.step_s)
     return {
         "num_steps": len(played.step_s),
@@ -125,8 +127,13 @@ def text_of(now: Forecast, answer: dict[str, Any], heat: Path | None) -> str:
         _spare_text(answer),
     ]
     lines += [_speed_text(name, answer[name]) for name in ("decode", "prefill")]
-    if "trace" in answer:
-        lines.append(_trace_text(answer["trace"]))
+    if answer["memory_channels"] is None and answer["profile"] == THIS_MACHINE:
+        lines.append(
+            "what one more memory channel would buy is not known, for no measurement tells how many there are: "
+            "`monde calibrate --force --memory-channels 12x38.4`, with this machine's"
+        )
+    if "routing" in answer:
+        lines.append(_trace_text(answer["routing"]))
     lines.append(f"formats: {'; '.join(map(_format_text, answer['formats']))}")
     lines.append(_best_text(answer))
     lines.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -25,6 +26,11 @@ class TokenSource:
     rank: int = 0
     num_ranks: int = 1
 
+    @property
+    def digest(self) -> str:
+        """Of the ids: another text or another tokenizer has another."""
+        return hashlib.sha256(self.tokens_N.numpy().tobytes()).hexdigest()[:16]
+
     def window(self, index: int, batch: int, length: int) -> Tensor:
         """Batch `index`: int64 [batch, length], sequences from far apart in the text; it wraps at the end."""
         index = index * self.num_ranks + self.rank
@@ -37,11 +43,15 @@ class TokenSource:
 
 
 def token_source(
-    tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, text_file: Path | None, random_tokens: bool
+    tokenizer: PreTrainedTokenizerBase | None,
+    vocab_size: int,
+    text_file: Path | None,
+    random_tokens: bool,
+    asked_by: str = "--text",
 ) -> TokenSource:
     """Text as the model's tokenizer reads it; random ids when asked for, or when there is no tokenizer.
 
-    Errors: ValueError when the text cannot be read or has ids beyond the model's vocabulary.
+    asked_by: the setting that names text_file. Errors: ValueError when the text cannot be read or has ids beyond the model's vocabulary.
     """
     if random_tokens or (tokenizer is None and text_file is None):
         why = "asked for" if random_tokens else "the model has no tokenizer"
@@ -51,10 +61,10 @@ def token_source(
         raise ValueError(
             "--text needs a tokenizer; put tokenizer.json next to config.json, or use --random-tokens"
         )
-    text, origin = _read(text_file)
+    text, origin = _read(text_file, asked_by)
     tokens_N = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
     if tokens_N.numel() < 2:
-        raise ValueError(f"--text {origin}: holds no text; give a file of a few pages")
+        raise ValueError(f"{asked_by} {origin}: holds no text; give a file of a few pages")
     if int(tokens_N.max()) >= vocab_size:
         raise ValueError(
             f"the tokenizer has ids up to {int(tokens_N.max())}, the model a vocabulary of {vocab_size}; "
@@ -63,7 +73,7 @@ def token_source(
     return TokenSource(tokens_N, origin)
 
 
-def _read(text_file: Path | None) -> tuple[str, str]:
+def _read(text_file: Path | None, asked_by: str) -> tuple[str, str]:
     if text_file is None:
         return (files("monde.cli") / "text" / "literature.txt").read_text(
             encoding="utf-8"
@@ -71,4 +81,4 @@ def _read(text_file: Path | None) -> tuple[str, str]:
     try:
         return text_file.read_text(encoding="utf-8"), text_file.name
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--text {text_file}: cannot be read as UTF-8 text ({error})") from error
+        raise ValueError(f"{asked_by} {text_file}: cannot be read as UTF-8 text ({error})") from error

@@ -110,13 +110,17 @@ def _job(config: TrainConfig, base: Path, fabric: Fabric, restart: bool) -> Trai
     if restart:
         fabric.first_does(lambda: shutil.rmtree(folder, ignore_errors=True))
     path = _model_path(config, base)
+    model_config: Any = AutoConfig.from_pretrained(path)
+    _check_model(config, model_config)
     torch.manual_seed(config.optimizer.seed)
     if config.model.init == "random":
-        model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
     else:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     text = base / config.data.text if config.data.text else None
-    source = token_source(AutoTokenizer.from_pretrained(path), model.config.vocab_size, text, False)
+    source = token_source(
+        AutoTokenizer.from_pretrained(path), model.config.vocab_size, text, False, "data.text"
+    )
     batch, length = config.optimizer.batch, config.data.sequence_length
     schedule = _schedule(config)
     model = convert(model, fabric, schedule=schedule)
@@ -126,8 +130,29 @@ def _job(config: TrainConfig, base: Path, fabric: Fabric, restart: bool) -> Trai
             typer.echo(f"monde: {line}", err=True)
 
     return TrainingJob(
-        model, fabric, config, lambda step: source.window(step, batch, length + 1), folder, report
+        model,
+        fabric,
+        config,
+        lambda step: source.window(step, batch, length + 1),
+        folder,
+        report,
+        source.digest,
     )
+
+
+def _check_model(config: TrainConfig, model_config: Any) -> None:
+    """Errors: ValueError for a model that `monde train` does not train, or not on sequences of such a length."""
+    if model_config.is_encoder_decoder:
+        raise ValueError(
+            f"model.path: {config.model.path} is an encoder-decoder; name a causal language model, or convert this one in "
+            "a loop of your own (monde.training.convert)"
+        )
+    num_positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if num_positions is not None and config.data.sequence_length > num_positions:
+        raise ValueError(
+            f"data.sequence_length is {config.data.sequence_length}, the model has {num_positions} positions; ask for no more, "
+            "or raise max_position_embeddings in its config.json"
+        )
 
 
 def _schedule(config: TrainConfig) -> Any:

@@ -47,7 +47,11 @@ class StepHooks(Protocol):
     """What the engine does around a decode step: wake the host's pollers; change residency, raise what failed.
 
     finish comes after a whole generation, whose latest step may have failed without anybody having noticed.
+    is_recording: what is routed where is written down, which no graph does.
     """
+
+    @property
+    def is_recording(self) -> bool: ...
 
     def begin_step(self) -> None: ...
 
@@ -59,6 +63,8 @@ class StepHooks(Protocol):
 
 
 class NoHooks:
+    is_recording = False
+
     def begin_step(self) -> None: ...
 
     def before_replay(self) -> None: ...
@@ -186,6 +192,8 @@ class DecodeRunner:
         ):
             return forward(**kwargs)  # a prompt of one token
         with self._step():
+            if self.hooks.is_recording:
+                return forward(**kwargs)
             if reason is None:
                 try:
                     return self._run(

@@ -140,4 +140,4 @@ def overlapped_s(first_s: ArrayLike, second_s: ArrayLike, overlap: Overlap) -> S
     """
     a, b = np.asarray(first_s, np.float64), np.asarray(second_s, np.float64)
     s, u = overlap.first, overlap.second
-    return np.asarray(np.maximum(b + a * s * (1 - 1 / u), a + b * u * (1 - 1 / s)))
+    return np.asarray(np.maximum(b + a * (s * (1 - 1 / u)), a + b * (u * (1 - 1 / s))))

@@ -57,11 +57,13 @@ class Trace:
                 header = json.loads(file["header"].tobytes())
                 shapes, ids = file["shapes"], file["ids"]
         except (KeyError, ValueError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path}: not a routing trace; record one again") from error
+            raise ValueError(
+                f"{path}: not a record of routing; write one with `monde generate` or `bench --record-routing`"
+            ) from error
         if header.get("format") != "monde-trace" or header.get("version") != TRACE_VERSION:
             raise ValueError(
                 f"{path}: {header.get('format')} version {header.get('version')}, expected monde-trace version "
-                f"{TRACE_VERSION}; record one again"
+                f"{TRACE_VERSION}; write one again"
             )
         ends = np.cumsum(shapes.prod(axis=1))
         arrays = (

@@ -47,7 +47,7 @@ class StepRecord:
 class TrainingJob:
     """batch_of(step): token ids [B, sequence + 1] of the whole batch, the same on all ranks; every rank takes its
     rows. model: converted, in float32 or bf16, with the same weights on all ranks. report: of what is planned, with
-    parallel.chunks "auto".
+    parallel.chunks "auto". data_digest: of what batch_of draws from; a run goes on with the same alone.
     """
 
     def __init__(
@@ -58,9 +58,12 @@ class TrainingJob:
         batch_of: Callable[[int], Tensor],
         folder: Path,
         report: Callable[[str], None] = lambda line: None,
+        data_digest: str = "",
     ) -> None:
         self.model, self.fabric, self.config = model.train(), fabric, config
         self.batch_of, self.folder = batch_of, folder
+        self.settings = config.identity()
+        self.settings["data"]["digest"] = data_digest
         self.reducer = GradientReducer(model, fabric)
         self.auto = AutoSchedule(fabric, self.reducer, report) if config.parallel.chunks == "auto" else None
         self.optimizer = torch.optim.AdamW(
@@ -69,7 +72,7 @@ class TrainingJob:
         )  # fmt: skip
         self.next_step = 0
         shared = [float(p.detach().double().sum()) for bucket in self.reducer.buckets for p in bucket.params]
-        fabric.must_agree("the settings", config.identity())
+        fabric.must_agree("the settings", self.settings)
         fabric.must_agree("the weights before training (sum)", sum(shared))
 
     def resume(self) -> int:
@@ -82,10 +85,15 @@ class TrainingJob:
         if not found:
             return 0
         settings = self.fabric.all_do(lambda: checkpoint.read_run(found[-1])).settings
-        for table, values in self.config.identity().items():
+        for table, values in self.settings.items():
             for key, value in values.items():
                 before = settings.get(table, {}).get(key)
-                if before != value:
+                if key == "digest" and before not in (None, value):  # checkpoints of old have none
+                    raise ValueError(
+                        f"{found[-1]}: was trained on another text or with another tokenizer than data.text and "
+                        "model.path have now; put them back, give another output.folder, or start over with --restart"
+                    )
+                if key != "digest" and before != value:
                     raise ValueError(
                         f"{found[-1]}: was trained with {table}.{key} = {before!r}, now {value!r}; "
                         "set it back, give another output.folder, or start over with --restart"
@@ -127,7 +135,7 @@ class TrainingJob:
 
     def save(self) -> Path:
         return checkpoint.save(
-            self.folder, self.next_step, self.model, self.optimizer, self.fabric, self.config.identity(),
+            self.folder, self.next_step, self.model, self.optimizer, self.fabric, self.settings,
             self.config.output.keep,
         )  # fmt: skip
 

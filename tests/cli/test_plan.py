@@ -167,11 +167,11 @@ def test_recorded_routing_is_played(monde: Monde, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     steps = tuple(tuple(rng.integers(0, 16, (1, 4)).astype(np.int16) for _ in range(4)) for _ in range(12))
     Trace("moe-3m", (16,) * 4, steps).save(tmp_path / "t.npz")
-    budget = ("-m", "h200", "--gpu-memory", smallest_budget(monde), "--trace", tmp_path / "t.npz")
+    budget = ("-m", "h200", "--gpu-memory", smallest_budget(monde), "--routing", tmp_path / "t.npz")
     answer = json.loads(monde("plan", MODEL, *budget, "--json").stdout)
-    assert answer["trace"]["num_steps"] == 12
-    assert answer["trace"]["steps_per_s"] == pytest.approx(answer["decode"]["tokens_per_s"], rel=0.15)
-    assert {"host", "gpu"} <= set(answer["trace"]["busy_share"])
+    assert answer["routing"]["num_steps"] == 12
+    assert answer["routing"]["steps_per_s"] == pytest.approx(answer["decode"]["tokens_per_s"], rel=0.15)
+    assert {"host", "gpu"} <= set(answer["routing"]["busy_share"])
     assert "recorded routing: 12 steps" in monde("plan", MODEL, *budget).stdout
     Trace("other", (16,) * 3, tuple(step[:3] for step in steps)).save(tmp_path / "t.npz")
     assert "give the trace of this model" in monde("plan", MODEL, *budget).stderr
@@ -396,6 +396,6 @@ def test_an_encoder_decoder_is_planned(monde: Monde, tmp_path: Path) -> None:
     assert deep["decode"]["tokens_per_s"] < 0.4 * short["decode"]["tokens_per_s"]
     assert deep["prefill"]["tokens_per_s"] > 0.9 * short["prefill"]["tokens_per_s"]
     Trace("demo", (8, 8), ()).save(tmp_path / "t")
-    refused = monde("plan", tmp_path / "short", "-m", "h200", "--trace", tmp_path / "t")
+    refused = monde("plan", tmp_path / "short", "-m", "h200", "--routing", tmp_path / "t")
     assert refused.exit_code == 2
-    assert "--trace: a step of an encoder-decoder runs half of its layers" in refused.stderr
+    assert "--routing: a step of an encoder-decoder runs half of its layers" in refused.stderr

@@ -145,6 +145,27 @@ def test_one_line_for_users(tmp_path: Path, model: Path) -> None:
 
 
 @pytest.mark.slow
+def test_what_a_model_cannot_be_trained_on(tmp_path: Path, model: Path) -> None:
+    config = config_file(tmp_path, model, "out")
+    config.write_text(config.read_text().replace("sequence_length = 16", "sequence_length = 5000"))
+    told = run(config)
+    assert told.returncode == 2
+    assert told.stderr.splitlines()[-1] == (
+        "monde: error: data.sequence_length is 5000, the model has 4096 positions; ask for no more, or raise "
+        "max_position_embeddings in its config.json"
+    )
+
+
+def test_another_text_does_not_resume(tmp_path: Path, model: Path) -> None:
+    config = config_file(tmp_path, model, "out")
+    assert run(config).returncode == 0
+    text = tmp_path / "text.txt"
+    text.write_text(text.read_text().replace("queen", "bishop"))
+    told = run(config)
+    assert told.returncode == 2
+    assert "was trained on another text" in told.stderr.splitlines()[-1]
+
+
 def test_ranks_with_meshes_of_their_own_all_get_the_line(tmp_path: Path, model: Path) -> None:
     """Two nodes, each with its own copy of the file: told before a mesh is made, in which they would wait."""
     with socket.socket() as free:

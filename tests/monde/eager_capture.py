@@ -62,6 +62,7 @@ class CountingHooks:
     num_steps: int = 0
     num_replays: int = 0
     is_open: bool = False
+    is_recording: bool = False
 
     def begin_step(self) -> None:
         assert not self.is_open

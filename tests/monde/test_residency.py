@@ -144,6 +144,25 @@ def test_text_of_replayed_steps_while_everything_moves(name: str) -> None:
     assert_consistent(model.monde)
 
 
+def test_a_record_of_routing_has_every_step() -> None:
+    """Replays write nothing down, so there are none meanwhile; what was said before and after is not in it."""
+    model = restless(tiny.build("qwen3_moe"))
+    with_graphs(model, engine=model.monde)
+    ids = tiny.prompt(2, 5)
+    settings = {"attention_mask": torch.ones_like(ids), "do_sample": False, "eos_token_id": None}
+    expected = model.generate(ids, max_new_tokens=30, **settings)
+    num_replays = model._decode_runner.num_replays
+    with model.monde.record_routing() as recorder:
+        assert torch.equal(model.generate(ids, max_new_tokens=30, **settings), expected)
+        with pytest.raises(RuntimeError, match="another record"), model.monde.record_routing():
+            pass
+    assert model._decode_runner.num_replays == num_replays
+    model.generate(ids, max_new_tokens=30, **settings)
+    assert model._decode_runner.num_replays > num_replays
+    shapes = [[layer.shape for layer in step] for step in recorder.finish().steps]
+    assert shapes == [[(10, 3)] * 2] + [[(2, 3)] * 2] * 29
+
+
 class LateCopies(InOrderCopies):
     """Slots hold NaN from the start of a copy until it was asked for `patience` times."""
 
