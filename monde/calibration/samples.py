@@ -6,11 +6,13 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 from monde.planning.fit import NOISY_SHARE, AlphaBeta
 from monde.planning.profile import Noise, PoorFit
 
 _MIN_SAMPLES = 3
+_NUM_RETRIES = 2
 
 Timings = Mapping[str, Sequence[float]]  # seconds under the name of what was timed
 Progress = Callable[[str], None]  # told what comes next
@@ -40,25 +42,50 @@ class Samples:
         return statistics.median(self.all_s)
 
 
-def take(probes: Sequence[Probe], progress: Progress) -> dict[str, Samples]:
-    """Both halves of every probe; each name belongs to one probe."""
-    halves: list[dict[str, tuple[float, ...]]] = []
+def take(probes: Sequence[Probe], progress: Progress, retry_s: float = 0.0) -> dict[str, Samples]:
+    """Both halves of every probe; each name belongs to one probe.
+
+    Probes whose halves disagree run again, for retry_s in all: on a shared machine a slow moment passes. Of several runs
+    the two that agree best are kept, in order; where none agree that is told as ever.
+    """
+    runs: dict[str, list[tuple[float, ...]]] = {}
+
+    def run(probe: Probe) -> None:
+        progress(probe.what)
+        for what, seconds in probe.run().items():
+            runs.setdefault(what, []).append(tuple(seconds))
+            probe_of[what] = probe
+
+    probe_of: dict[str, Probe] = {}
     for _ in range(2):
-        half: dict[str, tuple[float, ...]] = {}
         for probe in probes:
-            progress(probe.what)
-            half |= {what: tuple(seconds) for what, seconds in probe.run().items()}
-        halves.append(half)
-    return {what: Samples(halves[0][what], halves[1][what]) for what in halves[0]}
+            run(probe)
+    end_s = time.perf_counter() + retry_s
+    for _ in range(_NUM_RETRIES if retry_s else 0):
+        noisy = {noise.what for noise in noise_of(_closest(runs))}
+        for probe in dict.fromkeys(probe_of[what] for what in runs if what in noisy):
+            if time.perf_counter() < end_s:
+                run(probe)
+    return _closest(runs)
+
+
+def _closest(runs: Mapping[str, Sequence[tuple[float, ...]]]) -> dict[str, Samples]:
+    """The two runs of each whose medians are nearest to each other; the first two of equals."""
+    found = {}
+    for what, taken in runs.items():
+        pairs = [Samples(a, b) for a, b in combinations(taken, 2)]
+        found[what] = min(pairs, key=lambda s: _noise(what, s).share)
+    return found
 
 
 def noise_of(samples: Mapping[str, Samples]) -> tuple[Noise, ...]:
     """The activities whose halves' medians are more than NOISY_SHARE apart."""
-    both = (
-        Noise(what, statistics.median(s.first_s), statistics.median(s.second_s))
-        for what, s in samples.items()
-    )
+    both = (_noise(what, s) for what, s in samples.items())
     return tuple(noise for noise in both if noise.share > NOISY_SHARE)
+
+
+def _noise(what: str, samples: Samples) -> Noise:
+    return Noise(what, statistics.median(samples.first_s), statistics.median(samples.second_s))
 
 
 def poor_fits(fits: Mapping[str, AlphaBeta]) -> tuple[PoorFit, ...]:

@@ -31,6 +31,23 @@ def test_all_first_halves_come_before_any_second() -> None:
     assert samples["a"].median_s == 3.0
 
 
+def test_what_disagrees_runs_again_until_two_runs_agree() -> None:
+    runs = {"calm": [1.0, 1.0], "once": [1.0, 2.0, 2.1], "never": [1.0, 2.0, 4.0, 8.0]}
+    left, told = {what: iter(medians) for what, medians in runs.items()}, list[str]()
+
+    def probe(what: str) -> Probe:
+        return Probe(what, lambda: {what: [next(left[what])]})
+
+    samples = take([probe(what) for what in runs], told.append, retry_s=60.0)
+    assert told == [*runs, *runs, "once", "never", "never"]
+    assert samples == {
+        "calm": Samples((1.0,), (1.0,)),
+        "once": Samples((2.0,), (2.1,)),
+        "never": Samples((1.0,), (2.0,)),
+    }
+    assert [noise.what for noise in noise_of(samples)] == ["never"]
+
+
 def test_noise_is_what_disagrees_in_either_direction() -> None:
     limit = 1 + NOISY_SHARE
     samples = {

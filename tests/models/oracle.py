@@ -65,8 +65,9 @@ def ask(model: Any, animal: Animal, inputs: dict[str, Tensor]) -> Answers:
     return Answers(prefill, torch.stack(generated.logits, dim=1), generated.sequences)
 
 
-def examine(animal: Animal, input_seed: int = 1) -> Specimen:
-    model, inputs = build(animal), example_inputs(animal, input_seed)
+def examine(animal: Animal, input_seed: int = 1, device: str = "cpu") -> Specimen:
+    model = build(animal).to(device)
+    inputs = {name: ids.to(device) for name, ids in example_inputs(animal, input_seed).items()}
     if animal.family == "nllb_moe":
         correct_nllb_routing(model)
     experts = [module for module in model.modules() if adapter_of(module) is not None]
@@ -93,7 +94,7 @@ def shake(model: Any, experts: list[nn.Module], animal: Animal, inputs: Any, see
 
     def disturb(relative: float, module: nn.Module, args: Any, output: Any) -> Any:
         y = output[0] if isinstance(output, tuple) else output
-        signs = torch.randint(0, 2, y.shape, generator=generator) * 2 - 1
+        signs = (torch.randint(0, 2, y.shape, generator=generator) * 2 - 1).to(y.device)
         y = y + relative * signs * y.abs().amax(dim=-1, keepdim=True)
         return (y, *output[1:]) if isinstance(output, tuple) else y
 
