@@ -30,7 +30,7 @@ def test_generate_writes_what_plan_reads(monde: Monde, tmp_path: Path) -> None:
     assert num_tokens[1:] == [1] * (NUM_NEW - 1)  # the last token is not read
     assert [len(layer) for layer in counted.count_L] == [16] * NUM_LAYERS
     for count_E in counted.count_L:
-        assert count_E.sum() == pytest.approx(sum(num_tokens) * NUM_TOPK, rel=0.05)  # older ones weigh less
+        assert 0.7 <= count_E.sum() / (sum(num_tokens) * NUM_TOPK) <= 1.001  # older ones weigh less
     budget = ("-m", "h200", "--heat", heat, "--routing", routing, "--json")
     answer = json.loads(monde("plan", MODEL, *budget).stdout)
     assert answer["routing"]["num_steps"] == NUM_NEW

@@ -398,8 +398,12 @@ def test_heat_of_another_model_is_refused(tmp_path: Path) -> None:
     engine.save_heat(path)
     with pytest.raises(ValueError, match="has 2 layers of 4 experts, this model has 2 of 8; record"):
         dynamic(tiny.build("qwen3_moe"), heat_file=path)
-    with pytest.raises(ValueError, match="nothing is counted; set gpu_memory"):
-        monde.offload(tiny.build("mixtral"), device="cpu").monde.save_heat(path)
+    engine = monde.offload(tiny.build("mixtral"), device="cpu").monde
+    with pytest.raises(ValueError, match=r"nothing is counted unless model.monde.watch_heat\(\) asks for it"):
+        engine.save_heat(path)
+    engine.watch_heat()
+    engine.save_heat(path)
+    dynamic(tiny.build("mixtral"), heat_file=path)
 
 
 def test_unknown_policies_are_refused() -> None:

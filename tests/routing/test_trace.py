@@ -167,10 +167,10 @@ def test_a_trace_survives_the_disk(
 def test_other_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "t.npz"
     path.write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match="not a routing trace"):
+    with pytest.raises(ValueError, match="not a record of routing"):
         Trace.load(path)
     np.savez(path, x=np.zeros(1))
-    with pytest.raises(ValueError, match="not a routing trace"):
+    with pytest.raises(ValueError, match="not a record of routing"):
         Trace.load(path)
     with pytest.raises(OSError, match="absent"):
         Trace.load(tmp_path / "absent")
