@@ -111,7 +111,7 @@ def _job(config: TrainConfig, base: Path, fabric: Fabric, restart: bool) -> Trai
         fabric.first_does(lambda: shutil.rmtree(folder, ignore_errors=True))
     path = _model_path(config, base)
     model_config: Any = AutoConfig.from_pretrained(path)
-    _check_model(config, model_config)
+    check_model(config, model_config)
     torch.manual_seed(config.optimizer.seed)
     if config.model.init == "random":
         model: Any = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
@@ -140,7 +140,7 @@ def _job(config: TrainConfig, base: Path, fabric: Fabric, restart: bool) -> Trai
     )
 
 
-def _check_model(config: TrainConfig, model_config: Any) -> None:
+def check_model(config: TrainConfig, model_config: Any) -> None:
     """Errors: ValueError for a model that `monde train` does not train, or not on sequences of such a length."""
     if model_config.is_encoder_decoder:
         raise ValueError(

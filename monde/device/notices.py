@@ -104,15 +104,17 @@ def wait_looking(work: Any, look: Callable[[], None]) -> None:
 def break_off(group: dist.ProcessGroup | None) -> None:
     """Close this rank's connections of a Gloo group: all that wait on them, here and there, get an error at once.
 
-    Gloo has no call for it, but closes them where a wait for a message takes too long.
+    Gloo has no call for it, but closes them all where a wait for a message takes too long; a wait on a connection that
+    another rank has closed ends at once and closes no other one, so every rank is waited for.
     """
     if group is None or dist.get_backend(group) != dist.Backend.GLOO or dist.get_world_size(group) == 1:
         return
-    following = (dist.get_rank(group) + 1) % dist.get_world_size(group)
-    with contextlib.suppress(RuntimeError):
-        message = dist.irecv(torch.empty(1), group=group, group_src=following, tag=_BREAK_TAG)
-        assert message is not None, "this rank is no member of the group"
-        message.wait(timedelta(milliseconds=1))
+    mine, size = dist.get_rank(group), dist.get_world_size(group)
+    for other in (*range(mine + 1, size), *range(mine)):
+        with contextlib.suppress(RuntimeError):
+            message = dist.irecv(torch.empty(1), group=group, group_src=other, tag=_BREAK_TAG)
+            assert message is not None, "this rank is no member of the group"
+            message.wait(timedelta(milliseconds=1))
 
 
 def one_line(error: BaseException) -> str:

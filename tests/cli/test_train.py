@@ -9,13 +9,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
-from transformers import AutoModelForCausalLM, OlmoeConfig, OlmoeForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    SwitchTransformersConfig,
+)
 
-from monde.cli.train import LINE_INTERVAL_S, progress_lines
+from monde.cli.train import LINE_INTERVAL_S, check_model, progress_lines
 from monde.training.config import read_config
 from monde.training.job import StepRecord, read_losses
 
@@ -144,28 +151,18 @@ def test_one_line_for_users(tmp_path: Path, model: Path) -> None:
     assert alone.stderr == "monde: error: parallel.nodes is 2, but one rank runs; start it with torchrun\n"
 
 
-@pytest.mark.slow
 def test_what_a_model_cannot_be_trained_on(tmp_path: Path, model: Path) -> None:
-    config = config_file(tmp_path, model, "out")
-    config.write_text(config.read_text().replace("sequence_length = 16", "sequence_length = 5000"))
-    told = run(config)
-    assert told.returncode == 2
-    assert told.stderr.splitlines()[-1] == (
-        "monde: error: data.sequence_length is 5000, the model has 4096 positions; ask for no more, or raise "
-        "max_position_embeddings in its config.json"
-    )
+    config = read_config(config_file(tmp_path, model, "out"))
+    long = replace(config, data=replace(config.data, sequence_length=5000))
+    with pytest.raises(
+        ValueError, match=r"data\.sequence_length is 5000, the model has 4096 positions; ask for no more"
+    ):
+        check_model(long, AutoConfig.from_pretrained(model))
+    with pytest.raises(ValueError, match="is an encoder-decoder"):
+        check_model(config, SwitchTransformersConfig())
 
 
-def test_another_text_does_not_resume(tmp_path: Path, model: Path) -> None:
-    config = config_file(tmp_path, model, "out")
-    assert run(config).returncode == 0
-    text = tmp_path / "text.txt"
-    text.write_text(text.read_text().replace("queen", "bishop"))
-    told = run(config)
-    assert told.returncode == 2
-    assert "was trained on another text" in told.stderr.splitlines()[-1]
-
-
+@pytest.mark.slow
 def test_ranks_with_meshes_of_their_own_all_get_the_line(tmp_path: Path, model: Path) -> None:
     """Two nodes, each with its own copy of the file: told before a mesh is made, in which they would wait."""
     with socket.socket() as free:

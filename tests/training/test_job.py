@@ -49,7 +49,8 @@ def fabric_for(mesh_shape: tuple[int, ...] | None, timeout_s: float = 60.0) -> F
 
 def job_for(
     folder: Path, mesh_shape: tuple[int, ...] | None, batch_of: Any = batch, name: str = "olmoe",
-    timeout_s: float = 60.0, chunks: Any = (2, 3), checkpoint_every: int = 2, keep: int = 2, **optimizer: Any,
+    timeout_s: float = 60.0, chunks: Any = (2, 3), checkpoint_every: int = 2, keep: int = 2, digest: str = "",
+    **optimizer: Any,
 ) -> TrainingJob:  # fmt: skip
     config = TrainConfig(
         ModelSettings("tiny"),
@@ -59,7 +60,7 @@ def job_for(
     )
     fabric = fabric_for(mesh_shape, timeout_s)
     model = convert(tiny.build(name), fabric, schedule=Degrees(2, 3))
-    return TrainingJob(model, fabric, config, batch_of, folder)
+    return TrainingJob(model, fabric, config, batch_of, folder, data_digest=digest)
 
 
 def train(folder: Path, mesh_shape: tuple[int, ...] | None, num_steps: int = STEPS) -> list[StepRecord]:
@@ -192,6 +193,16 @@ def test_other_settings_are_refused(trained: Path) -> None:
 def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
     train(tmp_path, None)
     assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-00000004", "step-00000006"]
+
+
+def test_a_run_goes_on_with_the_same_text_alone(tmp_path: Path) -> None:
+    job = job_for(tmp_path, None, digest="this")
+    next(iter(job.run()))
+    job.next_step = 2
+    job.save()
+    assert job_for(tmp_path, None, digest="this").resume() == 2
+    with pytest.raises(ValueError, match="was trained on another text or with another tokenizer"):
+        job_for(tmp_path, None, digest="that").resume()
 
 
 def with_a_bad_rank(
