@@ -42,14 +42,9 @@ class Observed:
 
     def told(self) -> list[str]:
         """Lines on what was written."""
-        heat = (
-            []
-            if self.heat is None
-            else [f"monde: heat saved to {self.heat}; give it to --heat of generate, bench or plan"]
-        )
-        routing = (
-            []
-            if self.routing is None
-            else [f"monde: routing saved to {self.routing}; monde plan MODEL --routing {self.routing}"]
-        )
-        return heat + routing
+        lines = []
+        if self.heat is not None:
+            lines.append(f"monde: heat saved to {self.heat}; give it to --heat of generate, bench or plan")
+        if self.routing is not None:
+            lines.append(f"monde: routing saved to {self.routing}; monde plan MODEL --routing {self.routing}")
+        return lines

@@ -51,7 +51,8 @@ def token_source(
 ) -> TokenSource:
     """Text as the model's tokenizer reads it; random ids when asked for, or when there is no tokenizer.
 
-    asked_by: the setting that names text_file. Errors: ValueError when the text cannot be read or has ids beyond the model's vocabulary.
+    asked_by: the setting that names text_file.
+    Errors: ValueError when the text cannot be read or has ids beyond the model's vocabulary.
     """
     if random_tokens or (tokenizer is None and text_file is None):
         why = "asked for" if random_tokens else "the model has no tokenizer"

@@ -88,7 +88,12 @@ class TraceRecorder:
         self._steps.append([None] * len(self.num_experts_L))
 
     def record(self, layer_idx: int, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> None:
-        """The routed pairs of one layer; copied, so the caller may reuse its tensors."""
+        """The routed pairs of one layer; copied, so the caller may reuse its tensors.
+
+        A record that begins in the middle of a step has the rest of it.
+        """
+        if not self._steps:
+            self.step()
         num_experts = self.num_experts_L[layer_idx]
         counts_TK = (topk_ids_TK >= 0) & (topk_ids_TK < num_experts) & (topk_weights_TK != 0)
         self._steps[-1][layer_idx] = torch.where(counts_TK, topk_ids_TK, NOT_MINE).to(torch.int16)

@@ -14,6 +14,13 @@ BASE = CostModel(DESCRIBED["h200"], ExpertShape(2048, 768))
 LOAD = Load(np.full(128, 128), np.zeros(128, bool), 2048, 32)
 
 
+@pytest.mark.parametrize(
+    ("host", "copy", "close"), [(1.0, 1.0, True), (1.01, 0.99, True), (1.03, 1.0, False), (1.0, 0.97, False)]
+)
+def test_factors_that_make_another_plan(host: float, copy: float, close: bool) -> None:
+    assert Feedback(2 * host, 0.5 * copy).is_close(Feedback(2, 0.5)) == close
+
+
 @pytest.mark.parametrize(("host", "copy"), [(1.001, 1.0), (2.0, 1.0), (0.5, 1.2), (0.7, 2.0), (3.0, 0.9)])
 def test_both_sides_end_together_after_a_few_layers(host: float, copy: float) -> None:
     """A machine whose host and bus take other factors of the profile's seconds, and do not slow each other."""

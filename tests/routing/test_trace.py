@@ -140,6 +140,13 @@ def test_a_recorder_keeps_what_counts() -> None:
     assert trace.num_experts_L == (4, 2)
 
 
+def test_a_record_may_begin_in_the_middle_of_a_step() -> None:
+    recorder = TraceRecorder((4, 2))
+    recorder.record(1, torch.tensor([[1]]), torch.ones(1, 1))
+    [step] = recorder.finish().steps
+    assert [layer.size for layer in step] == [0, 1]
+
+
 def test_recording_never_reads_back() -> None:
     recorder = TraceRecorder((4,))
     recorder.step()
