@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import StaticCache
+from transformers import GenerationMixin, StaticCache
 
 from monde.models.decode_cache import KvRoom
 from monde.models.decode_capture import Capture, CudaCapture
@@ -41,8 +41,8 @@ def install(model: Any, capture: Capture, room: KvRoom, engine: object = None) -
 
 
 def install_on_gpu(model: Any, engine: Any) -> None:
-    """The same for a model that monde runs; on a CPU there is nothing to capture."""
-    if engine.device.type == "cuda":
+    """The same for a model that monde runs. On a CPU there is nothing to capture, and some models have no decode steps."""
+    if engine.device.type == "cuda" and isinstance(model, GenerationMixin):
         size = engine.plan.size
         room = KvRoom(size.kv_bytes, size.kv_bytes_per_token)
         install(model, CudaCapture(engine.device), room, engine)

@@ -47,7 +47,7 @@ class ExpertsModule:
 
     def all_full_names(self) -> list[str]:
         """The names of the expert parameters in the model, those of tied modules included."""
-        return [_join(path, param) for path, _ in self._places() for param in self.param_names()]
+        return [_join(path, param) for path, _ in self.places() for param in self.param_names()]
 
     def arrays(self, expert_id: int) -> dict[str, Tensor]:
         """One expert of a live module, as views of its parameters under the keywords of ExpertBank.load."""
@@ -64,7 +64,7 @@ class ExpertsModule:
         """Remove the expert parameters from the module, remembering what `rebuild` needs."""
         for name in self.param_names():
             param = self.module.get_parameter(name)
-            for _, module in self._places():
+            for _, module in self.places():
                 owner, leaf = _owner(module, name)
                 del owner._parameters[leaf]
                 owner.__dict__[leaf] = _stand_in(param)
@@ -89,7 +89,7 @@ class ExpertsModule:
         """Undo `take_parameters`."""
         for name, tensor in self.rebuild(engine, layer_idx):
             param = nn.Parameter(tensor, requires_grad=self.taken[name].requires_grad)
-            for _, module in self._places():
+            for _, module in self.places():
                 owner, leaf = _owner(module, name)
                 del owner.__dict__[leaf]
                 owner.register_parameter(leaf, param)
@@ -99,7 +99,7 @@ class ExpertsModule:
         """Route the module's calls to the engine and its state dict through `rebuild`."""
         adapter = self.adapter.configured(engine.config)
         give, take = GiveExperts(self, engine, layer_idx), TakeExperts(self, engine, layer_idx)
-        for _, module in self._places():
+        for _, module in self.places():
             adapter.attach(module, ExpertsHandle(engine.fronts[layer_idx]))
             module.register_state_dict_post_hook(give)
             if engine.ranked is None:
@@ -108,7 +108,8 @@ class ExpertsModule:
     def _stacked_names(self) -> set[str]:
         return {view.param for _, view in self.layout.roles() if view.axis is ExpertAxis.STACKED}
 
-    def _places(self) -> list[tuple[str, nn.Module]]:
+    def places(self) -> list[tuple[str, nn.Module]]:
+        """(path, module) of all that call these experts."""
         return [(self.name, self.module), *self.tied]
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from monde.engine import Engine
+from monde.models.beside import CudaSide, run_shared_beside
 from monde.models.decode_graph import install_on_gpu
 from monde.models.deferral import defer_in_decode
 from monde.models.experts import ExpertsModule
@@ -34,6 +35,8 @@ def hand_over(model: Any, engine: Engine, modules: Sequence[ExpertsModule]) -> N
     watch_size(model, engine)
     defer_in_decode(model, engine)
     fuse_norms(model)
+    if engine.device.type == "cuda" and engine.ranked is None:
+        run_shared_beside(model, modules, CudaSide(engine.device))
     speed_up_on_cpu(model, engine.device, engine.pool)
     taken = [param for module in modules for param in module.taken.values()]
     num_parameters = sum(math.prod(param.shape) for param in taken)
