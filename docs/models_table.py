@@ -23,7 +23,8 @@ placement of experts give the same answers (`tests/models/test_walk.py`). Models
 tested on text. Models run in fp32, bf16 and fp16; quantised checkpoints are refused.
 
 Routers stay where the model has them. Shared experts, attention experts and everything else that is not a
-routed expert stay with the dense weights.
+routed expert stay with the dense weights. In decode steps on a GPU shared experts run beside the routed ones
+where that changes nothing (`tests/models/test_beside.py` says in which families, and proves it).
 
 A family that is missing: see [how to add one](adding-a-model-family.md).
 """
