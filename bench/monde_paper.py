@@ -156,7 +156,7 @@ def zero_copy_s(blocks: Iterable[tuple[float, Load | None]], cost: CostModel) ->
                 host_s=float(cost.host_s(cold_E).sum()),
                 overlap=cost.gpu.host_while_copying,
                 gpu_lead_s=float(cost.resident_s(load.tokens_E - cold_E).sum()),
-                host_lead_s=float(cost.round_trip_s(load.num_tokens)) if cold_E.any() else 0.0,
+                host_lead_s=cost.round_trip_s(load.num_tokens) if cold_E.any() else 0.0,
             )
             total_s += share.step_s
     return total_s

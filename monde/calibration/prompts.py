@@ -27,7 +27,7 @@ from monde.executors.waves import Ints, Order
 from monde.planning.machines import DESCRIBED
 from monde.planning.prefill_schedule import Residents
 from monde.planning.profile import PromptLaunches
-from monde.planning.schedule import Resource, Schedule, Task
+from monde.planning.schedule import Resource, Task
 from monde.planning.split_policies import SplitPolicy, all_fetch, all_host
 from monde.weights.host import HostBlobs
 from monde.weights.slots import ExpertSlots
@@ -53,9 +53,9 @@ def resident_products(part: DevicePart, num_tokens: int, experts: Ints) -> tuple
     tokens_E[experts] = num_tokens
     x_TD = torch.randn(num_tokens, spec.d_model, device=device).bfloat16()
     ids_TA = torch.from_numpy(experts).repeat(num_tokens, 1).to(device)
-    schedule = Schedule((Task("residents", Resource.GPU, 0.0, payload=Residents(experts)),))
+    tasks = [Task("residents", Resource.GPU, 0.0, payload=Residents(experts))]
     placed = part.place(
-        schedule, Order.of(experts, tokens_E), np.arange(spec.num_experts), x_TD, ids_TA, torch.bfloat16
+        tasks, Order.of(experts, tokens_E), np.arange(spec.num_experts), x_TD, ids_TA, torch.bfloat16
     )
     return partial(part.multiply_residents, placed, 0), placed.rows
 

@@ -5,6 +5,7 @@ Letters as in monde.core; N pairs that the device computes, n pieces of experts 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -22,7 +23,7 @@ from monde.executors.prefill_size import LayerPieces
 from monde.executors.products import Packed, Products, Rows, combine
 from monde.executors.waves import Order, Wave, tiles_of
 from monde.planning.prefill_schedule import Multiply, Residents
-from monde.planning.schedule import Schedule
+from monde.planning.schedule import Task
 from monde.weights.host import HostBlobs
 from monde.weights.packing import TORCH_DTYPES
 from monde.weights.slots import ExpertSlots, bias_sizes
@@ -56,7 +57,7 @@ class DevicePart:
 
     def place(
         self,
-        schedule: Schedule,
+        tasks: Sequence[Task],
         order: Order,
         slot_E: NDArray[np.int64],
         x_TD: Tensor,
@@ -65,7 +66,7 @@ class DevicePart:
     ) -> Placed:
         """Room for the results, and the waves of all tasks; all that the device must be told goes up at once."""
         waves_of: dict[int, list[Wave]] = {}
-        for position, task in enumerate(schedule.tasks):
+        for position, task in enumerate(tasks):
             if isinstance(task.payload, Residents):
                 waves_of[position] = self._resident_waves(task.payload.experts, slot_E, order, x_TD.dtype)
             elif isinstance(task.payload, Multiply):

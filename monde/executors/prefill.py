@@ -2,7 +2,7 @@
 
     count     pairs per expert on the device, read back through pinned memory: the one wait for the device
     plan      residents stay, the heaviest others are fetched, the lightest go to the host, one may be cut along F;
-              planning.prefill_schedule makes tasks of it
+              planning.prefill_schedule makes tasks of it, those of bus and host first
     do        the tasks, in their order: copies leave on their lane, the host's threads begin, the device's rows are
               laid out in one table, products are launched as experts arrive
     combine   the host is waited for when nothing is left to launch; its sum and the device's rows are combined, and
@@ -43,10 +43,10 @@ from monde.planning.prefill_schedule import (
     Multiply,
     OnHost,
     Place,
+    PrefillTasks,
     Residents,
-    prefill_schedule,
 )
-from monde.planning.schedule import Schedule
+from monde.planning.schedule import ScheduleBuilder
 from monde.planning.split import ExpertSplit, Load, Where
 from monde.planning.split_policies import all_host
 from monde.planning.staging import Piece
@@ -58,13 +58,12 @@ from monde.weights.table import SlotTable
 
 @dataclass(frozen=True)
 class Planned:
-    """What a chunk's schedule was made of, and the schedule. staged: what had been fetched ahead, by shipment."""
+    """What a chunk's tasks are made of. staged: what had been fetched ahead, by shipment."""
 
     load: Load
     split: ExpertSplit
     slot_E: NDArray[np.int64]
     staged: Sequence[tuple[Piece, ...]]
-    schedule: Schedule
 
 
 class PrefillExecutor:
@@ -151,8 +150,11 @@ class PrefillExecutor:
         plan = self.latest = self._plan(counts_E.numpy().copy(), slot_E, num_tokens, staged, blobs, cost)
         # ---- do ----
         shipments, fetched = dict[int, Shipment](), list[Shipment]()
-        pending = None
-        for position, task in enumerate(plan.schedule.tasks[:-1]):
+        pending, tasks = None, ScheduleBuilder()
+        in_order = PrefillTasks(
+            tasks, plan.load, plan.split, cost, self.size.staging, slot_E, plan.staged
+        ).in_order()
+        for position, task in in_order:
             match task.payload:
                 case Arriving(idx):
                     shipments[position] = staged[idx]
@@ -167,7 +169,7 @@ class PrefillExecutor:
                 case Place(experts):
                     times.append(time.perf_counter())
                     order = Order.of(experts, plan.load.tokens_E)
-                    placed = self.device.place(plan.schedule, order, slot_E, x_TD, ids_TK, y_dtype)
+                    placed = self.device.place(tasks.tasks, order, slot_E, x_TD, ids_TK, y_dtype)
                 case Residents():
                     self.device.multiply_residents(placed, position)
                 case Multiply():
@@ -175,18 +177,19 @@ class PrefillExecutor:
                     self.device.multiply_arrived(placed, position, shipments[task.after[0]], blobs)
                 case None:  # seconds that nobody does anything for
                     pass
+                case Combine():  # the last one
+                    break
                 case other:
                     raise AssertionError(other)
         self._account(plan, sum(shipment.num_bytes for shipment in fetched))
         ahead = hub.look_ahead(self if more else hub.next_layer(self), num_tokens, num_topk)
         times.append(time.perf_counter())
         # ---- combine ----
-        assert isinstance(plan.schedule.tasks[-1].payload, Combine)
         y_TD = None
         if pending is not None:
             answer = hub.host.wait(pending, self.layer_idx, self.totals)
             y_TD = answer.y_TD
-            hub.heard(plan.split.host_s - float(cost.prompt_trip_s(num_tokens)), answer.busy_s)
+            hub.heard(plan.split.host_s - cost.prompt_trip_s(num_tokens), answer.busy_s)
         times.append(time.perf_counter())
         hub.copied(plan.split.copy_s - plan.load.bus_busy_s, fetched)
         if posted is not None:
@@ -212,8 +215,7 @@ class PrefillExecutor:
         ready_E[[piece.expert_id for shipment in pieces for piece in shipment]] = True
         load = Load(tokens_E, ready_E, num_tokens, PAD_K, self.hub.bus_busy_s(staged, cost))
         split = self.hub.policy(load, cost) if blobs is not None else all_host(load, cost)
-        schedule = prefill_schedule(load, split, cost, self.size.staging, slot_E, pieces)
-        return Planned(load, split, slot_E, pieces, schedule)
+        return Planned(load, split, slot_E, pieces)
 
     def _account(self, plan: Planned, fetched_bytes: int) -> None:
         tokens_E, where_E = plan.load.tokens_E, plan.split.where_E

@@ -13,6 +13,7 @@ Costs are alone on the machine; `overlapped_s` says what two of them take togeth
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -105,17 +106,17 @@ class CostModel:
         gpu_s: Seconds = copied_s + self.resident_s(tokens, gpu_share)
         return np.maximum(both_s, gpu_s)
 
-    def round_trip_s(self, num_tokens: ArrayLike) -> Seconds:
+    def round_trip_s(self, num_tokens: int) -> float:
         """Activations of `num_tokens` to the host and their results, in fp32, back.
 
         Few travel through the mailbox, which kernels write and read; many in copies, which start late and run fast.
         """
-        act_bytes = np.asarray(num_tokens) * self.shape.act_bytes_per_token
-        fp32_bytes = np.asarray(num_tokens) * self.shape.d_model * 4
-        copies_s = np.asarray(self.gpu.d2h.seconds(act_bytes)) + np.asarray(self.gpu.h2d.seconds(fp32_bytes))
-        return np.asarray(np.minimum(self.gpu.round_trip.seconds(act_bytes), copies_s))
+        act_bytes = num_tokens * self.shape.act_bytes_per_token
+        fp32_bytes = num_tokens * self.shape.d_model * 4
+        copies_s = float(self.gpu.d2h.seconds(act_bytes)) + float(self.gpu.h2d.seconds(fp32_bytes))
+        return min(float(self.gpu.round_trip.seconds(act_bytes)), copies_s)
 
-    def prompt_trip_s(self, num_tokens: ArrayLike) -> Seconds:
+    def prompt_trip_s(self, num_tokens: int) -> float:
         """What the host's part in a long prompt's layer takes beside its experts, Python's share included."""
         return self.round_trip_s(num_tokens) + self.gpu.prompt.host_s
 
@@ -130,7 +131,11 @@ class CostModel:
         return np.where((np.asarray(tokens) > 0) & (np.asarray(share) > 0), seconds, 0.0)
 
 
-def overlapped_s(first_s: ArrayLike, second_s: ArrayLike, overlap: Overlap) -> Seconds:
+@overload
+def overlapped_s(first_s: float, second_s: float, overlap: Overlap) -> float: ...
+@overload
+def overlapped_s(first_s: Seconds, second_s: Seconds, overlap: Overlap) -> Seconds: ...
+def overlapped_s(first_s: Any, second_s: Any, overlap: Overlap) -> Any:
     """When both of two activities that start together are done; each alone takes the seconds given.
 
     Both run slowed until one ends; the other finishes alone. With a, b alone and slow-downs s, u:
@@ -138,6 +143,10 @@ def overlapped_s(first_s: ArrayLike, second_s: ArrayLike, overlap: Overlap) -> S
     which is the larger of b + a s (1 - 1/u) and a + b u (1 - 1/s), because 1/s + 1/u >= 1: so it never falls when
     a or b grows, and is convex in both. The exactness of the split rests on these two facts.
     """
-    a, b = np.asarray(first_s, np.float64), np.asarray(second_s, np.float64)
     s, u = overlap.first, overlap.second
-    return np.asarray(np.maximum(b + a * (s * (1 - 1 / u)), a + b * (u * (1 - 1 / s))))
+    return greatest(second_s + first_s * (s * (1 - 1 / u)), first_s + second_s * (u * (1 - 1 / s)))
+
+
+def greatest(a: Any, b: Any) -> Any:
+    """Of numbers or of arrays; the latter take twenty times as long for one number."""
+    return max(a, b) if isinstance(a, float) and isinstance(b, float) else np.maximum(a, b)

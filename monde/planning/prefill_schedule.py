@@ -15,14 +15,14 @@ E experts, F expert hidden dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from monde.planning.cost import CostModel
-from monde.planning.schedule import Resource, Schedule, ScheduleBuilder
+from monde.planning.schedule import Resource, Schedule, ScheduleBuilder, Task
 from monde.planning.split import ExpertSplit, Load, Where
 from monde.planning.staging import Piece, Staging, pieces_of
 
@@ -87,7 +87,7 @@ def prefill_schedule(
     slot_E: Experts,
     staged: Sequence[Pieces] = (),
 ) -> Schedule:
-    """One layer by itself, as it is executed. Arguments: add_prefill."""
+    """One layer by itself, as it is executed. Arguments: PrefillTasks."""
     builder = ScheduleBuilder()
     add_prefill(builder, load, split, cost, staging, slot_E, staged)
     return builder.build()
@@ -104,65 +104,125 @@ def add_prefill(
     after: Sequence[int] = (),
     layer: str = "",
 ) -> int:
-    """Adds one layer's tasks, all of which come after those given; returns the position of its Combine.
+    """Adds one layer's tasks. Arguments: PrefillTasks; returns the position of its Combine."""
+    tasks = PrefillTasks(builder, load, split, cost, staging, slot_E, staged, after, layer)
+    tasks.begin()
+    return tasks.end()
 
-    slot_E: -1 without a slot. staged: shipments fetched ahead, which have the first buffers; experts that have a slot
-    by now are not read there. Fetches begin with the most loaded; the cut expert comes last. Where experts travel
-    whole, each resource is as long busy as the split says. Loops are over experts that travel, and no others.
+
+class PrefillTasks:
+    """One layer's tasks, added to a builder in two parts: `begin` has what the bus and the host start on, `end` what the
+    GPU multiplies. The executor does the first part before it makes the second.
+
+    All of them come after those given. slot_E: -1 without a slot. staged: shipments fetched ahead, which have the first
+    buffers; experts that have a slot by now are not read there. Fetches begin with the most loaded; the cut expert
+    comes last. Where experts travel whole, each resource is as long busy as the split says. Loops are over experts that
+    travel, and no others.
     """
-    tokens_E, where_E, add, seconds = load.tokens_E, split.where_E, builder.add, _Seconds(load, cost)
-    has_slot_E, on_host_E = slot_E >= 0, where_E == _HOST
-    residents = np.flatnonzero((where_E == _RESIDENT) & has_slot_E)
-    residents = residents[np.argsort(slot_E[residents], kind="stable")]
-    fetched = np.flatnonzero(where_E == _FETCHED)
-    fetched = fetched[np.argsort(-tokens_E[fetched], kind="stable")]
-    cut = [] if split.cut_expert is None else [split.cut_expert]
-    loads = staging.loads(fetched.tolist(), cost.shape.d_ffn)
-    loads += [(piece,) for e in cut for piece in pieces_of(e, split.cut_rows, staging.piece_rows)]
-    incoming = [*staged, *loads]
-    from_staged = [_chosen(pieces, (where_E == _RESIDENT) & ~has_slot_E) for pieces in staged]
-    reads = [*from_staged, *(Multiply(tuple(range(len(pieces))), pieces) for pieces in loads)]
-    first, arrived, read = tuple(after), list[int](), list[int]()
 
-    def fetch(limit: int = len(incoming)) -> None:
-        """As far as there are buffers whose readers have been issued."""
-        while len(arrived) < min(limit, len(incoming), staging.num_buffers + len(read)):
-            pieces, before = incoming[len(arrived)], len(arrived) - staging.num_buffers
-            waits = (*leads, read[before]) if before >= 0 else leads
-            name = f"{layer}fetch {len(arrived)}"
-            arrived.append(add(name, Resource.PCIE_UP, seconds.copy(pieces), waits, Fetch(pieces)))
+    def __init__(
+        self,
+        builder: ScheduleBuilder,
+        load: Load,
+        split: ExpertSplit,
+        cost: CostModel,
+        staging: Staging,
+        slot_E: Experts,
+        staged: Sequence[Pieces] = (),
+        after: Sequence[int] = (),
+        layer: str = "",
+    ) -> None:
+        self._builder, self._load, self._split, self._staging = builder, load, split, staging
+        self._slot_E, self._staged, self._layer = slot_E, staged, layer
+        self._seconds = _Seconds(load, cost)
+        fetched = np.flatnonzero(split.where_E == _FETCHED)
+        self._fetched = fetched[np.argsort(-load.tokens_E[fetched], kind="stable")]
+        self._cut = [] if split.cut_expert is None else [split.cut_expert]
+        loads = staging.loads(self._fetched.tolist(), cost.shape.d_ffn)
+        loads += [(piece,) for e in self._cut for piece in pieces_of(e, split.cut_rows, staging.piece_rows)]
+        self._incoming = [*staged, *loads]
+        self._first, self._leads = tuple(after), tuple(after)
+        self._done, self._arrived, self._read = list[int](), list[int](), list[int]()
 
-    def multiply(i: int) -> None:
-        name = f"{layer}multiply {i}"
-        read.append(
-            add(name, Resource.GPU, seconds.multiply(reads[i].pieces), (arrived[i], placed), reads[i])
+    def in_order(self) -> Iterator[tuple[int, Task]]:
+        """(position, task), of a builder that had none; the second part is made when it is asked for."""
+        tasks = self._builder.tasks
+        self.begin()
+        yield from enumerate(tuple(tasks))
+        num_begun = len(tasks)
+        self.end()
+        yield from enumerate(tasks[num_begun:], num_begun)
+
+    def begin(self) -> None:
+        split, load, first = self._split, self._load, self._first
+        for idx, left_s in enumerate(self._seconds.left(self._staged)):
+            self._arrived.append(self._add(f"arriving {idx}", Resource.PCIE_UP, left_s, first, Arriving(idx)))
+        if not self._staged and load.bus_busy_s > 0:
+            self._add("bus busy", Resource.PCIE_UP, load.bus_busy_s, first)
+        if split.lead_s > 0:
+            self._leads = (self._add("lead", Resource.LAUNCHES, split.lead_s, first),)
+        self._fetch(
+            limit=len(self._staged) + 1
+        )  # keeps the bus busy for longer than it takes to launch the host
+        self._done.extend(self._leads)
+        on_host_E = split.where_E == _HOST
+        if on_host_E.any():
+            on_host = OnHost(on_host_E, split.cut_expert, split.cut_rows)
+            host = self._add("host", Resource.HOST, split.host_s, first, on_host, split.host_memory_share)
+            self._done.append(host)
+        self._fetch(limit=len(self._incoming))
+
+    def end(self) -> int:
+        """The position of the Combine."""
+        where_E, slot_E, staged = self._split.where_E, self._slot_E, self._staged
+        is_resident_E, has_slot_E = where_E == _RESIDENT, slot_E >= 0
+        residents = np.flatnonzero(is_resident_E & has_slot_E)
+        residents = residents[np.argsort(slot_E[residents], kind="stable")]
+        reads = [_chosen(pieces, is_resident_E & ~has_slot_E) for pieces in staged]
+        ahead = [piece.expert_id for chosen in reads for piece in chosen.pieces]
+        reads += [Multiply(tuple(range(len(pieces))), pieces) for pieces in self._incoming[len(staged) :]]
+        rows = np.concatenate(
+            [np.array(ahead, np.int64), residents, self._fetched, np.array(self._cut, np.int64)]
         )
-        fetch()
+        launch_s = self._split.launch_s - self._split.lead_s
+        placed = self._add("place", Resource.LAUNCHES, launch_s, self._first, Place(rows))
+        self._done.append(placed)
+        for i, multiply in enumerate(reads[: len(staged)]):
+            self._multiply(i, multiply, placed)
+        if len(residents):
+            seconds_s = self._seconds.residents(residents)
+            task = self._add("residents", Resource.GPU, seconds_s, (placed,), Residents(residents))
+            self._done.append(task)
+        for i, multiply in enumerate(reads[len(staged) :], len(staged)):
+            self._multiply(i, multiply, placed)
+        return self._add("combine", Resource.GPU, 0.0, (*self._done, *self._read), Combine())
 
-    for idx, left_s in enumerate(seconds.left(staged)):
-        arrived.append(add(f"{layer}arriving {idx}", Resource.PCIE_UP, left_s, first, Arriving(idx)))
-    if not staged and load.bus_busy_s > 0:
-        add(f"{layer}bus busy", Resource.PCIE_UP, load.bus_busy_s, first)
-    leads = (add(f"{layer}lead", Resource.LAUNCHES, split.lead_s, first),) if split.lead_s > 0 else first
-    fetch(limit=len(staged) + 1)  # keeps the bus busy for longer than it takes to launch the host
-    done = list(leads)
-    if on_host_E.any():
-        on_host = OnHost(on_host_E, split.cut_expert, split.cut_rows)
-        name, share = f"{layer}host", split.host_memory_share
-        done.append(add(name, Resource.HOST, split.host_s, first, on_host, share))
-    fetch()
-    ahead = [piece.expert_id for chosen in from_staged for piece in chosen.pieces]
-    rows = np.concatenate([np.array(ahead, np.int64), residents, fetched, np.array(cut, np.int64)])
-    placed = add(f"{layer}place", Resource.LAUNCHES, split.launch_s - split.lead_s, first, Place(rows))
-    done.append(placed)
-    for i in range(len(staged)):
-        multiply(i)
-    if len(residents):
-        residents_s = seconds.residents(residents)
-        done.append(add(f"{layer}residents", Resource.GPU, residents_s, (placed,), Residents(residents)))
-    for i in range(len(staged), len(incoming)):
-        multiply(i)
-    return add(f"{layer}combine", Resource.GPU, 0.0, (*done, *read), Combine())
+    def _fetch(self, limit: int) -> None:
+        """As far as there are buffers whose readers have been issued."""
+        arrived, read, num_buffers = self._arrived, self._read, self._staging.num_buffers
+        while len(arrived) < min(limit, len(self._incoming), num_buffers + len(read)):
+            pieces, before = self._incoming[len(arrived)], len(arrived) - num_buffers
+            waits = (*self._leads, read[before]) if before >= 0 else self._leads
+            seconds_s = self._seconds.copy(pieces)
+            arrived.append(
+                self._add(f"fetch {len(arrived)}", Resource.PCIE_UP, seconds_s, waits, Fetch(pieces))
+            )
+
+    def _multiply(self, i: int, multiply: Multiply, placed: int) -> None:
+        seconds_s, waits = self._seconds.multiply(multiply.pieces), (self._arrived[i], placed)
+        self._read.append(self._add(f"multiply {i}", Resource.GPU, seconds_s, waits, multiply))
+        self._fetch(limit=len(self._incoming))
+
+    def _add(
+        self,
+        name: str,
+        resource: Resource,
+        seconds_s: float,
+        after: Sequence[int],
+        payload: object = None,
+        memory_share: float = 1.0,
+    ) -> int:
+        return self._builder.add(self._layer + name, resource, seconds_s, after, payload, memory_share)
 
 
 def _chosen(pieces: Pieces, is_read_E: NDArray[np.bool_]) -> Multiply:

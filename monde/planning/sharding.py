@@ -179,7 +179,7 @@ def _sharded_s(
 
 def pipeline_s(g: float, x: float, s: float, num_chunks: int, computing: Overlap) -> float:
     """Chunks that arrive in g, are computed in x and leave in s, g and s on one link."""
-    between = float(overlapped_s(x, g + s, computing)) if num_chunks > 1 else 0.0
+    between = overlapped_s(x, g + s, computing) if num_chunks > 1 else 0.0
     return g + (num_chunks - 1) * between + x + s
 
 

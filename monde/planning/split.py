@@ -23,11 +23,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from monde.planning.cost import CostModel, Seconds, overlapped_s
+from monde.planning.cost import CostModel, Seconds, greatest, overlapped_s
 
 
 class Where(IntEnum):
@@ -107,7 +108,7 @@ class Lanes:
         resident_s = gemm_E[active_E & load.resident_E]
         self.resident_s = float(resident_s.sum()) + len(resident_s) * gpu.expert.overhead_s
         self.copy_one_s = gpu.h2d.alpha_s + gpu.h2d.s_per_unit * cost.shape.expert_bytes
-        self.trip_s = float(cost.prompt_trip_s(load.num_tokens))
+        self.trip_s, self.fetch_s = cost.prompt_trip_s(load.num_tokens), gpu.prompt.fetch_s
         self.host_memory_share = self._reading_share()
         self._host_while_copying = gpu.host_while_copying.of_share(self.host_memory_share)
 
@@ -121,20 +122,16 @@ class Lanes:
     def _answered_s(self, copied_s: float, host_s: float) -> float:
         """When the host is done: slowed for as long as the bus is busy."""
         overlap = self._host_while_copying
-        return min(host_s * overlap.first, float(overlapped_s(host_s, copied_s, overlap)))
+        return min(host_s * overlap.first, overlapped_s(host_s, copied_s, overlap))
 
-    def lead_s(self, is_fetching: ArrayLike) -> Seconds:
-        return np.where(is_fetching, self.cost.gpu.prompt.fetch_s, 0.0)
-
-    def makespan_s(
-        self, lead_s: ArrayLike, copy_s: ArrayLike, gemm_s: ArrayLike, host_s: ArrayLike
-    ) -> Seconds:
+    def makespan_s(self, lead_s: Any, copy_s: Any, gemm_s: Any, host_s: Any) -> Any:
+        """Numbers, or arrays; lead_s may be a number for all."""
         gpu = self.cost.gpu
-        copied_s = np.asarray(lead_s) + np.asarray(copy_s)
-        launched_s = gpu.prompt.layer_s + np.asarray(lead_s) + np.asarray(gemm_s)
+        copied_s = lead_s + copy_s
         with_host_s = overlapped_s(host_s, copied_s, self._host_while_copying)
-        with_gpu_s = np.maximum(overlapped_s(gemm_s, copied_s, gpu.gpu_while_copying), launched_s)
-        return np.asarray(np.maximum(with_host_s, with_gpu_s))
+        with_gpu_s = overlapped_s(gemm_s, copied_s, gpu.gpu_while_copying)
+        launched_s = gpu.prompt.layer_s + lead_s + gemm_s
+        return greatest(with_host_s, greatest(with_gpu_s, launched_s))
 
     def prefixes(self) -> tuple[Seconds, Seconds, Seconds]:
         """copy_s, gemm_s, host_s when the first k are fetched, k = 0 ... n."""
@@ -147,7 +144,10 @@ class Lanes:
 
     def whole_s(self, copy_k: Seconds, gemm_k: Seconds, host_k: Seconds) -> Seconds:
         """makespan_s when the first k are fetched, of what `prefixes` says."""
-        return self.makespan_s(self.lead_s(np.arange(len(copy_k)) > 0), copy_k, gemm_k, host_k)
+        lead_k = np.full(len(copy_k), self.fetch_s)
+        lead_k[0] = 0.0
+        whole_k: Seconds = self.makespan_s(lead_k, copy_k, gemm_k, host_k)
+        return whole_k
 
     def cut(self, idx: NDArray[np.int64], share: Seconds) -> tuple[Seconds, Seconds, Seconds]:
         """What cutting expert idx adds to copy_s and gemm_s and takes from host_s; share in (0, 1)."""
@@ -180,7 +180,7 @@ class Lanes:
         where_E[self.load.tokens_E > 0] = _RESIDENT
         where_E[self.order] = np.where(fetched_n, _FETCHED, _HOST)
         cut_expert = None if cut_idx is None else int(self.order[cut_idx])
-        lead_s = float(self.lead_s(bool(fetched_n.any()) or cut_expert is not None))
+        lead_s = self.fetch_s if cut_expert is not None or len(host_n) < len(fetched_n) else 0.0
         launch_s = self.cost.gpu.prompt.layer_s + lead_s
         return ExpertSplit(
             where_E,
@@ -192,7 +192,7 @@ class Lanes:
             lead_s,
             launch_s,
             python_s=max(launch_s, self._answered_s(lead_s + copy_s, host_s)),
-            makespan_s=float(self.makespan_s(lead_s, copy_s, gemm_s, host_s)),
+            makespan_s=self.makespan_s(lead_s, copy_s, gemm_s, host_s),
             host_memory_share=self.host_memory_share,
         )
 
@@ -213,14 +213,13 @@ def best_split(load: Load, cost: CostModel) -> ExpertSplit:
     if rows is None or len(rows) == 0 or len(lanes.order) == 0:
         return lanes.split(best_k)
     # A cut at k copies at least copy_k and leaves the host at least host_k of the next: few k can still win.
-    lead_s = lanes.lead_s(True)
-    least_k = lanes.makespan_s(lead_s, copy_k[:-1], gemm_k[:-1], host_k[1:])
+    least_k = lanes.makespan_s(lanes.fetch_s, copy_k[:-1], gemm_k[:-1], host_k[1:])
     hopeful = np.flatnonzero(least_k < whole_k[best_k])
     if len(hopeful) == 0:
         return lanes.split(best_k)
     copy_s, gemm_s, saved_s = lanes.cut(hopeful[:, None], rows / cost.shape.d_ffn)
     cut_s = lanes.makespan_s(
-        lead_s,
+        lanes.fetch_s,
         copy_k[hopeful, None] + copy_s,
         gemm_k[hopeful, None] + gemm_s,
         host_k[hopeful, None] - saved_s,

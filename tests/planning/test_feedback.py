@@ -29,7 +29,7 @@ def test_both_sides_end_together_after_a_few_layers(host: float, copy: float) ->
     for _ in range(12):
         cost = feedback.cost(BASE)
         split = best_split(LOAD, cost)
-        trip_s = float(cost.prompt_trip_s(2048))
+        trip_s = cost.prompt_trip_s(2048)
         host_s = (split.host_s - trip_s) * host / feedback.host
         copy_s = split.copy_s * copy / feedback.copy
         ends.append(max(split.launch_s + split.gemm_s, host_s + trip_s, split.lead_s + copy_s))

@@ -167,7 +167,7 @@ def test_two_ended_queue_is_the_loop_it_stands_for(load: Load, cost: CostModel) 
     cold = [e for e in range(len(load.tokens_E)) if load.tokens_E[e] > 0 and not load.resident_E[e]]
     cold.sort(key=lambda e: (-cost.host_s(load.tokens_E[e]), -load.tokens_E[e]))
     gpu_free_s = float(cost.resident_s(load.tokens_E[load.resident_E]).sum())
-    host_free_s = float(cost.prompt_trip_s(load.num_tokens))
+    host_free_s = cost.prompt_trip_s(load.num_tokens)
     num_fetched = 0
     while cold:
         heaviest, lightest = load.tokens_E[cold[0]], load.tokens_E[cold[-1]]
