@@ -66,10 +66,9 @@ class CudaSide:
         self._stream.wait_stream(caller)
         with torch.cuda.stream(self._stream):
             y = work(x)
+        # The next run may follow another caller, who has not waited for this one's last look at y.
         if not torch.cuda.is_current_stream_capturing():
-            y.record_stream(
-                caller
-            )  # the next run may follow another caller, who has not waited for this one's last look
+            y.record_stream(caller)
         return y
 
     def join(self) -> None:
@@ -130,16 +129,25 @@ def run_shared_beside(model: Any, modules: Sequence[ExpertsModule], side: Side) 
     """Let shared experts of `model` run on `side` where that changes nothing: the order of each block that has some."""
     d_model = model.config.get_text_config().hidden_size
     orders = {}
-    for path, routed in (place for module in modules for place in module.places()):
-        owner_path = path.rpartition(".")[0]
+    for owner_path, routed, shared in shared_experts(model, modules):
         owner = model.get_submodule(owner_path)
-        shared = next((s for name in _NAMES if isinstance(s := getattr(owner, name, None), nn.Module)), None)
-        if shared is None:
-            continue
         order = orders[owner_path] = order_of(owner, routed, shared, d_model)
         if order is not Order.AS_IS:
             Block(side, order, routed, shared)
     return orders
+
+
+def shared_experts(
+    model: Any, modules: Sequence[ExpertsModule]
+) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """(path of a block, its routed experts, its shared expert) where there is one."""
+    for path, routed in (place for module in modules for place in module.places()):
+        owner_path = path.rpartition(".")[0]
+        owner = model.get_submodule(owner_path)
+        found = (getattr(owner, name, None) for name in _NAMES)
+        shared = next((module for module in found if isinstance(module, nn.Module)), None)
+        if shared is not None:
+            yield owner_path, routed, shared
 
 
 # ---- trying a block ----
@@ -159,14 +167,14 @@ def order_of(owner: nn.Module, routed: nn.Module, shared: nn.Module, d_model: in
 
 
 class _Watch(TorchDispatchMode):
-    """Stands in for the experts of one block, and sees every operation between them."""
+    """Stands in for the experts of one block, and sees every operation between their calls."""
 
     def __init__(self, shared_forward: Callable[[Tensor], Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._shared_forward = shared_forward
         self._calls: list[str] = []
         self._shared_x = self._shared_y = self._routed_x = torch.empty(0)
-        self._is_output_read = False
+        self._is_disturbed = False  # somebody reads the shared expert's output, or writes what experts read
 
     def routed(self, x_TD: Tensor, *of_the_router: Any) -> Tensor:
         self._calls.append("routed")
@@ -181,27 +189,24 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if self._calls == ["shared"] and self._reads_output(args, kwargs) and not self._is_view(result):
-            self._is_output_read = True
+        if len(self._calls) == 1:
+            used = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+            if self._calls == ["shared"] and _storage(self._shared_y) in used:
+                self._is_disturbed |= not func.is_view
+            if func._schema.is_mutable:
+                x = self._shared_x if self._calls == ["shared"] else self._routed_x
+                self._is_disturbed |= _storage(x) in used
         return result
 
     def order(self) -> Order:
-        if self._calls == ["shared", "routed"] and not self._is_output_read:
+        if self._is_disturbed:
+            return Order.AS_IS
+        if self._calls == ["shared", "routed"]:
             return Order.SHARED_FIRST
         if self._calls == ["routed", "shared"] and _is_same(self._routed_x, self._shared_x):
             early = self._shared_forward(self._routed_x).view(self._shared_y.shape)
             return Order.ROUTED_FIRST if torch.equal(early, self._shared_y) else Order.AS_IS
         return Order.AS_IS
-
-    def _reads_output(self, args: Any, kwargs: Any) -> bool:
-        return any(
-            _storage(t) == _storage(self._shared_y)
-            for t in tree_leaves((args, kwargs))
-            if isinstance(t, Tensor)
-        )
-
-    def _is_view(self, result: Any) -> bool:
-        return isinstance(result, Tensor) and _storage(result) == _storage(self._shared_y)
 
 
 def _storage(x: Tensor) -> int:

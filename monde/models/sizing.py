@@ -21,6 +21,7 @@ from monde.device.mailbox import DecodeSize
 from monde.executors.decode import MAX_DECODE_TOKENS, MAX_DECODE_TOPK
 from monde.executors.prefill_size import PrefillSize
 from monde.executors.ranked_model import RankedModel
+from monde.models.beside import shared_experts
 from monde.models.experts import ExpertsModule
 from monde.planning.budget import LayerSize, MemoryPlan, ModelSize, Spread, plan_memory
 from monde.planning.cost import CostModel, ExpertShape
@@ -38,7 +39,8 @@ _LIVE_VECTORS = 8
 # And where one expert, or a dense layer, gets every token: gate, up, act(gate) and their product in fp32,
 # and one more in the weights' type on its way.
 _LIVE_HIDDEN_VECTORS = 5
-# torch gives cuBLAS and cuBLASLt 32 MiB each on Hopper, a quarter of that before.
+# torch gives cuBLAS and cuBLASLt 32 MiB each on Hopper, a quarter of that before; once more for the second stream that
+# shared experts run on.
 _LIBRARY_BYTES = 64 * 2**20
 # A captured step's private pool rounds every block up to 2 MiB; a few shapes of step are captured.
 _GRAPH_BYTES = 32 * 2**20
@@ -224,7 +226,7 @@ def model_size(
         staging_bytes_per_token=num_ranks * (itemsize_bytes + 4) * d_model,
         num_tokens=num_tokens,
         layers=tuple(map(_layer_size, specs)),
-        library_bytes=_LIBRARY_BYTES
+        library_bytes=_LIBRARY_BYTES * (2 if any(shared_experts(model, modules)) else 1)
         + _decode_bytes(specs)
         + _prefill_bytes(specs, x_bytes, num_ranks * num_tokens, 4 * _LIVE_HIDDEN_VECTORS * d_hidden)
         if on_gpu

@@ -16,7 +16,15 @@ import torch.multiprocessing as mp
 
 # Ranks are forked from a server that has imported these and has run nothing: a fresh interpreter for each would spend
 # seconds on imports.
-PRELOAD = ["torch", "torch.distributed", "transformers", "monde", "monde.training"]
+PRELOAD = [
+    "torch",
+    "torch._dynamo",
+    "torch.distributed",
+    "transformers",
+    "monde",
+    "monde.models.loading",
+    "monde.training",
+]
 
 
 class RankFailed(Exception):

@@ -112,6 +112,27 @@ class ReadsTooEarly(Moe):
         return self.routed(x.view(-1, 8), self.ids(x)).view(x.shape) + s
 
 
+class WritesOutput(Moe):
+    def forward(self, x: Tensor) -> Tensor:
+        s = self.shared(x).mul_(2)
+        return self.routed(x.view(-1, 8), self.ids(x)).view(x.shape) + s
+
+
+class WritesInput(Moe):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + 0
+        s = self.shared(x)
+        x.mul_(2)
+        return self.routed(x.view(-1, 8), self.ids(x)).view(x.shape) + s
+
+
+class WritesBetween(Moe):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + 0
+        y = self.routed(x.view(-1, 8), self.ids(x)).view(x.shape)
+        return y + self.shared(x.mul_(2))
+
+
 class OtherInput(Moe):
     def forward(self, x: Tensor) -> Tensor:
         return self.routed(x.view(-1, 8), self.ids(x)).view(x.shape) + self.shared(x + 1)
@@ -133,6 +154,9 @@ class NeedsMore(Moe):
         (SharedFirst, Order.SHARED_FIRST),
         (RoutedFirst, Order.ROUTED_FIRST),
         (ReadsTooEarly, Order.AS_IS),
+        (WritesOutput, Order.AS_IS),
+        (WritesInput, Order.AS_IS),
+        (WritesBetween, Order.AS_IS),
         (OtherInput, Order.AS_IS),
         (Twice, Order.AS_IS),
         (NeedsMore, Order.AS_IS),
