@@ -19,7 +19,7 @@ from monde.models.configuration import read_configuration, refuse_quantised
 from monde.models.experts import find_experts
 from monde.models.halves import Halves, halves_of
 from monde.models.loading import model_class
-from monde.models.sizing import TOPK_NAMES, heads_of, model_size, shape_of, topk_of
+from monde.models.sizing import TOPK_NAMES, attended_values, heads_of, model_size, shape_of, topk_of
 from monde.models.stored import (
     Index,
     StoredSizes,
@@ -31,6 +31,9 @@ from monde.models.stored import (
 from monde.planning.budget import ModelSize
 from monde.planning.forecast import ModelOutline, MoeLayer
 from monde.routing.heat import Heat
+
+# Layers that go over no keys and values, as transformers calls them.
+_WITHOUT_ATTENTION = frozenset({"linear_attention", "conv", "moe", "mlp"})
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ def outline_of(
         num_blocks=max(int(getattr(text_config, "num_hidden_layers", 0)), len(layers)),
         dense_read_bytes=size.dense_bytes - (0 if tied else embedding.nbytes),
         dense_bytes_per_weight=embedding.element_size(),
-        kv_bytes_per_token=size.kv_bytes_per_token,
+        kv_bytes_per_token=attended_values(text_config, _WITHOUT_ATTENTION) * dtype.itemsize,
         kv_repeats=heads.num_repeats,
         attention_dim=heads.num_heads * heads.head_dim,
         decode_tokens=MAX_DECODE_TOKENS,

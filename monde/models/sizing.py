@@ -22,6 +22,7 @@ from monde.executors.decode import MAX_DECODE_TOKENS, MAX_DECODE_TOPK
 from monde.executors.prefill_size import PrefillSize
 from monde.executors.ranked_model import RankedModel
 from monde.models.beside import shared_experts
+from monde.models.cache_size import CacheSize, cache_size
 from monde.models.experts import ExpertsModule
 from monde.planning.budget import LayerSize, MemoryPlan, ModelSize, Spread, plan_memory
 from monde.planning.cost import CostModel, ExpertShape
@@ -218,9 +219,12 @@ def model_size(
     # Over ranks, rows of all of them arrive, and partial sums in fp32 leave and arrive.
     gathered_bytes = 0 if ranked is None else num_ranks * (itemsize_bytes + 4 + 4) * d_model
     x_bytes = itemsize_bytes if ranked is None else 4  # sums of a part are fp32
+    # Where it cannot be tried, every layer is taken for one with full attention.
+    cache = cache_size(model, modules) or CacheSize(attended_values(text_config) * itemsize_bytes, 0)
     return ModelSize(
         dense_bytes=dense_bytes,
-        kv_bytes_per_token=_kv_values_per_token(text_config) * itemsize_bytes,
+        kv_bytes_per_token=cache.per_token_bytes,
+        state_bytes=config.max_batch * cache.per_sequence_bytes,
         act_bytes_per_token=4 * (_LIVE_VECTORS * d_model + _LIVE_HIDDEN_VECTORS * d_hidden) + gathered_bytes,
         logits_bytes=4 * config.max_batch * (getattr(text_config, "vocab_size", None) or 0),
         staging_bytes_per_token=num_ranks * (itemsize_bytes + 4) * d_model,
@@ -258,8 +262,9 @@ def _layer_size(spec: ExpertSpec) -> LayerSize:
     )
 
 
-def _kv_values_per_token(text_config: Any) -> int:
-    """Keys and values of all layers for one token; every layer is taken for one with full attention.
+def attended_values(text_config: Any, without: frozenset[str] = frozenset()) -> int:
+    """Keys and values that attention goes over for one token of context, in all layers but those of the kinds
+    `without`, in transformers' names.
 
     A decoder behind an encoder keeps those of its own tokens and, of its cross-attention, those of the prompt.
     """
@@ -267,9 +272,11 @@ def _kv_values_per_token(text_config: Any) -> int:
         return 2 * decoder_layers_of(text_config) * _kv_values_of_layer(text_config)
     if text_config.is_heterogeneous:
         return sum(map(_kv_values_of_layer, text_config.per_layer_config))
-    return _first(text_config, "num_hidden_layers", "num_layers", default=1) * _kv_values_of_layer(
-        text_config
-    )
+    kinds = getattr(text_config, "layer_types", None)
+    num_layers = _first(text_config, "num_hidden_layers", "num_layers", default=1)
+    if isinstance(kinds, list):
+        num_layers = sum(kind not in without for kind in kinds)
+    return num_layers * _kv_values_of_layer(text_config)
 
 
 def encoder_layers_of(config: Any) -> int:
@@ -302,7 +309,7 @@ def heads_of(config: Any) -> Heads:
 def _kv_values_of_layer(config: Any) -> int:
     """Keys and values of one layer for one token."""
     heads = heads_of(config)
-    # Multi-head latent attention caches expanded keys and values, for all heads.
+    # Multi-head latent attention expands its latents to keys and values of all heads.
     key_dim, value_dim = _first(config, "qk_head_dim"), _first(config, "v_head_dim")
     if key_dim and value_dim:
         return heads.num_heads * (key_dim + value_dim)

@@ -52,6 +52,7 @@ class ModelSize:
     """Everything the arithmetic needs to know about a model and its use.
 
     num_tokens is the longest sequence times the largest batch; kv_bytes_per_token sums all attention layers;
+    state_bytes is what layers without keys and values keep of all sequences;
     act_bytes_per_token is the peak of live activations; logits_bytes those of the last positions;
     library_bytes what matrix libraries and captured steps keep on the GPU for themselves.
     """
@@ -64,10 +65,11 @@ class ModelSize:
     num_tokens: int
     layers: tuple[LayerSize, ...]
     library_bytes: int = 0
+    state_bytes: int = 0
 
     @property
     def kv_bytes(self) -> int:
-        return self.num_tokens * self.kv_bytes_per_token
+        return self.num_tokens * self.kv_bytes_per_token + self.state_bytes
 
     @property
     def workspace_bytes(self) -> int:
