@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from monde.planning.profile import HardwareProfile
 
 _CONTEXT, _PROMPT = 4096, 512
+_MOST_TOKENS, _MOST_SEQUENCES = 2**27, 2**16  # beyond any model; products stay within 64 bits
 _GPU_SHARE = 0.9  # of the card: the rest is the CUDA context's and the allocator's
 
 
@@ -34,14 +35,22 @@ def plan(
     context: Annotated[
         int | None,
         typer.Option(
-            min=1, help="The longest sequence, in tokens.", show_default="4096, or the model's positions"
+            min=1,
+            max=_MOST_TOKENS,
+            help="The longest sequence, in tokens.",
+            show_default="4096, or the model's positions",
         ),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, max=_MOST_SEQUENCES, help="Sequences at once.")] = 1,
     prompt: Annotated[
         int | None,
         typer.Option(
-            "--prompt", "-p", min=1, help="Tokens of the prompt to time.", show_default="512, or the context"
+            "--prompt",
+            "-p",
+            min=1,
+            max=_MOST_TOKENS,
+            help="Tokens of the prompt to time.",
+            show_default="512, or the context",
         ),
     ] = None,
     weight_format: Annotated[

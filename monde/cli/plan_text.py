@@ -9,6 +9,7 @@ from typing import Any
 
 from monde.cli.plan_forecast import Forecast, FormatVerdict, Question
 from monde.models.outline import Outlined
+from monde.planning.budget import fits_shorter
 from monde.planning.forecast import Speed
 from monde.planning.formats import WeightFormat
 from monde.planning.played import Played
@@ -149,26 +150,26 @@ def impossible(
 ) -> str:
     """One line: why it does not fit, the smallest budget that does, and the formats that fit this one."""
     assert mine.error is not None
-    smallest = mine.smallest_gpu_bytes
+    smallest, profile = mine.smallest_gpu_bytes, question.profile
+    less = ", lower --context or --batch" if mine.error.shorter_fits else ""
     if not question.on_gpu:
-        less = ", lower --context or --batch" if mine.error.shorter_fits else ""
-        remedy = f"Give at least host_memory={mine.error.smallest_bytes}{less}, or use a smaller model."
+        enough = mine.error.smallest_bytes <= profile.memory_bytes
+        more = f"Give at least --host-memory {mine.error.smallest_bytes}" if enough else "Add host memory"
+        remedy = f"{more}{less}, or use a smaller model."
     elif smallest is None or smallest > card_bytes:
         memory = question.outlined(mine.format).size
-        without_experts = memory.dense_bytes + memory.kv_bytes + memory.workspace_bytes
-        # Shorter sequences leave the GPU room; experts that the host cannot hold they do not.
-        more = (
-            "raise --host-memory"
-            if question.host_bytes < question.profile.memory_bytes
-            else "add host memory"
-        )
-        less = "lower --context or --batch" if without_experts > card_bytes else more
+        if fits_shorter(memory, True, card_bytes, question.host_bytes):
+            more = "lower --context or --batch"
+        elif memory.dense_bytes + memory.library_bytes > card_bytes:
+            more = "take a GPU with more memory"
+        else:
+            more = "raise --host-memory" if question.host_bytes < profile.memory_bytes else "add host memory"
         remedy = (
-            f"No gpu_memory of {question.profile.machine.name} works in {mine.format.name} with this host_memory; "
-            f"{less}, or use a smaller model."
+            f"No gpu_memory of {profile.machine.name} works in {mine.format.name} with this host_memory; "
+            f"{more}, or use a smaller model."
         )
     else:
-        remedy = f"Give at least gpu_memory={smallest}, or lower --context or --batch."
+        remedy = f"Give at least --gpu-memory {smallest}{less}."
     best = question.best(verdicts)
     if best is not None and best is not mine.format:
         remedy += f" As it is, --format {best.name} fits."

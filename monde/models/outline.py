@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,8 @@ from monde.models.stored import (
 from monde.planning.budget import ModelSize
 from monde.planning.forecast import ModelOutline, MoeLayer
 from monde.routing.heat import Heat
+from monde.weights.checkpoint import CheckpointError
+from monde.weights.packing import TORCH_DTYPES
 
 # Layers that go over no keys and values, as transformers calls them.
 _WITHOUT_ATTENTION = frozenset({"linear_attention", "conv", "moe", "mlp"})
@@ -79,13 +81,11 @@ def outline_of(
     index = None if files else checkpoint_index(path_or_id)
     stored = getattr(config, "dtype", None) or stored_dtype(files)
     if stored is None and index is not None:
-        with torch.device("meta"):
-            model = from_config(config, dtype=torch.bfloat16)
+        model = _described(path_or_id, from_config, config, torch.bfloat16)
         stored = index.dtype(sum(p.numel() for p in model.parameters()))
     stored = stored or torch.bfloat16
     dtype = dtype or stored
-    with torch.device("meta"):
-        model = from_config(config, dtype=dtype)
+    model = _described(path_or_id, from_config, config, dtype)
     modules = find_experts(model)
     if index is not None:
         index.check(model, modules)
@@ -130,6 +130,29 @@ def outline_of(
     return Outlined(
         size, outline, stored_sizes(model, modules, files) if files else None, index, stored, halves
     )
+
+
+def _described(path_or_id: str, from_config: Callable[..., Any], config: Any, dtype: torch.dtype) -> Any:
+    """Errors: ValueError for a type that models are not run in; CheckpointError for sizes that make no model."""
+    if dtype not in TORCH_DTYPES.values():
+        raise ValueError(
+            f"{path_or_id}: its config.json says {dtype}; monde runs bf16, fp16 and fp32: give such a checkpoint"
+        )
+    try:
+        with torch.device("meta"):
+            return from_config(config, dtype=dtype)
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        IndexError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise CheckpointError(
+            f"{path_or_id}: its config.json describes no model ({str(error) or type(error).__name__}); correct it"
+        ) from error
 
 
 def _normalised(count_E: NDArray[np.floating]) -> NDArray[np.float64]:

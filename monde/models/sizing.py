@@ -319,6 +319,5 @@ def _kv_values_of_layer(config: Any) -> int:
 
 def _first(config: Any, *names: str, default: int = 0) -> int:
     """The first of these settings that is a positive number."""
-    return int(
-        next((v for v in (getattr(config, n, None) for n in names) if isinstance(v, int) and v), default)
-    )
+    values = (getattr(config, name, None) for name in names)
+    return int(next((v for v in values if isinstance(v, int) and v > 0), default))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ class Index:
 
     def check(self, model: Any, modules: Sequence[ExpertsModule]) -> None:
         """Errors: CheckpointError where no tensor is named for some experts of `model`, of any device."""
-        named = {param for use in uses_of(model, self.keys) for param in use.params}
+        named = Counter(param for use in uses_of(model, self.keys) for param in use.params)
         tied = model.all_tied_weights_keys
         missing = [
             full_name
@@ -70,6 +71,14 @@ class Index:
                 f"{self.folder}: its index names no tensor for {missing[0]}, which config.json describes; use the config "
                 "and the index of one model"
             )
+        for module in modules:
+            for full_name in map(module.full_name, module.param_names()):
+                # Stored as one tensor, or as one or more for every expert.
+                if named[full_name] > 1 and named[full_name] % module.spec.num_experts:
+                    raise CheckpointError(
+                        f"{self.folder}: its index names {named[full_name]} tensors for the {module.spec.num_experts} "
+                        f"experts of {full_name}; use the config and the index of one model"
+                    )
 
 
 def checkpoint_index(path_or_id: str) -> Index | None:
@@ -135,9 +144,12 @@ def stored_sizes(model: Any, modules: Sequence[ExpertsModule], files: Sequence[P
 
 def _shards(index: Path) -> list[str]:
     try:
-        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = set(json.loads(index.read_text())["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: the file is damaged; download or copy it again") from error
+    if not names or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{index}: its weight_map names no files; download or copy it again")
+    return sorted(names)
 
 
 def _here(path_or_id: str, name: str) -> Path | None:

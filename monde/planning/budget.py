@@ -253,7 +253,7 @@ def plan_memory(
     number of slots of every layer, by default spread_slots. Errors: BudgetError with the arithmetic and the remedy.
     """
     fixed_bytes = _fixed_bytes(size) if on_gpu else 0
-    would_fit_shorter = partial(_would_fit_shorter, size, on_gpu, gpu_bytes, host_bytes, spread)
+    would_fit_shorter = partial(fits_shorter, size, on_gpu, gpu_bytes, host_bytes, spread)
     if fixed_bytes > gpu_bytes:
         short_bytes, shorter_fits = fixed_bytes - gpu_bytes, would_fit_shorter()
         raise BudgetError(
@@ -317,9 +317,10 @@ def spread_slots(layers: tuple[LayerSize, ...], free_bytes: int) -> tuple[int, .
     return tuple(counts)
 
 
-def _would_fit_shorter(
-    size: ModelSize, on_gpu: bool, gpu_bytes: int, host_bytes: int, spread: Spread | None
+def fits_shorter(
+    size: ModelSize, on_gpu: bool, gpu_bytes: int, host_bytes: int, spread: Spread | None = None
 ) -> bool:
+    """Whether the shortest sequence fits, where this one does not."""
     if size.num_tokens == 1:
         return False
     try:

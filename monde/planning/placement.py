@@ -49,9 +49,12 @@ def place(value_L: Values, layers: Sequence[LayerSize], budget_bytes: int) -> tu
 
     Experts of one size are taken by value: their best n are a prefix. Over the distinct sizes, of which a model has
     one or two, all counts are tried but for the last size, which takes what is left. Among equal values every layer
-    gets its first expert before any gets its second. Errors: ValueError for values that do not match `layers`.
+    gets its first expert before any gets its second. Errors: ValueError for values that do not match `layers`, and for
+    a budget below zero.
     """
     _check(value_L, layers)
+    if budget_bytes < 0:
+        raise ValueError(f"place: expected a budget of at least 0 bytes, got {budget_bytes}")
     sizes = sorted({layer.slot_bytes for layer in layers}, reverse=True)
     queues = [_queue(value_L, [l for l, layer in enumerate(layers) if layer.slot_bytes == s]) for s in sizes]
     counts = _knapsack([queue.total for queue in queues], sizes, budget_bytes)

@@ -6,8 +6,9 @@ E experts, F expert hidden dim. Speeds are bytes or floating point operations pe
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, astuple, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -264,6 +265,7 @@ class HardwareProfile:
             )
         try:
             profile = _profile(data)
+            _check_numbers(profile)
         except (KeyError, TypeError) as error:
             raise ValueError(
                 f"{path}: damaged hardware profile ({error}); run `monde calibrate` again"
@@ -273,6 +275,35 @@ class HardwareProfile:
                 f"{path}: measured on {profile.machine}, this is {machine}; run `monde calibrate` again"
             )
         return profile
+
+
+_SIGNED = "r2"  # the one number that may be below zero
+
+
+def _check_numbers(record: Any, name: str = "profile") -> None:
+    """That every number is one, finite and not negative. Errors: TypeError naming the field."""
+    if is_dataclass(record):
+        kinds = {field.name: str(field.type) for field in fields(record)}
+        for field_name, kind in kinds.items():
+            value = getattr(record, field_name)
+            if kind in ("int", "float"):
+                is_number = (
+                    isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+                )
+                if not is_number or (value < 0 and field_name != _SIGNED):
+                    raise TypeError(f"{field_name} of {name} is {value!r}")
+            elif kind.startswith("tuple[float") and not all(
+                isinstance(v, int | float) and 0 <= v < math.inf for v in value
+            ):
+                raise TypeError(f"{field_name} of {name} is {value!r}")
+            else:
+                _check_numbers(value, field_name)
+    elif isinstance(record, Mapping):
+        for key, value in record.items():
+            _check_numbers(value, str(key))
+    elif isinstance(record, tuple):
+        for value in record:
+            _check_numbers(value, name)
 
 
 def _profile(data: dict[str, Any]) -> HardwareProfile:

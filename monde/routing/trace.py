@@ -51,7 +51,11 @@ class Trace:
 
     @classmethod
     def load(cls, path: str | Path) -> Trace:
-        """Errors: ValueError when the file is no trace or of another version; OSError when it is absent."""
+        """Errors: ValueError when the file is no trace or of another version; FileNotFoundError when it is absent."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(
+                f"{path}: no such record of routing; write one with `monde generate` or `bench --record-routing`"
+            )
         try:
             with np.load(path) as file:
                 header = json.loads(file["header"].tobytes())
