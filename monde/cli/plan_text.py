@@ -158,10 +158,13 @@ def impossible(
         remedy = f"{more}{less}, or use a smaller model."
     elif smallest is None or smallest > card_bytes:
         memory = question.outlined(mine.format).size
-        if fits_shorter(memory, True, card_bytes, question.host_bytes):
-            more = "lower --context or --batch"
-        elif memory.dense_bytes + memory.library_bytes > card_bytes:
+        # Shorter sequences leave the GPU room; experts that the host cannot hold they do not.
+        if memory.dense_bytes + memory.library_bytes > card_bytes:
             more = "take a GPU with more memory"
+        elif memory.dense_bytes + memory.kv_bytes + memory.workspace_bytes > card_bytes and fits_shorter(
+            memory, True, card_bytes, question.host_bytes
+        ):
+            more = "lower --context or --batch"
         else:
             more = "raise --host-memory" if question.host_bytes < profile.memory_bytes else "add host memory"
         remedy = (

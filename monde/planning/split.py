@@ -7,7 +7,8 @@ Three lanes run at once: the bus copies, the GPU multiplies, the host multiplies
 Residents are on the GPU already. All experts of a layer have the same bytes, so for a given number fetched the bus
 does not care which; the host is helped most by losing its slowest. Hence an optimum fetches a prefix of the cold
 experts sorted by host seconds, and a cut expert is the next one: scanning prefixes and cuts is exact over all
-assignments as long as the GPU's arithmetic is not what bounds the step, and exact over prefixes when it is.
+assignments as long as the GPU's side, its arithmetic beside copies or behind Python's launches, is not what bounds the
+step, and exact over prefixes when it is.
 
 Exact over all assignments then, too, would be PARTITION (two equal lanes, one sum to halve), so it is bounded instead.
 Let no later expert of the order take longer on the GPU, nor gain more host seconds per GPU second. Of any assignment

@@ -17,6 +17,7 @@ import pytest
 from monde import profile_store as store
 from monde.cli.plan_forecast import Forecast
 from monde.cli.plan_plot import sweep
+from monde.models.outline import outline_of
 from monde.planning.budget import LayerSize, ModelSize, plan_memory
 from monde.planning.forecast import Speed
 from monde.planning.machines import DESCRIBED
@@ -44,7 +45,7 @@ def smallest_budget(monde: Monde) -> int:
     outcome = monde("plan", MODEL, "-m", "h200", "--gpu-memory", "1MiB")
     assert outcome.exit_code == 2
     assert outcome.stderr.count("\n") == 1
-    found = re.search(r"gpu_memory=(\d+)", outcome.stderr)
+    found = re.search(r"--gpu-memory (\d+)", outcome.stderr)
     assert found is not None
     return int(found.group(1))
 
@@ -92,7 +93,7 @@ def test_the_smallest_budget_leaves_the_host_what_it_can_hold(monde: Monde) -> N
     outcome = monde("plan", MODEL, *budget, least["smallest_gpu_bytes"])
     assert outcome.exit_code == 2
     assert outcome.stderr.startswith("monde: error: host_memory of ")
-    found = re.search(r"gpu_memory=(\d+)", outcome.stderr)
+    found = re.search(r"--gpu-memory (\d+)", outcome.stderr)
     assert found is not None
     smallest = int(found.group(1))
     assert smallest > least["smallest_gpu_bytes"]
@@ -101,7 +102,7 @@ def test_the_smallest_budget_leaves_the_host_what_it_can_hold(monde: Monde) -> N
 
 
 def test_what_cannot_be_at_any_budget_names_what_is_missing(monde: Monde, tmp_path: Path) -> None:
-    too_long = monde("plan", MODEL, "-m", "h200", "--context", 10**9)
+    too_long = monde("plan", MODEL, "-m", "h200", "--context", 10**8)
     assert too_long.exit_code == 2
     assert "lower --context or --batch, or use a smaller model" in too_long.stderr
     little = dataclasses.replace(DESCRIBED["h200"], memory_bytes=2**19)
@@ -121,9 +122,82 @@ def test_shorter_sequences_are_a_remedy_without_a_gpu_where_they_help(monde: Mon
     for budget, remedy in (("12MiB", ", lower --context or --batch, or use"), ("5MiB", ", or use")):
         outcome = monde("plan", MODEL, "-m", tmp_path / "host.json", "--host-memory", budget)
         assert outcome.exit_code == 2
-        assert re.search(rf"Give at least host_memory=\d+{remedy} a smaller model", outcome.stderr), (
+        assert re.search(rf"Give at least --host-memory \d+{remedy} a smaller model", outcome.stderr), (
             outcome.stderr
         )
+
+
+def test_remedies_that_could_not_work_are_not_named(monde: Monde, tmp_path: Path) -> None:
+    h200 = DESCRIBED["h200"]
+    assert h200.gpu is not None
+    dataclasses.replace(h200, gpu=dataclasses.replace(h200.gpu, memory_bytes=2**21)).save(
+        tmp_path / "card.json"
+    )
+    dataclasses.replace(h200, gpu=None, memory_bytes=2**21).save(tmp_path / "host.json")
+    card = monde("plan", MODEL, "-m", tmp_path / "card.json").stderr
+    assert "take a GPU with more memory, or use a smaller model" in card
+    assert "--context" not in card
+    host = monde("plan", MODEL, "-m", tmp_path / "host.json").stderr
+    assert "Add host memory, or use a smaller model" in host
+    tiny = monde("plan", MODEL, "-m", "h200", "--gpu-memory", "1B").stderr
+    assert re.search(r"Give at least --gpu-memory \d+\.", tiny)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("memory_bytes", "23GiB"), ("memory_bytes", -5), ("eager_block_s", -1.0), ("host_call_s", float("nan"))],
+)
+def test_a_profile_of_wrong_numbers_is_damaged(
+    monde: Monde, tmp_path: Path, field: str, value: object
+) -> None:
+    DESCRIBED["h200"].save(tmp_path / "profile.json")
+    record = json.loads((tmp_path / "profile.json").read_text()) | {field: value}
+    (tmp_path / "profile.json").write_text(json.dumps(record))
+    outcome = monde("plan", MODEL, "-m", tmp_path / "profile.json")
+    assert outcome.exit_code == 2
+    assert f"damaged hardware profile ({field} of profile is" in outcome.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "float8_e4m3fn"}, "monde runs bf16, fp16 and fp32"),
+        ({"num_key_value_heads": 0}, "its config.json describes no model"),
+        ({"vocab_size": -1}, "its config.json describes no model"),
+    ],
+)
+def test_a_configuration_of_no_model(
+    monde: Monde, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    config = json.loads((MODEL / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    outcome = monde("plan", tmp_path, "-m", "h200")
+    assert outcome.exit_code == 2
+    assert message in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+
+
+def test_an_index_that_lacks_an_expert(monde: Monde, tmp_path: Path) -> None:
+    shutil.copy(MODEL / "config.json", tmp_path)
+    num_experts = json.loads((MODEL / "config.json").read_text())["num_experts"]
+    outlined = outline_of(str(MODEL), 8, 1)
+    names = [
+        f"model.layers.{l}.mlp.experts.{e}.{part}_proj.weight"
+        for l in range(len(outlined.size.layers))
+        for e in range(num_experts)
+        for part in ("gate", "up", "down")
+    ]
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    file = tmp_path / "model.safetensors.index.json"
+    file.write_text(json.dumps(index))
+    assert monde("plan", tmp_path, "-m", "h200").exit_code == 0
+    del index["weight_map"][names[7]]
+    file.write_text(json.dumps(index))
+    outcome = monde("plan", tmp_path, "-m", "h200")
+    assert outcome.exit_code == 2
+    assert f"tensors for the {num_experts} experts of model.layers.0.mlp.experts." in outcome.stderr
+    file.write_text(json.dumps({"weight_map": {names[0]: 3}}))
+    assert "its weight_map names no files" in monde("plan", tmp_path, "-m", "h200").stderr
 
 
 def test_a_format_changes_bytes_and_speed(monde: Monde) -> None:

@@ -137,8 +137,12 @@ def test_rows_arrive_as_they_are(shape: tuple[int, int], tmp_path: Path) -> None
     run_ranks(moved_rows, shape[0] * shape[1], tmp_path, shape)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(2, 1), (2, 2), (1, 4)], ids=str)
+# Every type once, and every shape once: what rounds does not depend on who is where.
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [*(((2, 2), dtype) for dtype in DTYPES), ((2, 1), torch.float32), ((1, 4), torch.float32)],
+    ids=str,
+)
 def test_every_strategy_is_the_redundant_one(
     shape: tuple[int, int], dtype: torch.dtype, tmp_path: Path
 ) -> None:

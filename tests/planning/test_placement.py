@@ -267,3 +267,8 @@ def test_best_experts_of_every_layer() -> None:
     values = [np.array([1.0, 3, 2]), np.zeros(4)]
     placements = best_experts(values, [2, 3])
     assert [p.slot_of_expert_E for p in placements] == [(-1, 0, 1), (0, 1, 2, -1)]
+
+
+def test_a_budget_below_zero_is_refused() -> None:
+    with pytest.raises(ValueError, match="budget of at least 0 bytes, got -1"):
+        place([np.ones(3)], [LayerSize(3, 10, 10)], -1)
