@@ -42,12 +42,14 @@ class Samples:
         return statistics.median(self.all_s)
 
 
-def take(probes: Sequence[Probe], progress: Progress, retry_s: float = 0.0) -> dict[str, Samples]:
+def take(probes: Sequence[Probe], progress: Progress, retry_until_s: float = 0.0) -> dict[str, Samples]:
     """Both halves of every probe; each name belongs to one probe.
 
-    Probes whose halves disagree run again, for retry_s in all: on a shared machine a slow moment passes. Of several runs
-    the two that agree best are kept, in order; where none agree that is told as ever.
+    Probes whose halves disagree run again, as long as that begins within retry_until_s of the first run: on a shared
+    machine a slow moment passes. Of several runs the two that agree best are kept, in order; where none agree that is
+    told as ever.
     """
+    end_s = time.perf_counter() + retry_until_s
     runs: dict[str, list[tuple[float, ...]]] = {}
 
     def run(probe: Probe) -> None:
@@ -60,8 +62,7 @@ def take(probes: Sequence[Probe], progress: Progress, retry_s: float = 0.0) -> d
     for _ in range(2):
         for probe in probes:
             run(probe)
-    end_s = time.perf_counter() + retry_s
-    for _ in range(_NUM_RETRIES if retry_s else 0):
+    for _ in range(_NUM_RETRIES):
         noisy = {noise.what for noise in noise_of(_closest(runs))}
         for probe in dict.fromkeys(probe_of[what] for what in runs if what in noisy):
             if time.perf_counter() < end_s:

@@ -38,7 +38,7 @@ def test_what_disagrees_runs_again_until_two_runs_agree() -> None:
     def probe(what: str) -> Probe:
         return Probe(what, lambda: {what: [next(left[what])]})
 
-    samples = take([probe(what) for what in runs], told.append, retry_s=60.0)
+    samples = take([probe(what) for what in runs], told.append, retry_until_s=60.0)
     assert told == [*runs, *runs, "once", "never", "never"]
     assert samples == {
         "calm": Samples((1.0,), (1.0,)),
