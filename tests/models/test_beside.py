@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import monde
 from monde.executors.decode import MAX_DECODE_TOKENS
 from monde.models.beside import Block, Order, order_of, run_shared_beside
 from monde.models.experts import find_experts
@@ -70,6 +71,21 @@ def test_every_family_answers_the_same(animal: Animal) -> None:
     if animal.family in WANTED:
         assert WANTED[animal.family] in orders
         assert side.num_joins >= side.num_runs > 0
+
+
+@pytest.mark.parametrize("kind", ["qwen2_moe-Qwen2MoeForCausalLM", "glm4_moe-Glm4MoeForCausalLM"])
+@torch.no_grad()
+def test_a_compiled_model_keeps_its_order(kind: str) -> None:
+    animal = Animal(*kind.split("-"))
+    model, inputs = build(animal), example_inputs(animal)
+    modules, side = find_experts(model), LateSide()
+    offloaded = monde.offload(model, device="cpu")
+    run_shared_beside(offloaded, modules, side)
+    wanted, num_runs = offloaded(**inputs).logits, side.num_runs
+    assert num_runs > 0
+    compiled = torch.compile(offloaded, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(**inputs).logits, wanted)
+    assert side.num_runs == num_runs
 
 
 class Shared(nn.Linear):
