@@ -49,7 +49,7 @@ def _machine(
     host_gbytes_per_s: float,
     host_tflops_per_s: Curve,
     bus_gbytes_per_s: float,
-    gpu_gib: int,
+    gpu_gib: float,
     gpu_gbytes_per_s: float,
     gpu_tflops_per_s: float | Curve,
     host_read: Curve | None = None,
@@ -73,7 +73,7 @@ def _machine(
         host_read=host_read or Curve((float(num_cores),), (host_gbytes_per_s * 1e9,)),
         host_expert=ExpertRate(2e-6, host_gbytes_per_s * 1e9, host_flops),
         gpu=GpuProfile(
-            memory_bytes=gpu_gib * 2**30,
+            memory_bytes=int(gpu_gib * 2**30),
             expert=ExpertRate(1e-6, gpu_gbytes_per_s * 1e9, gpu_flops),
             h2d=bus,
             d2h=bus,
@@ -100,18 +100,18 @@ DESCRIBED: dict[str, HardwareProfile] = {
             "16 virtual cores of an Emerald Rapids Xeon (AMX)",
             16,
             "NVIDIA H200",
-            "measured: reading by threads, bus, AMX rate by tokens, round trip, 0.58 ms for 8 experts of 2048x768 in "
-            "bf16, and on an H100 grouped products of 128 tokens an expert. Assumed: overlap of host and copies, half "
-            "of the GPU's nominal bf16 rate at a thousand tokens, 0.6 TFLOP/s of the host at one token",
-            host_gib=128,
-            host_gbytes_per_s=130,
-            host_read=Curve((1, 2, 4, 8, 16), (14e9, 29e9, 59e9, 105e9, 130e9)),
-            host_tflops_per_s=Curve((1, 16, 64, 256), (0.6, 1.5, 3.6, 5.5)),
-            bus_gbytes_per_s=55.4,
-            gpu_gib=141,
-            gpu_gbytes_per_s=4250 * 0.9,
-            # 128 experts of 128 tokens take 1.1 of a layer's 2.1 ms on an H100.
-            gpu_tflops_per_s=Curve((1, 16, 128, 1024), (10, 50, 136, 495)),
+            "measured by `monde calibrate` on 15 host threads: reading by threads, bus, AMX and grouped products by tokens, "
+            "host beside copies, for experts of 2048x768 in bf16; round trip, launches and graphs there and on an H100. "
+            "Assumed: 0.6 TFLOP/s of the host at one token, where reading hides it",
+            host_gib=126,
+            host_gbytes_per_s=123,
+            host_read=Curve((1, 2, 4, 8, 15), (12.7e9, 27.1e9, 54.1e9, 93.2e9, 131e9)),
+            host_tflops_per_s=Curve((1, 16, 32, 64, 128), (0.6, 1.62, 2.98, 4.49, 5.55)),
+            bus_gbytes_per_s=56.8,
+            gpu_gib=139.8,
+            gpu_gbytes_per_s=3350,
+            gpu_tflops_per_s=Curve((1, 16, 32, 64, 128), (10, 50, 59, 102, 138)),
+            host_while_copying=Overlap(1.34, 1.37),
         ),
         _machine(
             "laptop-4060",

@@ -68,7 +68,7 @@ def test_nothing_resident_is_bound_by_host_and_bus_together() -> None:
 def test_without_zero_copy_the_host_reads_everything_cold() -> None:
     layers = tuple(dataclasses.replace(layer, zero_copy=False) for layer in QWEN3_30B.layers)
     alone = forecast_decode(dataclasses.replace(QWEN3_30B, layers=layers), placed(0), H200, 1, 512).step_s
-    assert alone - forecast_decode(QWEN3_30B, placed(0), H200, 1, 512).step_s > 48 * 100e-6
+    assert alone - forecast_decode(QWEN3_30B, placed(0), H200, 1, 512).step_s > 48 * 40e-6
     one_layer_s = 8 * float(CostModel(H200, SHAPE).host_s(1))
     assert alone > 48 * one_layer_s
 
@@ -139,7 +139,7 @@ def test_faster_hardware_is_never_slower(name: str, resource: str) -> None:
 def test_without_gpu_everything_is_host() -> None:
     machine = dataclasses.replace(H200, gpu=None)
     speed = forecast_decode(QWEN3_30B, placed(0), machine, 1, 0)
-    reads_s = (2.46e9 + 48 * 8 * SHAPE.expert_bytes) / 130e9
+    reads_s = (2.46e9 + 48 * 8 * SHAPE.expert_bytes) / machine.host_expert.bytes_per_s
     own_s = machine.step_s + 48 * (machine.eager_block_s + machine.host_call_s)
     assert speed.step_s == pytest.approx(reads_s + own_s, rel=0.02)
     assert forecast_prefill(QWEN3_30B, placed(0), machine, 128).tokens_per_s > speed.tokens_per_s
