@@ -64,14 +64,15 @@ def test_a_kind_that_fails_is_kept_and_told() -> None:
 
 
 def test_a_prompt_takes_what_its_split_says_and_its_pipeline_adds() -> None:
-    """The split lets lanes run freely; the schedule's last product waits for its copy."""
+    """The split lets lanes run freely; the schedule's last product waits for its copy. Before the first copy nothing
+    slows the host there, while the split takes that lead for copying."""
     tokens_A = np.repeat([64, 30], [24, 20])
     cut = next(prompt for prompt in PROMPTS if prompt.kind == "cut along F")
     seconds, is_cut = prompt_s(COST, tokens_A, cut)
     split = best_split(Load(tokens_A, np.zeros(44, bool), 64, 32), COST)
     assert is_cut == (split.cut_expert is not None)
     own_s = COST.gpu.prompt.plan_s
-    assert own_s + split.makespan_s * 0.99 <= seconds <= own_s + split.makespan_s * 1.3
+    assert own_s + split.makespan_s * 0.97 <= seconds <= own_s + split.makespan_s * 1.3
     by_kind = {prompt.kind: prompt_s(COST, tokens_A, prompt)[0] for prompt in PROMPTS}
     assert by_kind["GPU-resident"] == pytest.approx(
         own_s + COST.gpu.prompt.layer_s + COST.resident_s(tokens_A).sum()
