@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from monde.core import Placement
 from monde.planning.cost import CostModel
 from monde.planning.forecast import ModelOutline, MoeLayer, dense_decode_s, dense_prefill_s
-from monde.planning.prefill_schedule import add_prefill
+from monde.planning.prefill_schedule import PrefillTasks
 from monde.planning.profile import HardwareProfile
 from monde.planning.schedule import Resource, Schedule, ScheduleBuilder
 from monde.planning.share import best_share
@@ -97,9 +97,10 @@ def schedule_of(
             staging = layer.staging or Staging.one_by_one(layer.shape.d_ffn, num_experts)
             split = best_split(load, cost)
             own = builder.add(f"layer {l}", Resource.GPU, cost.gpu.prompt.plan_s, [dense])
-            done = [
-                add_prefill(builder, load, split, cost, staging, slot_E, after=[own], layer=f"layer {l} ")
-            ]
+            tasks = PrefillTasks(
+                builder, load, split, cost, staging, slot_E, after=[own], layer=f"layer {l} "
+            )
+            done = [tasks.add()]
     return builder.build()
 
 

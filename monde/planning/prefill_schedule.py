@@ -89,25 +89,8 @@ def prefill_schedule(
 ) -> Schedule:
     """One layer by itself, as it is executed. Arguments: PrefillTasks."""
     builder = ScheduleBuilder()
-    add_prefill(builder, load, split, cost, staging, slot_E, staged)
+    PrefillTasks(builder, load, split, cost, staging, slot_E, staged).add()
     return builder.build()
-
-
-def add_prefill(
-    builder: ScheduleBuilder,
-    load: Load,
-    split: ExpertSplit,
-    cost: CostModel,
-    staging: Staging,
-    slot_E: Experts,
-    staged: Sequence[Pieces] = (),
-    after: Sequence[int] = (),
-    layer: str = "",
-) -> int:
-    """Adds one layer's tasks. Arguments: PrefillTasks; returns the position of its Combine."""
-    tasks = PrefillTasks(builder, load, split, cost, staging, slot_E, staged, after, layer)
-    tasks.begin()
-    return tasks.end()
 
 
 class PrefillTasks:
@@ -143,6 +126,11 @@ class PrefillTasks:
         self._incoming = [*staged, *loads]
         self._first, self._leads = tuple(after), tuple(after)
         self._done, self._arrived, self._read = list[int](), list[int](), list[int]()
+
+    def add(self) -> int:
+        """Both parts; the position of the Combine."""
+        self.begin()
+        return self.end()
 
     def in_order(self) -> Iterator[tuple[int, Task]]:
         """(position, task), of a builder that had none; the second part is made when it is asked for."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from monde.planning.cost import CostModel
-from monde.planning.prefill_schedule import add_prefill
+from monde.planning.prefill_schedule import PrefillTasks
 from monde.planning.schedule import Resource, Schedule, ScheduleBuilder
 from monde.planning.split import ExpertSplit, Load
 from monde.planning.staging import Staging
@@ -33,9 +33,8 @@ def step_schedule(layers: Sequence[LayerStep], cost: CostModel, staging: Staging
             num_experts = len(load.tokens_E)
             through = staging or Staging.one_by_one(cost.shape.d_ffn, num_experts)
             slot_E = np.where(load.resident_E, np.arange(num_experts), -1)
-            done = [
-                add_prefill(
-                    builder, load, layer.split, cost, through, slot_E, after=done, layer=f"layer {l} "
-                )
-            ]
+            tasks = PrefillTasks(
+                builder, load, layer.split, cost, through, slot_E, after=done, layer=f"layer {l} "
+            )
+            done = [tasks.add()]
     return builder.build()
