@@ -17,7 +17,9 @@ from hostcompute import ExpertBank
 from hostcompute.backends.select import choose
 from monde.device.pinned import PinnedRange
 from monde.executors.host import host_threads
+from monde.models.decode_cache import add_in_one_launch
 from monde.models.norms import fuse_norms
+from monde.models.on_gpu import speed_up_on_gpu
 from monde.weights.host import HostBlobs
 
 # A bound must not hide what waking threads costs: fewer of them answer sooner where there is nothing to compute.
@@ -58,6 +60,7 @@ class Floor:
     ) -> None:
         self.model = models.build(config, dense, device, models.nothing)
         fuse_norms(self.model)  # as monde does: a floor that nobody is above
+        speed_up_on_gpu(self.model, device)
         self._num_steps = num_steps
         self._samples: dict[Case, list[float]] = {}
 
@@ -65,7 +68,7 @@ class Floor:
         if case not in self._samples:
             make = GraphedSteps if self.model.device.type == "cuda" else StaticSteps
             with torch.no_grad():
-                steps = make(self.model, case)
+                steps = make(self.model, case, add_in_one_launch)
             decoding = Decoding(steps, self.model.config.vocab_size, case.batch, self.model.device)
             decoding.run(4)
             self._samples[case] = decoding.run(self._num_steps)

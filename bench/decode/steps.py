@@ -43,11 +43,17 @@ class Steps(Protocol):
 
 
 class StaticSteps:
-    """model(...) on a static cache, whatever the model makes of it: monde's replays its graph."""
+    """model(...) on a static cache, whatever the model makes of it: monde's replays its graph.
 
-    def __init__(self, model: Any, case: Case) -> None:
+    change: what is done to the cache before its first step.
+    """
+
+    def __init__(
+        self, model: Any, case: Case, change: Callable[[StaticCache], None] = lambda cache: None
+    ) -> None:
         self._model, self._case = model, case
         self.cache = static_cache_at(model, case)
+        change(self.cache)
 
     def __call__(self, ids_B1: Tensor) -> Tensor:
         logits: Tensor = self._model(
@@ -79,8 +85,10 @@ class GrowingSteps(StaticSteps):
 class GraphedSteps(StaticSteps):
     """The unmodified forward as one CUDA graph, the way torch's documentation captures one."""
 
-    def __init__(self, model: Any, case: Case) -> None:
-        super().__init__(model, case)
+    def __init__(
+        self, model: Any, case: Case, change: Callable[[StaticCache], None] = lambda cache: None
+    ) -> None:
+        super().__init__(model, case, change)
         self._ids_B1 = torch.zeros(case.batch, 1, dtype=torch.long, device=model.device)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())

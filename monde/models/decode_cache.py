@@ -7,13 +7,14 @@ advances in place. So a step is undone by putting the lengths back: the position
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import cache_utils
 from transformers.cache_utils import Cache, StaticCache, StaticLayer, StaticSlidingWindowLayer
 
+from monde.device.kernels.step import append, can_append
 from monde.models.decode_capture import Capture
 from monde.sizes import format_bytes
 
@@ -44,7 +45,39 @@ def static_cache(config: Any, num_positions: int) -> StaticCache:
     for i, layer in enumerate(cache.layers):
         if type(layer) is StaticSlidingWindowLayer:
             cache.layers[i] = StaticLayer(max_cache_len=num_positions)
+    add_in_one_launch(cache)
     return cache
+
+
+class StepLayer(StaticLayer):
+    """A StaticLayer whose decode steps add their key and value in one launch, where transformers' has five."""
+
+    _ticket: Tensor | None = None  # of blocks that have added their part
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        keys, values, length = self.keys, self.values, cast(Tensor, self.cumulative_length)
+        if keys is None or values is None or torch.compiler.is_compiling():
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not can_append(key_states, value_states, keys, values):
+            return super().update(key_states, value_states, *args, **kwargs)
+        if self._ticket is None:
+            self._ticket = torch.zeros(1, dtype=torch.int32, device=keys.device)
+        append(key_states, value_states, keys, values, length, self._ticket)
+        return keys, values
+
+
+_PLAIN = (StaticLayer, StepLayer)
+
+
+def _plain_layers(cache: Cache) -> list[StaticLayer]:
+    return [layer for layer in cache.layers if type(layer) in _PLAIN]  # type: ignore[misc]
+
+
+def add_in_one_launch(cache: StaticCache) -> None:
+    """Let the cache's layers be StepLayers where they are StaticLayers."""
+    for layer in cache.layers:
+        if type(layer) is StaticLayer:
+            layer.__class__ = StepLayer
 
 
 def why_not_static(cache: object) -> str | None:
@@ -54,7 +87,7 @@ def why_not_static(cache: object) -> str | None:
     if cache.offloading:
         return "the cache is offloaded to the host"
     for layer in cache.layers:
-        if type(layer) is not StaticLayer and not isinstance(layer, _STATELESS):
+        if type(layer) not in _PLAIN and not isinstance(layer, _STATELESS):
             return f"the state of a {type(layer).__name__} depends on the host"
     return None
 
@@ -64,9 +97,7 @@ class CacheState:
 
     def __init__(self, cache: Cache) -> None:
         self._layers = [
-            {name: getattr(layer, name) for name in _STATE}
-            for layer in cache.layers
-            if type(layer) is StaticLayer
+            {name: getattr(layer, name) for name in _STATE} for layer in cache.layers if type(layer) in _PLAIN
         ]
 
     def lengths(self) -> list[Tensor]:
@@ -78,7 +109,7 @@ class CacheState:
 
     def fits(self, cache: Cache) -> bool:
         """Whether the cache still has the shapes it had; selecting or repeating rows changes them."""
-        layers = [layer for layer in cache.layers if type(layer) is StaticLayer]
+        layers = _plain_layers(cache)
         return len(layers) == len(self._layers) and all(
             layer.keys is not None and layer.keys.shape == state["keys"].shape
             for layer, state in zip(layers, self._layers, strict=True)
@@ -86,7 +117,7 @@ class CacheState:
 
     def rebind(self, cache: Cache, copy: bool = True) -> None:
         """Bring tensors that were replaced back to their addresses: beam search reorders out of place."""
-        layers = (layer for layer in cache.layers if type(layer) is StaticLayer)
+        layers = _plain_layers(cache)
         for layer, state in zip(layers, self._layers, strict=True):
             for name, tensor in state.items():
                 now = getattr(layer, name)

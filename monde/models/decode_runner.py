@@ -18,12 +18,14 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.masking_utils import create_chunked_causal_mask
 from transformers.utils.generic import ModelOutput
 
+from monde.models import gpu_attention
 from monde.models.decode_cache import (
     MIN_POSITIONS,
     CachePool,
     CacheState,
     KvRoom,
     PooledCache,
+    add_in_one_launch,
     static_cache,
     why_not_static,
 )
@@ -38,7 +40,8 @@ _MODES = (
     GenerationMode.BEAM_SEARCH,
     GenerationMode.BEAM_SAMPLE,
 )
-_ATTENTION = ("sdpa", "eager")  # flash attention unpads on the host, flex attention compiles itself
+# Flash attention unpads on the host, flex attention compiles itself.
+_ATTENTION = ("sdpa", "eager", gpu_attention.NAME)
 _EXTRA_OUTPUTS = ("output_attentions", "output_hidden_states")
 
 
@@ -221,6 +224,7 @@ class DecodeRunner:
     def _run(self, forward: Callable[..., Any], step: StepArguments, cache: Any, attention: str) -> Any:
         on_cache = self._on_cache.get(cache)
         if on_cache is None or not on_cache.state.fits(cache):
+            add_in_one_launch(cache)
             on_cache = self._on_cache[cache] = _OnCache(CacheState(cache))
         on_cache.state.rebind(cache)
         device_type = self.capture.device_type

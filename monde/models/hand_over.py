@@ -18,6 +18,7 @@ from monde.models.experts import ExpertsModule
 from monde.models.mesh import run_over_ranks
 from monde.models.norms import fuse_norms
 from monde.models.on_cpu import speed_up_on_cpu
+from monde.models.on_gpu import speed_up_on_gpu
 from monde.models.planned_size import watch_size
 from monde.models.state_dict import refuse_state_dicts
 
@@ -35,6 +36,7 @@ def hand_over(model: Any, engine: Engine, modules: Sequence[ExpertsModule]) -> N
     watch_size(model, engine)
     defer_in_decode(model, engine)
     fuse_norms(model)
+    speed_up_on_gpu(model, engine.device)
     if engine.device.type == "cuda" and engine.ranked is None:
         run_shared_beside(model, modules, CudaSide(engine.device))
     speed_up_on_cpu(model, engine.device, engine.pool)

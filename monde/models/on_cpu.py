@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from monde.models.attention import speed_up_attention
+from monde.models.cpu_attention import speed_up_attention
 from monde.models.dense import speed_up_dense
 from monde.models.host_threads import give_cores_to_decode
 

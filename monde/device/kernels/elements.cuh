@@ -7,10 +7,6 @@ typedef unsigned long long u64;
 typedef long long i64;
 
 constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
-constexpr int kRows = 16;      // activation rows of one product
-constexpr int kTile = 32;      // inputs of a weight tile
-constexpr int kLine = 16 * 4;  // bytes of a bf16 line: two inputs of sixteen rows
 
 // ---- elements ----
 
@@ -76,4 +72,29 @@ __device__ float router_weight(const void* weights, int type, int r) {
   if (type == 0) return static_cast<const float*>(weights)[r];
   const u16 bits = static_cast<const u16*>(weights)[r];
   return type == 1 ? widen<1>(bits) : widen<2>(bits);
+}
+
+// ---- products and loads ----
+
+// c[16, 8] += a[16, 16] b[16, 8] of bf16 or fp16, by a warp: mma.m16n8k16's order of elements.
+template <int kType>
+__device__ void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  if constexpr (kType == 1)
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  else
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ uint4 load_once(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p));
+  return v;
 }

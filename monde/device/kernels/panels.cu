@@ -72,14 +72,14 @@ __device__ void multiply_tiles(const u16* const (&rows)[kTileRows / 32], int K, 
     for (int m = 0; m < kTileRows / 16; ++m) {
       if (m * 16 >= num_rows) continue;
       const uint4 x = stage.rows[m * 16 + g][q], z = stage.rows[m * 16 + g + 8][q];
-      mma_bf16(acc[m][0], x.x, z.x, x.y, z.y, line[0].x, line[1].x);
-      mma_bf16(acc[m][1], x.x, z.x, x.y, z.y, line[0].y, line[1].y);
-      mma_bf16(acc[m][2], x.x, z.x, x.y, z.y, line[0].z, line[1].z);
-      mma_bf16(acc[m][3], x.x, z.x, x.y, z.y, line[0].w, line[1].w);
-      mma_bf16(acc[m][0], x.z, z.z, x.w, z.w, line[2].x, line[3].x);
-      mma_bf16(acc[m][1], x.z, z.z, x.w, z.w, line[2].y, line[3].y);
-      mma_bf16(acc[m][2], x.z, z.z, x.w, z.w, line[2].z, line[3].z);
-      mma_bf16(acc[m][3], x.z, z.z, x.w, z.w, line[2].w, line[3].w);
+      mma<1>(acc[m][0], x.x, z.x, x.y, z.y, line[0].x, line[1].x);
+      mma<1>(acc[m][1], x.x, z.x, x.y, z.y, line[0].y, line[1].y);
+      mma<1>(acc[m][2], x.x, z.x, x.y, z.y, line[0].z, line[1].z);
+      mma<1>(acc[m][3], x.x, z.x, x.y, z.y, line[0].w, line[1].w);
+      mma<1>(acc[m][0], x.z, z.z, x.w, z.w, line[2].x, line[3].x);
+      mma<1>(acc[m][1], x.z, z.z, x.w, z.w, line[2].y, line[3].y);
+      mma<1>(acc[m][2], x.z, z.z, x.w, z.w, line[2].z, line[3].z);
+      mma<1>(acc[m][3], x.z, z.z, x.w, z.w, line[2].w, line[3].w);
     }
   }
 }

@@ -1,22 +1,12 @@
 // Up to 16 activation rows by two weight panels, K shared out over the block's warps.
 
+constexpr int kWarps = kThreads / 32;
+constexpr int kRows = 16;      // activation rows of one product
+constexpr int kTile = 32;      // inputs of a weight tile
+constexpr int kLine = 16 * 4;  // bytes of a bf16 line: two inputs of sixteen rows
+
 // sums[warp][row][panel][16]: partial sums of each warp.
 typedef float Sums[kWarps][kRows][2][16];
-
-__device__ void mma_bf16(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-__device__ uint4 load_once(const void* p) {
-  uint4 v;
-  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p));
-  return v;
-}
 
 // A dot product may take its inputs in any order, if both operands agree. Lane (g = lane / 4, q = lane % 4) loads lines
 // q, q + 4, q + 8 and q + 12 of a tile's weights, so that a load of the warp covers 256 bytes in a row of each panel,
@@ -43,10 +33,10 @@ __device__ void multiply(const u8* panel0, const u8* panel1, int num_tiles, cons
     }
 #pragma unroll
     for (int j = 0; j < 4; j += 2) {
-      mma_bf16(acc[0], x[j], z[j], x[j + 1], z[j + 1], line[j].x, line[j + 1].x);
-      mma_bf16(acc[1], x[j], z[j], x[j + 1], z[j + 1], line[j].y, line[j + 1].y);
-      mma_bf16(acc[2], x[j], z[j], x[j + 1], z[j + 1], line[j].z, line[j + 1].z);
-      mma_bf16(acc[3], x[j], z[j], x[j + 1], z[j + 1], line[j].w, line[j + 1].w);
+      mma<1>(acc[0], x[j], z[j], x[j + 1], z[j + 1], line[j].x, line[j + 1].x);
+      mma<1>(acc[1], x[j], z[j], x[j + 1], z[j + 1], line[j].y, line[j + 1].y);
+      mma<1>(acc[2], x[j], z[j], x[j + 1], z[j + 1], line[j].z, line[j + 1].z);
+      mma<1>(acc[3], x[j], z[j], x[j + 1], z[j + 1], line[j].w, line[j + 1].w);
     }
   }
 #pragma unroll

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import monde
-from monde.models import attention as module_under_test
-from monde.models.attention import NAME, attention
+from monde.models import cpu_attention as module_under_test
+from monde.models.cpu_attention import NAME, attention
 from tests.monde import tiny
 
 

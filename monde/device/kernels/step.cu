@@ -1,0 +1,129 @@
+// What every family has between the products of a decode step, one launch each where torch has five to ten:
+//
+//   rotate   queries and keys turned by their positions' angles
+//   append   one key and value of every sequence into a static cache, whose length grows
+//   choose   softmax over experts, and the largest of it
+//
+// Letters: B sequences, T tokens, H query heads, N key-value heads, C dims of a head, E experts, K experts a token.
+// `Rotation` and `Addition` come from step.py, which also puts elements.cuh in front. Of fp32 rounding follows torch,
+// which multiplies and adds apart.
+
+constexpr int kVector = 16 / sizeof(XElement);
+
+__device__ float rounded(float v) { return widen<X>(narrow<X>(v)); }
+
+// y = x cos + (second half negated, first half) sin, every product rounded. A thread has kVector dims of the first half
+// and those that they turn with. cos_TC and sin_TC have a row for every sequence, or one for all.
+extern "C" __global__ void __launch_bounds__(kThreads) rotate(const __grid_constant__ Rotation r) {
+  const int per_head = int(r.dim) / 2 / kVector, heads = int(r.num_heads + r.num_kv_heads);
+  const i64 i = i64(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= r.num_rows * r.num_tokens * heads * per_head) return;
+  const int piece = int(i % per_head), head = int(i / per_head % heads);
+  const i64 t = i / per_head / heads % r.num_tokens, b = i / per_head / heads / r.num_tokens;
+  const bool is_key = head >= r.num_heads;
+  const i64 h = is_key ? head - r.num_heads : head, row = b * r.num_tokens + t;
+  const XElement* from = is_key ? reinterpret_cast<const XElement*>(r.keys) + b * r.key_row + t * r.key_token + h * r.key_head
+                                : reinterpret_cast<const XElement*>(r.queries) + b * r.query_row + t * r.query_token +
+                                      h * r.query_head;
+  XElement* to = is_key ? reinterpret_cast<XElement*>(r.keys_out) + (row * r.num_kv_heads + h) * r.dim
+                        : reinterpret_cast<XElement*>(r.queries_out) + (row * r.num_heads + h) * r.dim;
+  const i64 angle = b * r.angle_row + t * r.angle_token;
+  const XElement* cos = reinterpret_cast<const XElement*>(r.cos) + angle;
+  const XElement* sin = reinterpret_cast<const XElement*>(r.sin) + angle;
+  struct alignas(16) Piece {
+    XElement v[kVector];
+  };
+  const auto load = [&](const XElement* p, int half) {
+    return *reinterpret_cast<const Piece*>(p + half * (r.dim / 2) + piece * kVector);
+  };
+  const Piece x[2] = {load(from, 0), load(from, 1)}, c[2] = {load(cos, 0), load(cos, 1)};
+  const Piece s[2] = {load(sin, 0), load(sin, 1)};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    Piece y;
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) {
+      const float turned = widen<X>(x[1 - half].v[k]);
+      const float own = rounded(__fmul_rn(widen<X>(x[half].v[k]), widen<X>(c[half].v[k])));
+      const float other = rounded(__fmul_rn(half ? turned : -turned, widen<X>(s[half].v[k])));
+      y.v[k] = narrow<X>(__fadd_rn(own, other));
+    }
+    *reinterpret_cast<Piece*>(to + half * (r.dim / 2) + piece * kVector) = y;
+  }
+}
+
+// The last block to get here moves the length on, when all have read it. A full cache ends the program, as torch's own
+// check of indices does.
+extern "C" __global__ void __launch_bounds__(kThreads) append(const __grid_constant__ Addition a) {
+  const i64 position = *reinterpret_cast<const volatile i64*>(a.length);
+  if (position < 0 || position >= a.num_positions) __trap();
+  const int per_key = int(a.key_dim) / kVector, per_value = int(a.value_dim) / kVector, per_head = per_key + per_value;
+  const i64 i = i64(blockIdx.x) * kThreads + threadIdx.x, num_heads = a.num_rows * a.num_kv_heads;
+  if (i < num_heads * per_head) {
+    const i64 head = i / per_head, b = head / a.num_kv_heads, h = head % a.num_kv_heads;
+    const int piece = int(i % per_head);
+    const bool is_key = piece < per_key;
+    const XElement* from = is_key ? reinterpret_cast<const XElement*>(a.key) + b * a.key_row + h * a.key_head
+                                  : reinterpret_cast<const XElement*>(a.value) + b * a.value_row + h * a.value_head;
+    XElement* to = reinterpret_cast<XElement*>(is_key ? a.keys : a.values);
+    to += (head * a.num_positions + position) * (is_key ? a.key_dim : a.value_dim);
+    const int at = (is_key ? piece : piece - per_key) * kVector;
+    *reinterpret_cast<uint4*>(to + at) = *reinterpret_cast<const uint4*>(from + at);
+  }
+  __syncthreads();
+  if (threadIdx.x == 0 && atomicInc(reinterpret_cast<u32*>(a.ticket), gridDim.x - 1) == gridDim.x - 1)
+    *reinterpret_cast<volatile i64*>(a.length) = position + 1;
+}
+
+// scores_TK of score_type and ids_TK: the largest of softmax(logits_TE), of equal ones the first; NaN counts as the
+// greatest, as in torch. A warp has one token. Shared memory: a float for every expert of the block's tokens.
+extern "C" __global__ void __launch_bounds__(kThreads)
+    choose(const XElement* logits_TE, void* scores_TK, int score_type, i64* ids_TK, int num_tokens, int num_experts,
+           int num_topk, int normalises) {
+  extern __shared__ float shared[];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, t = blockIdx.x * (blockDim.x / 32) + warp;
+  if (t >= num_tokens) return;
+  float* p_E = shared + warp * num_experts;
+  const XElement* logits = logits_TE + i64(t) * num_experts;
+  float top = -3.4028234e38f, total = 0.f;
+  for (int e = lane; e < num_experts; e += 32) {
+    p_E[e] = widen<X>(logits[e]);
+    top = fmaxf(top, p_E[e]);
+  }
+#pragma unroll
+  for (int step = 16; step; step /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, step));
+  for (int e = lane; e < num_experts; e += 32) total += p_E[e] = expf(p_E[e] - top);
+#pragma unroll
+  for (int step = 16; step; step /= 2) total += __shfl_xor_sync(0xffffffffu, total, step);
+  for (int e = lane; e < num_experts; e += 32) p_E[e] /= total;
+
+  // Rank after rank; lane k keeps the k-th, so K is at most 32. What is taken turns negative.
+  float mine = 0.f, sum = 0.f;
+  int my_id = 0;
+  for (int k = 0; k < num_topk; ++k) {
+    float best = -1.f;
+    int id = num_experts;
+    for (int e = lane; e < num_experts; e += 32)
+      if (!(p_E[e] <= best) && best == best) best = p_E[e], id = e;
+#pragma unroll
+    for (int step = 16; step; step /= 2) {
+      const float other = __shfl_xor_sync(0xffffffffu, best, step);
+      const int other_id = __shfl_xor_sync(0xffffffffu, id, step);
+      const bool nan = best != best, other_nan = other != other;
+      const bool equal = best == other || (nan && other_nan);
+      if (equal ? other_id < id : !nan && (other_nan || other > best)) best = other, id = other_id;
+    }
+    if (lane == k) mine = best, my_id = id;
+    sum += best;
+    if (id % 32 == lane) p_E[id] = -1.f;
+  }
+  if (lane < num_topk) {
+    if (normalises) mine /= sum;
+    const i64 at = i64(t) * num_topk + lane;
+    if (score_type == 0)
+      static_cast<float*>(scores_TK)[at] = mine;
+    else
+      static_cast<u16*>(scores_TK)[at] = score_type == 1 ? narrow<1>(mine) : narrow<2>(mine);
+    ids_TK[at] = my_id;
+  }
+}

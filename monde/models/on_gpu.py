@@ -1,0 +1,18 @@
+"""What changes around the experts of a model that runs on a GPU: launches that take longer than their work."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from monde.models.gpu_attention import speed_up_decode_attention
+from monde.models.rotary import fuse_rotary
+from monde.models.routers import fuse_routers
+
+
+def speed_up_on_gpu(model: nn.Module, device: torch.device) -> None:
+    """Attention of decode steps, rotary embeddings and routers; nothing where the model's device is no GPU."""
+    if device.type == "cuda":
+        speed_up_decode_attention(model, device)
+        fuse_rotary(model)
+        fuse_routers(model)
