@@ -184,7 +184,8 @@ def test_a_model_uses_them(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) 
     want = original.generate(ids, **settings)
     model = monde.offload(original, gpu_memory="1GiB", max_batch=2, max_context=80)
     got = model.generate(ids, **settings)
-    assert called == {"rotate", "choose", "append"}
+    in_vectors = model.config.head_dim % (32 // dtype.itemsize) == 0
+    assert called == {"choose", "append"} | ({"rotate"} if in_vectors else set())
     if dtype is torch.float32:
         assert torch.equal(got, want)
     assert model._decode_runner.num_replays > 0

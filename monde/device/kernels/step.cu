@@ -97,14 +97,18 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   for (int step = 16; step; step /= 2) total += __shfl_xor_sync(0xffffffffu, total, step);
   for (int e = lane; e < num_experts; e += 32) p_E[e] /= total;
 
-  // Rank after rank; lane k keeps the k-th, so K is at most 32. What is taken turns negative.
-  float mine = 0.f, sum = 0.f;
-  int my_id = 0;
-  for (int k = 0; k < num_topk; ++k) {
-    float best = -1.f;
-    int id = num_experts;
+  // Rank after rank; lane k keeps the k-th, so K is at most 32. What is taken turns negative, and its lane looks again.
+  float mine = 0.f, sum = 0.f, own = -1.f;
+  int my_id = 0, own_id = num_experts;
+  const auto look = [&] {
+    own = -1.f, own_id = num_experts;
     for (int e = lane; e < num_experts; e += 32)
-      if (!(p_E[e] <= best) && best == best) best = p_E[e], id = e;
+      if (!(p_E[e] <= own) && own == own) own = p_E[e], own_id = e;
+  };
+  look();
+  for (int k = 0; k < num_topk; ++k) {
+    float best = own;
+    int id = own_id;
 #pragma unroll
     for (int step = 16; step; step /= 2) {
       const float other = __shfl_xor_sync(0xffffffffu, best, step);
@@ -115,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     }
     if (lane == k) mine = best, my_id = id;
     sum += best;
-    if (id % 32 == lane) p_E[id] = -1.f;
+    if (id == own_id) p_E[id] = -1.f, look();
   }
   if (lane < num_topk) {
     if (normalises) mine /= sum;

@@ -54,9 +54,14 @@ def _in_vectors(*tensors: Tensor) -> bool:
     """Whether rows of the last dim can be read 16 bytes at a time."""
     size = 16 // tensors[0].element_size()
     return all(
-        x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s % size == 0 for s in x.stride()[:-1])
+        x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s % size == 0 for s in _strides(x)[:-1])
         for x in tensors
     )
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """0 for dims of one: torch leaves any number there."""
+    return tuple(stride if n > 1 else 0 for n, stride in zip(x.shape, x.stride(), strict=True))
 
 
 # ---- rotate ----
@@ -72,7 +77,7 @@ def can_rotate(q_BHTC: Tensor, k_BNTC: Tensor, cos_BTC: Tensor, sin_BTC: Tensor)
     B, _, T, C = q_BHTC.shape
     if k_BNTC.shape[0] != B or k_BNTC.shape[2:] != (T, C) or q_BHTC.numel() == 0:
         return False
-    if cos_BTC.shape[0] not in (1, B) or cos_BTC.shape[1:] != (T, C) or cos_BTC.stride() != sin_BTC.stride():
+    if cos_BTC.shape[0] not in (1, B) or cos_BTC.shape[1:] != (T, C) or _strides(cos_BTC) != _strides(sin_BTC):
         return False
     return C % (2 * (16 // q_BHTC.element_size())) == 0 and _in_vectors(*tensors)
 
@@ -96,8 +101,8 @@ def rotate(q_BHTC: Tensor, k_BNTC: Tensor, cos_BTC: Tensor, sin_BTC: Tensor) -> 
             "key_row": k_BNTC.stride(0),
             "key_head": k_BNTC.stride(1),
             "key_token": k_BNTC.stride(2),
-            "angle_row": cos_BTC.stride(0) if cos_BTC.shape[0] > 1 else 0,
-            "angle_token": cos_BTC.stride(1),
+            "angle_row": _strides(cos_BTC)[0],
+            "angle_token": _strides(cos_BTC)[1],
             "num_rows": B,
             "num_tokens": T,
             "num_heads": H,
