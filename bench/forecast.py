@@ -23,6 +23,7 @@ from bench import artefact
 from bench.decode.shapes import Shape, config_of
 from bench.decode.skew import probabilities, shares
 from monde.core import Placement
+from monde.models.gpu_attention import TORCH_PASSES
 from monde.planning.cost import ExpertShape
 from monde.planning.fit import AlphaBeta
 from monde.planning.forecast import (
@@ -135,7 +136,7 @@ def qwen3(popularity_LE: NDArray[np.float64]) -> ModelOutline:
         dense_read_bytes=2 * (weights + D * config.vocab_size),
         dense_bytes_per_weight=2,
         kv_bytes_per_token=config.num_hidden_layers * 2 * 2 * kv_heads * dim,
-        kv_repeats=heads // kv_heads,
+        kv_passes=TORCH_PASSES * heads // kv_heads,
         attention_dim=heads * dim,
         decode_tokens=64,
         chunk_tokens=4096,

@@ -229,8 +229,14 @@ def run_case(
     for name in options.contenders if first_cold < spec.num_experts else ("monde",):
         samples = time_contender(model, name, x_TD, weights_TK, routings)
         layer = model.layers[-1]
-        assert layer.latest is not None
-        split = layer.latest.split
+        plan = layer.latest  # none where all experts are resident
+        num_fetched = num_on_host = cut_rows = 0
+        planned_s = dict.fromkeys(("copy", "gemm", "host", "makespan"), 0.0)
+        if plan is not None:
+            split = plan.split
+            num_fetched, cut_rows = split.num_fetched, split.cut_rows
+            num_on_host = int((split.where_E == Where.HOST).sum())
+            planned_s = {name: getattr(split, f"{name}_s") for name in planned_s}
         busy_s = sum(one.totals.busy_s for one in model.layers) / (NUM_STEPS * len(model.layers))
         h2d = sum(one.totals.h2d_bytes for one in model.layers) / (NUM_STEPS * len(model.layers))
         row = Row(
@@ -245,10 +251,10 @@ def run_case(
             bus_s,
             bus_beside_s,
             gpu_part_s,
-            split.num_fetched,
-            int((split.where_E == Where.HOST).sum()),
-            split.cut_rows,
-            {"copy": split.copy_s, "gemm": split.gemm_s, "host": split.host_s, "makespan": split.makespan_s},
+            num_fetched,
+            num_on_host,
+            cut_rows,
+            planned_s,
             busy_s,
             h2d,
             dataclasses.asdict(model.hub.feedback),
@@ -259,8 +265,8 @@ def run_case(
         print(
             f"{tokens:5} tokens, {where:7} resident  {name:6}{row.median_s * 1e3:8.2f} ms a layer, bound "
             f"{bound_s * 1e3:7.2f} ms, {bound_s / row.median_s:4.0%} of it | {row.fetched:3} fetched, {row.on_host:3} on "
-            f"host, cut {row.cut_rows:5} | planned copy {split.copy_s * 1e3:6.2f} host {split.host_s * 1e3:6.2f} gemm "
-            f"{split.gemm_s * 1e3:5.2f} ms, host busy {busy_s * 1e3:6.2f} ms, h2d {h2d / 1e6:6.0f} MB, feedback host "
+            f"host, cut {row.cut_rows:5} | planned copy {planned_s['copy'] * 1e3:6.2f} host {planned_s['host'] * 1e3:6.2f} "
+            f"gemm {planned_s['gemm'] * 1e3:5.2f} ms, host busy {busy_s * 1e3:6.2f} ms, h2d {h2d / 1e6:6.0f} MB, feedback host "
             f"{model.hub.feedback.host:.2f} copy {model.hub.feedback.copy:.2f}, differs {difference:.1e}",
             flush=True,
         )

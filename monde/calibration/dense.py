@@ -1,7 +1,7 @@
 """What a block costs beside its experts and its bytes: Python and launches where it runs eagerly, kernels in a graph;
 and a decode step beside its blocks.
 
-Models without experts, run the way the runtime runs models: norms fused, on a static cache. Those that Python is timed
+Models without experts, run the way the runtime runs models: with what it makes one launch of, on a static cache. Those that Python is timed
 on are next to nothing; kernels in a graph have the dims of Qwen3-30B-A3B, and the bytes they read are taken off again.
 """
 
@@ -22,6 +22,7 @@ from monde.models.decode_capture import CudaCapture
 from monde.models.decode_graph import install, step_cache
 from monde.models.decode_runner import CAPTURE_AFTER_STEPS
 from monde.models.norms import fuse_norms
+from monde.models.on_gpu import speed_up_on_gpu
 
 _NUM_BLOCKS, _NUM_CAPTURED = 12, 6
 _NUM_POSITIONS = 256
@@ -142,4 +143,5 @@ def _model(num_blocks: int, device: torch.device, **large: int) -> Any:
         layer.mlp.experts = _Nothing()
     model = model.to(torch.bfloat16).eval()
     fuse_norms(model)
+    speed_up_on_gpu(model, device)
     return model

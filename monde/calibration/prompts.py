@@ -36,8 +36,10 @@ from monde.weights.table import SlotTable
 PROMPT_TOKENS, _ACTIVE = 32, 8  # enough for the host and the bus to take longer than Python
 _NUM_SAMPLES, _NUM_WARM_UPS = 40, 5
 _QUICK = 0.25
+_NO_PLAN = "resident, nothing planned"
 _WAYS: dict[str, tuple[bool, SplitPolicy]] = {
     "resident": (True, all_host),
+    _NO_PLAN: (True, all_host),
     "on the host": (False, all_host),
     "fetched": (False, all_fetch),
 }
@@ -77,23 +79,24 @@ class PromptLayers:
         self.hub.fetches_ahead = False
         everyone, nobody = tuple(range(spec.num_experts)), (-1,) * spec.num_experts
         self.layers = {
-            is_resident: PrefillExecutor(
-                int(is_resident),
+            way: PrefillExecutor(
+                layer_idx,
                 bank,
                 slots if is_resident else None,
                 SlotTable(Placement(everyone if is_resident else nobody), device),
                 self.hub,
                 lambda: blobs,
             )
-            for is_resident in (False, True)
+            for layer_idx, (way, (is_resident, _)) in enumerate(_WAYS.items())
         }
 
     def probes(self) -> list[Probe]:
         return [Probe(_name(way), partial(self._timed, way)) for way in _WAYS]
 
     def _timed(self, way: str) -> Timings:
-        is_resident, self.hub.policy = _WAYS[way]
-        layer, spec, A = self.layers[is_resident], self.bank.spec, self.num_active
+        _, self.hub.policy = _WAYS[way]
+        self.hub.reads_counts = way != _NO_PLAN
+        layer, spec, A = self.layers[way], self.bank.spec, self.num_active
         weights_TA = torch.full((PROMPT_TOKENS, A), 1 / A, device=self.device)
         x_TD = torch.randn(PROMPT_TOKENS, spec.d_model, device=self.device).bfloat16()
         routings = [ids_TA.to(self.device) for ids_TA in rotating(spec.num_experts, A, PROMPT_TOKENS)]
@@ -115,15 +118,17 @@ class PromptLayers:
         own clock.
         """
         seconds = {way: float(np.quantile(samples[_name(way)].all_s, _QUICK)) for way in _WAYS}
-        phases, resident_s = self.layers[True].phases, seconds["resident"]
+        phases, resident_s = self.layers["resident"].phases, seconds["resident"]
         before_s = phases.count_s + phases.count_wait_s + phases.plan_s
         in_all_s = before_s + phases.launch_s + phases.host_wait_s + phases.combine_s
         plan_s = resident_s * before_s / in_all_s
+        alone = self.layers[_NO_PLAN].phases  # waits for nothing
         return PromptLaunches(
             plan_s=plan_s,
             layer_s=resident_s - plan_s,
             host_s=max(0.0, seconds["on the host"] - plan_s - host_s),
             fetch_s=max(0.0, seconds["fetched"] - plan_s - copies_s),
+            resident_s=(alone.launch_s + alone.combine_s) / max(1, alone.num_layers),
         )
 
     def close(self) -> None:

@@ -27,6 +27,7 @@ from monde.planning.schedule import Task
 from monde.weights.host import HostBlobs
 from monde.weights.packing import TORCH_DTYPES
 from monde.weights.slots import ExpertSlots, bias_sizes
+from monde.weights.table import SlotTable
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class DevicePart:
         self.spec, self.slots, self.size, self.hub = spec, slots, size, hub
         self.is_whole = size.piece_rows >= spec.d_ffn
         self._products: dict[torch.dtype, Products] = {}
+        with torch.inference_mode(False):  # steps in any mode add to it
+            self.num_pairs_1 = torch.zeros(1, dtype=torch.int64, device=hub.lanes.device)  # of `everything`
 
     def products(self, x_dtype: torch.dtype) -> Products:
         if x_dtype not in self._products:
@@ -78,17 +81,8 @@ class DevicePart:
         firsts = np.cumsum([0, *num_tiles]) * tiles_n4.itemsize * tiles_n4.shape[1]
         tiles = map(Tiles, (told.data_ptr() + told.itemsize * E + firsts[:-1]).tolist(), num_tiles)
         position_TK, tokens_N = _place(kernels, begin_E, order, ids_TK)
-        dtype = torch.promote_types(x_TD.dtype, TORCH_DTYPES[self.spec.dtype])
-        v_dtype = x_TD.dtype if self.is_whole and dtype == x_TD.dtype == y_dtype else torch.float32
-        v_ND = torch.empty(order.num_rows + 1, self.spec.d_model, dtype=v_dtype, device=x_TD.device)
-        if kernels is None:
-            v_ND[-1].zero_()
-        h_NF = None
-        if self.products(x_TD.dtype).panels is not None:
-            f_pad_k = piece_layout(self.spec, min(self.size.piece_rows, self.spec.d_ffn)).f_pad_k
-            h_NF = x_TD.new_empty(order.num_rows, f_pad_k)
         return Placed(
-            Rows(x_TD, tokens_N, position_TK, v_ND, h_NF),
+            self._rows(x_TD, tokens_N, position_TK, y_dtype),
             {
                 position: list(zip(waves, islice(tiles, len(waves)), strict=True))
                 for position, waves in waves_of.items()
@@ -96,6 +90,53 @@ class DevicePart:
             told,
         )
 
+    def _rows(self, x_TD: Tensor, tokens_N: Tensor, position_TK: Tensor, y_dtype: torch.dtype) -> Rows:
+        """With room for what is computed of them."""
+        num_rows, products = len(tokens_N), self.products(x_TD.dtype)
+        dtype = torch.promote_types(x_TD.dtype, TORCH_DTYPES[self.spec.dtype])
+        v_dtype = x_TD.dtype if self.is_whole and dtype == x_TD.dtype == y_dtype else torch.float32
+        v_ND = torch.empty(num_rows + 1, self.spec.d_model, dtype=v_dtype, device=x_TD.device)
+        if self.hub.kernels(x_TD.dtype, self.spec) is None:
+            v_ND[-1].zero_()
+        h_NF = None
+        if products.panels is not None:
+            f_pad_k = piece_layout(self.spec, min(self.size.piece_rows, self.spec.d_ffn)).f_pad_k
+            h_NF = x_TD.new_empty(num_rows, f_pad_k)
+        return Rows(x_TD, tokens_N, position_TK, v_ND, h_NF)
+
+    # ---- layers whose experts all have slots ----
+    def has_everything(self, table: SlotTable, x_dtype: torch.dtype) -> bool:
+        """Whether `everything` can be asked: the slots hold all experts, and their panels are multiplied as they are."""
+        if self.slots is None or self.slots.num_slots < self.spec.num_experts:
+            return False
+        return self.products(x_dtype).panels is not None and bool((table.placement.slot_E >= 0).all())
+
+    def everything(
+        self, table: SlotTable, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, y_dtype: torch.dtype
+    ) -> Tensor:
+        """y_TD of a whole layer. The counts stay on the device: nobody waits for them, and Python runs ahead."""
+        assert self.slots is not None
+        products, kernels = self.products(x_TD.dtype), self.hub.kernels(x_TD.dtype, self.spec)
+        assert kernels is not None
+        counts_E = torch.empty(self.spec.num_experts, dtype=torch.int64, device=x_TD.device)
+        ids_TK = kernels.count(ids_TK.long().contiguous(), weights_TK, counts_E)
+        max_pairs, stride_bytes = ids_TK.numel(), self.slots.blobs_SB.stride(0)
+        begin_E, tiles_4 = kernels.lay_out(
+            counts_E, table.slot_of_expert_E1, stride_bytes, self.num_pairs_1, max_pairs
+        )
+        position_TK, tokens_N = kernels.place(ids_TK, begin_E, max_pairs)
+        rows = self._rows(x_TD, tokens_N, position_TK, y_dtype)
+        packed, tiles = (
+            Packed(self.slots.blobs_SB, self.slots.biases),
+            Tiles(tiles_4.data_ptr(), len(tiles_4)),
+        )
+        F, step = self.spec.d_ffn, self.size.piece_rows
+        for first_row in range(0, F, step):
+            pieces = (first_row, min(step, F - first_row), in_whole(self.spec, first_row))
+            products.from_panels(pieces, tiles, packed, rows)
+        return self.combine(Placed(rows, {}, tiles_4), weights_TK, None, y_dtype)
+
+    # ---- layers with a plan ----
     def multiply_residents(self, placed: Placed, position: int) -> None:
         assert self.slots is not None
         packed, rows = Packed(self.slots.blobs_SB, self.slots.biases), placed.rows

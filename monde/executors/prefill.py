@@ -8,6 +8,8 @@
     combine   the host is waited for when nothing is left to launch; its sum and the device's rows are combined, and
               the next layer's certain fetches leave
 
+A layer whose experts all have slots needs no plan: its counts stay on the device, and Python goes on to the next one.
+
 No step of Python is per expert but for those that travel. Works on any device: where there are no streams everything
 happens in order. Letters as in monde.core.
 """
@@ -84,10 +86,10 @@ class PrefillExecutor:
     ) -> None:
         self.layer_idx, self.bank, self.spec = layer_idx, bank, bank.spec
         self.slots, self.table, self.hub, self.blobs = slots, table, hub, blobs
-        self.reset_totals()
         self.size = LayerPieces.of(self.spec)
         self.is_whole = self.size.piece_rows >= self.spec.d_ffn  # an expert is one piece
         self.device = DevicePart(self.spec, slots, self.size, hub)
+        self.reset_totals()
         self.share_E: NDArray[np.float64] | None = None  # of the pairs, in the latest batch
         self.latest: Planned | None = None
         weight_format = format_of(str(TORCH_DTYPES[self.spec.dtype]).removeprefix("torch."))
@@ -102,8 +104,14 @@ class PrefillExecutor:
 
     def reset_totals(self) -> None:
         self.totals = HostTotals()
-        self.num_resident_pairs = self.num_fetched_pairs = 0
+        self._num_resident_pairs = self.num_fetched_pairs = 0
+        self.device.num_pairs_1.zero_()
         self.phases = Phases()
+
+    @property
+    def num_resident_pairs(self) -> int:
+        """Waits for the device."""
+        return self._num_resident_pairs + int(self.device.num_pairs_1.item())
 
     def forward(self, batch: RoutedBatch, y_dtype: torch.dtype | None = None) -> Tensor:
         """y_TD, every pair computed, summed in fp32, rounded once: to fp32 where that is asked for, else as x_TD.
@@ -122,12 +130,29 @@ class PrefillExecutor:
     def _chunk(self, batch: RoutedBatch, y_dtype: torch.dtype, more: bool) -> Tensor:
         self.hub.enter()
         try:
-            return self._streamed(batch, y_dtype, more)
+            reads_counts = self.hub.reads_counts or not self.device.has_everything(
+                self.table, batch.x_TD.dtype
+            )
+            return (self._streamed if reads_counts else self._resident)(batch, y_dtype, more)
         except BaseException:
             self.hub.recover()
             raise
         finally:
             self.hub.leave()
+
+    def _resident(self, batch: RoutedBatch, y_dtype: torch.dtype, more: bool) -> Tensor:
+        hub, times = self.hub, [time.perf_counter()]
+        x_TD, weights_TK = _aligned(batch.x_TD.contiguous()), batch.topk_weights_TK.float().contiguous()
+        for shipment in hub.take_prefetched(self):  # they have got slots since
+            hub.ring.release(shipment)
+        times += [times[0]] * 3
+        y_TD = self.device.everything(self.table, x_TD, batch.topk_ids_TK, weights_TK, y_dtype)
+        times += [time.perf_counter()] * 2
+        if not more:
+            hub.prefetch(hub.look_ahead(hub.next_layer(self), *batch.topk_ids_TK.shape), None)
+        times.append(time.perf_counter())
+        self.phases.add(times)
+        return y_TD
 
     def _streamed(self, batch: RoutedBatch, y_dtype: torch.dtype, more: bool) -> Tensor:
         hub, lanes, times = self.hub, self.hub.lanes, [time.perf_counter()]
@@ -222,7 +247,7 @@ class PrefillExecutor:
         is_resident_E = (where_E == Where.RESIDENT) & (plan.slot_E >= 0)
         on_device_E = (where_E == Where.RESIDENT) | (where_E == Where.FETCHED)
         self.share_E = tokens_E / max(1, int(tokens_E.sum()))
-        self.num_resident_pairs += int(tokens_E[is_resident_E].sum())
+        self._num_resident_pairs += int(tokens_E[is_resident_E].sum())
         self.num_fetched_pairs += int(tokens_E[on_device_E & ~is_resident_E].sum())
         self.totals.h2d_bytes += fetched_bytes
 

@@ -72,6 +72,7 @@ class PrefillHub:
         self.lanes, self.size, self.profile, self.policy = lanes_of(device), size, profile, policy
         self.learns = device.type == "cuda" if learns is None else learns
         self.fetches_ahead = True
+        self.reads_counts = False  # of layers, too, whose experts all have slots
         self.host = HostShare(self.lanes, deadline_s)
         self.block_rows = BLOCK_ROWS
         self.layers: dict[int, Layer] = {}

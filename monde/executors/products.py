@@ -80,29 +80,33 @@ class Products:
         tiles: the wave's part of waves.tiles_of. read: called once all that reads `packed` is launched.
         """
         if self.panels is not None:
-            assert rows.h_NF is not None
-            self.panels.panels(
-                self._record(wave),
-                tiles,
-                packed.blobs_B,
-                packed.biases,
-                rows.x_TD,
-                rows.tokens_N,
-                rows.h_NF,
-                rows.v_ND,
-            )
+            self.from_panels((wave.first_row, wave.num_rows, wave.at), tiles, packed, rows)
             read()
             return
         in_nKD, down_nDF = self.unpack(wave, packed.blobs_B)
         read()
         self._one_by_one(wave, packed.biases, in_nKD.to(self._dtype), down_nDF.to(self._dtype), rows)
 
-    def _record(self, wave: Wave) -> PieceRecord:
-        key = (wave.first_row, wave.num_rows, wave.at)
-        if key not in self._records:
-            layout, sizes = piece_layout(self.spec, wave.num_rows), bias_sizes(self.spec)
-            self._records[key] = PieceRecord.of(self.spec, layout, wave.at, wave.first_row, sizes)
-        return self._records[key]
+    def from_panels(
+        self, pieces: tuple[int, int, PackedAt], tiles: Tiles, packed: Packed, rows: Rows
+    ) -> None:
+        """The same of tiles alone; pieces: their first and number of rows of F, and where they lie."""
+        assert self.panels is not None
+        assert rows.h_NF is not None
+        if pieces not in self._records:
+            first_row, num_rows, at = pieces
+            layout, sizes = piece_layout(self.spec, num_rows), bias_sizes(self.spec)
+            self._records[pieces] = PieceRecord.of(self.spec, layout, at, first_row, sizes)
+        self.panels.panels(
+            self._records[pieces],
+            tiles,
+            packed.blobs_B,
+            packed.biases,
+            rows.x_TD,
+            rows.tokens_N,
+            rows.h_NF,
+            rows.v_ND,
+        )
 
     def unpack(self, wave: Wave, blobs_B: Tensor) -> tuple[Tensor, Tensor]:
         """in_nUFD [n, U * F16, Dpad] and down_nDF [n, D16, Fpad], in scratch; then the blobs may change."""

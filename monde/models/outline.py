@@ -17,6 +17,7 @@ from monde.executors.prefill_size import NUM_BUFFERS, LayerPieces, PrefillSize
 from monde.executors.zero_copy import can_read_from_host
 from monde.models.configuration import read_configuration, refuse_quantised
 from monde.models.experts import find_experts
+from monde.models.gpu_attention import kv_passes
 from monde.models.halves import Halves, halves_of
 from monde.models.loading import model_class
 from monde.models.sizing import TOPK_NAMES, attended_values, heads_of, model_size, shape_of, topk_of
@@ -119,7 +120,7 @@ def outline_of(
         dense_read_bytes=size.dense_bytes - (0 if tied else embedding.nbytes),
         dense_bytes_per_weight=embedding.element_size(),
         kv_bytes_per_token=attended_values(text_config, _WITHOUT_ATTENTION) * dtype.itemsize,
-        kv_repeats=heads.num_repeats,
+        kv_passes=kv_passes(model, heads.num_repeats),
         attention_dim=heads.num_heads * heads.head_dim,
         decode_tokens=MAX_DECODE_TOKENS,
         chunk_tokens=PrefillSize.of(

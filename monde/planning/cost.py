@@ -50,6 +50,11 @@ class ExpertShape:
         return 2.0 * self.num_weights
 
     @property
+    def reads_panels(self) -> bool:
+        """Whether a GPU multiplies long prompts straight from these experts' panels: bf16 by bf16."""
+        return self.weight_format == "bf16" and self.act_bytes_per_value == 2
+
+    @property
     def act_bytes_per_token(self) -> int:
         """Of one way: the input, or the output."""
         return self.d_model * self.act_bytes_per_value

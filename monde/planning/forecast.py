@@ -26,10 +26,6 @@ from monde.planning.split import Load, best_split
 from monde.planning.staging import Staging
 
 RESOURCES = ("host", "bus", "GPU", "launches")
-# Keys and values a GPU reads and writes for those it holds, per query head that shares them: transformers repeats them
-# for every head and torch's attention of one query goes over them again. On an H100 a step of 16 sequences of 576
-# tokens, 8 query heads a pair of key and value, takes 10.1 ms more than of one, 35 times what reading 0.85 GB takes.
-_KV_PASSES = 4.4
 _SMALL_CHANGE = 1.1
 _StepTime = Callable[[HardwareProfile], float]
 
@@ -54,7 +50,8 @@ class MoeLayer:
 class ModelOutline:
     """What a forecast needs to know of a model and of what runs it.
 
-    dense_read_bytes: dense weights that every step reads. kv_repeats: query heads that share a key and value.
+    dense_read_bytes: dense weights that every step reads. kv_passes: how often a step on a GPU goes over the keys and
+    values that it holds.
     attention_dim: query heads times the dim of one. decode_tokens: the most that decode's kernels take in a step.
     chunk_tokens: of a prompt at once, every chunk reads its experts anew. is_captured: whether a decode step becomes a
     graph, if it is one of so few tokens.
@@ -65,7 +62,7 @@ class ModelOutline:
     dense_read_bytes: int
     dense_bytes_per_weight: int
     kv_bytes_per_token: int
-    kv_repeats: int
+    kv_passes: float
     attention_dim: int
     decode_tokens: int
     chunk_tokens: int
@@ -207,7 +204,7 @@ def dense_decode_s(
 ) -> float:
     """Everything but experts of a step: one token for each of `batch` sequences of `context` tokens."""
     # Attention on the host reads keys and values where they lie, once.
-    passes = 1.0 if machine.gpu is None else _KV_PASSES * model.kv_repeats
+    passes = 1.0 if machine.gpu is None else model.kv_passes
     kv_bytes = passes * model.kv_bytes_per_token * batch * context
     kernels_s = _kernels_s(model, machine, batch, model.dense_read_bytes + kv_bytes)
     if machine.gpu is None:
@@ -301,6 +298,8 @@ def _prompt_layer(
         return _Ends(0.0, host_s)
     resident_E = placement.slot_E >= 0
     prompt = machine.gpu.prompt
+    if resident_E.all() and layer.shape.reads_panels:  # nothing is planned, and Python waits for nothing
+        return _Ends(prompt.resident_s, float(cost.resident_s(tokens_E).sum()))
     ahead = certain_fetches(tokens_E.astype(np.float64), resident_E, num_tokens, cost, layer.num_ahead)
     resident_E[ahead] = True
     busy_s = max(0.0, len(ahead) * float(cost.copy_s()) - prompt.plan_s - between_s)

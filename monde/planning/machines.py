@@ -30,7 +30,7 @@ BLOCK_OVERHEAD_S = 106e-6
 DECODE_LAYER_S = 19e-6
 # Layers of 512 tokens, all resident, take 1.4 ms there, of which 0.4 read the weights. On an H200 four tenths of the
 # rest come before anything starts; host and bus take this much longer than their experts.
-PROMPT_LAUNCHES = PromptLaunches(0.4e-3, 0.6e-3, 0.45e-3, 0.45e-3)
+PROMPT_LAUNCHES = PromptLaunches(0.4e-3, 0.6e-3, 0.45e-3, 0.45e-3, 0.35e-3)
 # 48 to 56 ms for a step of 48 blocks without experts that Python launches, whatever the GPU does with it.
 EAGER_BLOCK_S = 1.05e-3
 # A call of a bank from Python, and a replayed step of four blocks beside them, on an H200.

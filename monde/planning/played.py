@@ -91,6 +91,10 @@ def schedule_of(
         resident_E = placement.slot_E >= 0
         if is_decode:
             done = _decode_layer(builder, l, layer, tokens_E, resident_E, num_tokens, cost, dense)
+        elif resident_E.all() and layer.shape.reads_panels:
+            launched = builder.add(f"launches {l}", Resource.LAUNCHES, cost.gpu.prompt.resident_s, [dense])
+            gemm_s = float(cost.resident_s(tokens_E).sum())
+            done = [launched, builder.add(f"residents {l}", Resource.GPU, gemm_s, [dense])]
         else:
             load = Load(tokens_E, resident_E, num_tokens, cut_granule=64)
             slot_E = placement.slot_E

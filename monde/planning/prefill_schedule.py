@@ -149,8 +149,10 @@ class PrefillTasks:
             self._add("bus busy", Resource.PCIE_UP, load.bus_busy_s, first)
         if split.lead_s > 0:
             self._leads = (self._add("lead", Resource.LAUNCHES, split.lead_s, first),)
-        # One keeps the bus busy for longer than it takes to launch the host.
-        self._fetch(limit=len(self._staged) + 1)
+        # One keeps the bus busy for longer than it takes to launch the host, and so may what was fetched ahead.
+        num_staged, incoming = len(self._staged), self._incoming
+        if len(incoming) > num_staged and load.bus_busy_s < self._seconds.copy(incoming[num_staged]):
+            self._fetch(limit=num_staged + 1)
         self._done.extend(self._leads)
         on_host_E = split.where_E == _HOST
         if on_host_E.any():

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from monde.planning.fit import AlphaBeta
 
-PROFILE_VERSION = 5
+PROFILE_VERSION = 6
 _AT_THE_ROOF = 0.1  # measured rates this close to the memory's are taken for limited by it
 
 
@@ -120,16 +120,18 @@ class PromptLaunches:
 
     plan_s: before anything of the layer can start. layer_s: before the products, while bus and host work. What holds a
     side up besides, before it begins and after it ends: host_s the host, where it takes part, fetch_s the bus.
+    resident_s: all of it where nothing is planned, because every expert of the layer has a slot.
     """
 
     plan_s: float
     layer_s: float
     host_s: float
     fetch_s: float
+    resident_s: float
 
     @classmethod
     def none(cls) -> PromptLaunches:
-        return cls(0.0, 0.0, 0.0, 0.0)
+        return cls(0.0, 0.0, 0.0, 0.0, 0.0)
 
     def faster(self, factor: float) -> PromptLaunches:
         return PromptLaunches(*(seconds / factor for seconds in astuple(self)))

@@ -1,4 +1,4 @@
-"""Layers of prompts: products alone, and whole calls on the three ways, with the CPU in the GPU's place."""
+"""Layers of prompts: products alone, and whole calls on every way, with the CPU in the GPU's place."""
 
 from __future__ import annotations
 
@@ -43,11 +43,16 @@ def test_every_way_of_a_layer_is_timed() -> None:
     assert 0 <= launches.host_s < 1  # Python on a busy machine, taken off a call, may be all of it
     assert 0 <= launches.fetch_s < 1
     assert layers.launches(samples, host_s=8.0, copies_s=8.0).host_s == 0
-    fetching, on_slots = layers.layers[False], layers.layers[True]
-    assert fetching.num_fetched_pairs > 0
-    layers.probes()[1].run()  # on the host
-    assert fetching.totals.num_pairs > 0
-    assert fetching.num_resident_pairs == on_slots.num_fetched_pairs == on_slots.totals.num_pairs == 0
+    assert 0 < launches.resident_s < 1
+    fetched, on_host, *on_slots = (
+        layers.layers[way] for way in ("fetched", "on the host", "resident", "resident, nothing planned")
+    )
+    assert fetched.num_fetched_pairs > 0
+    assert on_host.totals.num_pairs > 0
+    assert fetched.num_resident_pairs == fetched.totals.num_pairs == on_host.num_resident_pairs == 0
+    for executor in on_slots:
+        assert executor.num_resident_pairs > 0
+        assert executor.num_fetched_pairs == executor.totals.num_pairs == 0
     layers.close()
     bank.close()
 

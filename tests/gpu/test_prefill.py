@@ -311,3 +311,64 @@ def test_whole_models(name: str, share: float) -> None:
     counters = model.monde.counters()
     assert (counters.num_resident_pairs == counters.num_pairs) == (share == 1)
     model.monde.close()
+
+
+@pytest.mark.parametrize("num_experts", [1, 9, 128, 1000])
+def test_layers_that_need_no_plan_are_laid_out_as_planned(num_experts: int) -> None:
+    """Begins and tiles are those that Python makes of the same counts, and the pairs are counted."""
+    from monde.device.kernels.prefill import PrefillKernels
+    from monde.executors.pieces import PackedAt
+    from monde.executors.waves import Order, Wave, tiles_of
+
+    rng = np.random.default_rng(num_experts)
+    kernels = PrefillKernels(
+        torch.bfloat16, torch.bfloat16, GPU, lambda array: torch.from_numpy(array).cuda()
+    )
+    slot_E, pairs = rng.permutation(num_experts), torch.zeros(1, dtype=torch.int64, device=GPU)
+    slots = torch.from_numpy(np.append(slot_E, -1)).int().cuda()
+    num_pairs = 0
+    for most in (0, 3, 200, 700):
+        counts_E = rng.integers(0, most + 1, num_experts) * (rng.random(num_experts) < 0.7)
+        begin_E, tiles_4 = kernels.lay_out(
+            torch.from_numpy(counts_E).cuda(), slots, 4096, pairs, int(counts_E.sum()) + 17
+        )
+        order = Order.of(np.arange(num_experts), counts_E)
+        wave = Wave.of(
+            np.arange(num_experts),
+            (0, 96),
+            PackedAt(0, 0, 0),
+            slot_E.astype(np.int64) * 4096,
+            slot_E.astype(np.int64),
+            order,
+        )
+        want, (num_tiles,) = tiles_of([wave])
+        assert begin_E.tolist() == order.begin_E.tolist()
+        assert tiles_4[:num_tiles].tolist() == want.tolist()
+        assert (tiles_4[num_tiles:, 2] == 0).all()
+        num_pairs += int(counts_E.sum())
+        assert pairs.item() == num_pairs
+
+
+def test_layers_that_need_no_plan_do_not_hold_python_up(pool: Any) -> None:
+    """Python launches one after the other while the device is busy; pairs are counted all the same."""
+    spec = ExpertSpec(16, 64, 96)
+    layers = build([spec] * 2, [list(range(16))] * 2, GPU, pool=pool)
+    batch = routed(make_batch(np.random.default_rng(3), spec, 300, 4, "bf16"), GPU)
+    executor = layers.executors[0]
+    want = executor.forward(batch)
+    executor.hub.reads_counts = True
+    planned = executor.forward(batch)
+    executor.hub.reads_counts = False
+    assert torch.equal(want, planned), "rows of a tile are computed alike"
+    executor.reset_totals()
+    torch.cuda.synchronize()
+    busy = torch.cuda.Event()
+    torch.cuda._sleep(int(2e9))  # about a second
+    busy.record()
+    start_s = time.perf_counter()
+    y_TD = executor.forward(batch)
+    assert not busy.query(), "it waited for the device"
+    assert time.perf_counter() - start_s < 0.5
+    assert torch.equal(y_TD, want)
+    assert executor.num_resident_pairs == int((batch.topk_weights_TK != 0).sum())
+    layers.close()

@@ -30,7 +30,7 @@ SHAPE = ExpertShape(2048, 768)
 H200 = DESCRIBED["h200"]
 UNIFORM = np.full(128, 1 / 128)
 QWEN3_30B = ModelOutline(
-    (MoeLayer(SHAPE, 8, UNIFORM, num_ahead=14),) * 48, 48, 2_460_000_000, 2, 98_304, 8, 4096, 64, 4096
+    (MoeLayer(SHAPE, 8, UNIFORM, num_ahead=14),) * 48, 48, 2_460_000_000, 2, 98_304, 1.0, 4096, 64, 4096
 )
 
 
@@ -159,3 +159,12 @@ def test_one_more_channel_is_that_share_of_the_host() -> None:
     assert more.host_expert.bytes_per_s == pytest.approx(1.5 * laptop.host_expert.bytes_per_s)
     assert more.host_expert.flops_per_s.y[-1] == laptop.host_expert.flops_per_s.y[-1]
     assert with_one_more_channel(H200) is None
+
+
+def test_a_prompt_of_residents_alone_waits_for_no_plan() -> None:
+    """Where all experts have slots Python's part is short, and the GPU's products are what counts."""
+    assert H200.gpu is not None
+    prompt = dataclasses.replace(H200.gpu.prompt, plan_s=1.0, layer_s=1.0)
+    slow = dataclasses.replace(H200, gpu=dataclasses.replace(H200.gpu, prompt=prompt))
+    assert forecast_prefill(QWEN3_30B, placed(128), slow, 512).step_s < 1
+    assert forecast_prefill(QWEN3_30B, placed(127), slow, 512).step_s > 48

@@ -51,7 +51,7 @@ def test_another_machine_or_version_is_refused(tmp_path: Path) -> None:
         HardwareProfile.load(path, DESCRIBED["laptop-4060"].machine)
     data = json.loads(path.read_text())
     path.write_text(json.dumps({**data, "version": 99}))
-    with pytest.raises(ValueError, match="profile version 99, expected 5"):
+    with pytest.raises(ValueError, match="profile version 99, expected 6"):
         HardwareProfile.load(path)
     path.write_text(json.dumps({**data, "host_read": {}}))
     with pytest.raises(ValueError, match="damaged hardware profile"):

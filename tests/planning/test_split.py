@@ -44,7 +44,7 @@ def costs(draw: st.DrawFn, gpu_expert: ExpertRate | None = None) -> CostModel:
         gpu_while_copying=draw(overlap),
         block_overhead_s=0.0,
         decode_layer_s=0.0,
-        prompt=PromptLaunches(0.0, *(draw(st.sampled_from([0.0, 1e-3, 0.1])) for _ in range(3))),
+        prompt=PromptLaunches(0.0, *(draw(st.sampled_from([0.0, 1e-3, 0.1])) for _ in range(3)), 0.0),
     )
     profile = dataclasses.replace(DESCRIBED["h200"], host_expert=draw(experts), gpu=gpu)
     return CostModel(profile, SHAPE)
@@ -195,7 +195,7 @@ def test_nothing_is_fetched_or_cut_for_less_than_its_launch_takes() -> None:
     assert described.gpu is not None
     load = Load(np.array([90, 30, 9]), np.zeros(3, bool), 90, 64)
     for fetch_s, is_worth_it in ((0.0, True), (1e-3, False)):
-        gpu = dataclasses.replace(described.gpu, prompt=PromptLaunches(0.0, 0.0, 0.0, fetch_s))
+        gpu = dataclasses.replace(described.gpu, prompt=PromptLaunches(0.0, 0.0, 0.0, fetch_s, 0.0))
         cost = CostModel(dataclasses.replace(described, gpu=gpu), ExpertShape(2048, 768))
         split = best_split(load, cost)
         assert (split.copy_s > 0) == is_worth_it

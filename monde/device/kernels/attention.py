@@ -75,7 +75,7 @@ def can_attend(query_BHTC: Tensor, key_BNSC: Tensor, value_BNSV: Tensor, mask: T
     tensors = (query_BHTC, key_BNSC, value_BNSV)
     if T != 1 or S == 0 or H % N or query_BHTC.dtype not in DTYPES:
         return False
-    if any(dim % _VECTOR or dim > MAX_DIM for dim in (C, value_BNSV.shape[-1])):
+    if not takes_dim(C) or not takes_dim(value_BNSV.shape[-1]):
         return False
     if any(not x.is_cuda or x.dtype is not query_BHTC.dtype or not _in_vectors(x) for x in tensors):
         return False
@@ -83,6 +83,10 @@ def can_attend(query_BHTC: Tensor, key_BNSC: Tensor, value_BNSV: Tensor, mask: T
         return True
     fits = mask.shape[0] in (1, B) and mask.shape[1:] == (1, 1, S)
     return fits and mask.dtype is torch.bool and mask.stride(-1) == 1
+
+
+def takes_dim(dim: int) -> bool:
+    return dim % _VECTOR == 0 and dim <= MAX_DIM
 
 
 def _in_vectors(x: Tensor) -> bool:

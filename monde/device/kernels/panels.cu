@@ -19,7 +19,7 @@ struct Stage {
   uint4 lines[kPanelWarps][4][32];     // of a lane: four pieces of lines
 };
 
-// Of one expert's rows; offset: its bytes from the beginning of the blobs; expert: its row of the biases.
+// Of one expert's rows, none where num_rows is 0; offset: its bytes from the beginning of the blobs; expert: its row of the biases.
 struct Tile {
   i64 offset, first_row, num_rows, expert;
 };
@@ -105,6 +105,7 @@ extern "C" __global__ void __launch_bounds__(kPanelThreads, 2)
   extern __shared__ uint4 shared[];
   Stage* stages = reinterpret_cast<Stage*>(shared);
   const Tile tile = tiles[blockIdx.x];
+  if (tile.num_rows <= 0) return;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
   const int unit = blockIdx.y * kPanelWarps + warp, num_units = gated ? num_panels : (num_panels + 1) / 2;
   const u16* rows[kTileRows / 32];
@@ -173,6 +174,7 @@ extern "C" __global__ void __launch_bounds__(kPanelThreads, 2)
   extern __shared__ uint4 shared[];
   Stage* stages = reinterpret_cast<Stage*>(shared);
   const Tile tile = tiles[blockIdx.x];
+  if (tile.num_rows <= 0) return;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
   const int unit = blockIdx.y * kPanelWarps + warp;
   const u16* rows[kTileRows / 32];

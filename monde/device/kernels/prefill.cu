@@ -36,7 +36,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Ids and pairs per expert: known_TK = id, or E where the pair counts for nothing; counts_E lies in pinned memory.
+// Ids and pairs per expert: known_TK = id, or E where the pair counts for nothing; counts_E may lie in pinned memory.
 // One block, and so is `place`: some tens of pairs a thread.
 extern "C" __global__ void __launch_bounds__(kSortThreads)
     count(const i64* ids_TK, const float* weights_TK, i64* known_TK, i64* counts_E, int num_pairs, int E) {
@@ -67,6 +67,36 @@ extern "C" __global__ void __launch_bounds__(kSortThreads)
     position_TK[r] = position;
     if (here) tokens_N[position] = r / K;
   }
+}
+
+// What Python says where it knows the counts, of a layer whose experts all have slots: begin_E, and for panels.cu the
+// tiles as in executors/waves.py, up to max_tiles, those that are left without rows. slot_bytes: from one to the next.
+// *num_pairs grows by the pairs. One block.
+extern "C" __global__ void __launch_bounds__(kSortThreads)
+    lay_out(const i64* counts_E, const int* slot_of_expert_E, i64 slot_bytes, i64* begin_E, i64* tiles_4, i64* num_pairs,
+            int max_tiles, int tile_rows, int E) {
+  __shared__ int rows_E[kSortThreads], tiles_E[kSortThreads];
+  const int e = threadIdx.x, count = e < E ? int(counts_E[e]) : 0, num_tiles = (count + tile_rows - 1) / tile_rows;
+  rows_E[e] = count, tiles_E[e] = num_tiles;
+  __syncthreads();
+  for (int step = 1; step < kSortThreads; step *= 2) {
+    const int rows = e >= step ? rows_E[e - step] : 0, tiles = e >= step ? tiles_E[e - step] : 0;
+    __syncthreads();
+    rows_E[e] += rows, tiles_E[e] += tiles;
+    __syncthreads();
+  }
+  const int begin = rows_E[e] - count, first = tiles_E[e] - num_tiles;
+  if (e < E) begin_E[e] = begin;
+  if (e == 0) *num_pairs += rows_E[kSortThreads - 1];
+  const int per_tile = num_tiles ? (count + num_tiles * 16 - 1) / (num_tiles * 16) * 16 : 0;  // an mma takes 16
+  for (int i = 0; i < num_tiles; ++i) {
+    i64* tile = tiles_4 + i64(first + i) * 4;
+    tile[0] = slot_of_expert_E[e] * slot_bytes;
+    tile[1] = begin + i * per_tile;
+    tile[2] = min(per_tile, count - i * per_tile);
+    tile[3] = slot_of_expert_E[e];
+  }
+  for (int i = tiles_E[kSortThreads - 1] + e; i < max_tiles; i += kSortThreads) tiles_4[i64(i) * 4 + 2] = 0;
 }
 
 // h [rows, F] = act(in[:, :F], in[:, F:]), or of in [rows, F] alone. F is a multiple of 4.

@@ -102,7 +102,8 @@ def _functions(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> dict[str, Any
 
     module = cupy.RawModule(code=prefill_source(), options=compile_options(x_dtype, weight_dtype))
     functions = {
-        name: module.get_function(name) for name in ("unpack", "hidden", "combine", "count", "place")
+        name: module.get_function(name)
+        for name in ("unpack", "hidden", "combine", "count", "lay_out", "place")
     }
     if x_dtype is weight_dtype is torch.bfloat16:
         for name in ("panels_in", "panels_down"):
@@ -135,7 +136,7 @@ class PrefillKernels:
 
     # ---- pairs ----
     def count(self, ids_TK: Tensor, weights_TK: Tensor, counts_E: Tensor) -> Tensor:
-        """int64 known ids, E for a pair that counts for nothing; pairs per expert into counts_E, pinned, int64."""
+        """int64 known ids, E for a pair that counts for nothing; pairs per expert into counts_E, int64, pinned or not."""
         known_TK, num_experts = torch.empty_like(ids_TK), len(counts_E)
         assert num_experts <= MAX_EXPERTS, num_experts
         with current_stream(self.device):
@@ -152,6 +153,34 @@ class PrefillKernels:
                 ),
             )
         return known_TK
+
+    def lay_out(
+        self, counts_E: Tensor, slot_of_expert_E: Tensor, slot_bytes: int, num_pairs_1: Tensor, max_pairs: int
+    ) -> tuple[Tensor, Tensor]:
+        """begin_E and tiles [max_tiles, 4] of a layer whose experts all have slots; the pairs are added to num_pairs_1.
+
+        counts_E on the device, of max_pairs at most. slot_of_expert_E: int32.
+        """
+        num_experts = len(counts_E)
+        max_tiles = max_pairs // TILE_ROWS + min(num_experts, max_pairs)
+        begin_E, tiles_4 = counts_E.new_empty(num_experts), counts_E.new_empty(max_tiles, 4)
+        with current_stream(self.device):
+            self._of_x["lay_out"](
+                (1,),
+                (_SORT_THREADS,),
+                (
+                    counts_E.data_ptr(),
+                    slot_of_expert_E.data_ptr(),
+                    np.int64(slot_bytes),
+                    begin_E.data_ptr(),
+                    tiles_4.data_ptr(),
+                    num_pairs_1.data_ptr(),
+                    np.int32(max_tiles),
+                    np.int32(TILE_ROWS),
+                    np.int32(num_experts),
+                ),
+            )
+        return begin_E, tiles_4
 
     def place(self, known_TK: Tensor, begin_E: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
         """position_TK, num_rows for pairs that others compute, and tokens_N; begin_E is -1 for those."""

@@ -77,7 +77,11 @@ def can_rotate(q_BHTC: Tensor, k_BNTC: Tensor, cos_BTC: Tensor, sin_BTC: Tensor)
     B, _, T, C = q_BHTC.shape
     if k_BNTC.shape[0] != B or k_BNTC.shape[2:] != (T, C) or q_BHTC.numel() == 0:
         return False
-    if cos_BTC.shape[0] not in (1, B) or cos_BTC.shape[1:] != (T, C) or _strides(cos_BTC) != _strides(sin_BTC):
+    if (
+        cos_BTC.shape[0] not in (1, B)
+        or cos_BTC.shape[1:] != (T, C)
+        or _strides(cos_BTC) != _strides(sin_BTC)
+    ):
         return False
     return C % (2 * (16 // q_BHTC.element_size())) == 0 and _in_vectors(*tensors)
 
