@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from monde.device.kernels.step import can_normalise, normalise
+
 _EPS_NAMES = ("variance_epsilon", "eps")
 
 
@@ -30,6 +32,9 @@ class FusedRMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Any:
         if x.dtype != self.weight.dtype:
             return self._plain.forward(self, x)
+        as_is = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if not as_is and can_normalise(x, self.weight):
+            return normalise(x, self.weight, self._eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self._eps)
 
     def extra_repr(self) -> str:

@@ -6,13 +6,15 @@ import torch
 from torch import nn
 
 from monde.models.gpu_attention import speed_up_decode_attention
+from monde.models.gpu_dense import speed_up_dense_steps
 from monde.models.rotary import fuse_rotary
 from monde.models.routers import fuse_routers
 
 
 def speed_up_on_gpu(model: nn.Module, device: torch.device) -> None:
-    """Attention of decode steps, rotary embeddings and routers; nothing where the model's device is no GPU."""
+    """Attention and dense layers of decode steps, rotary embeddings, routers; nothing where the device is no GPU."""
     if device.type == "cuda":
         speed_up_decode_attention(model, device)
+        speed_up_dense_steps(model)
         fuse_rotary(model)
         fuse_routers(model)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from monde.device.kernels.step import can_choose, choose
+from monde.models.gpu_dense import linear
 
 
 class Choice(NamedTuple):
@@ -36,7 +37,7 @@ class _InOneLaunch:
     def forward(self, x: Tensor) -> Any:
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.dtype is not self.weight.dtype:
             return super().forward(x)  # type: ignore[misc]
-        logits_TE = F.linear(x.reshape(-1, self.weight.shape[1]), self.weight)
+        logits_TE = linear(x.reshape(-1, self.weight.shape[1]), self.weight)
         num_topk, normalises, score_dtype = self._choice
         if not can_choose(logits_TE, num_topk, score_dtype):
             return super().forward(x)  # type: ignore[misc]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import StaticCache
 
@@ -19,7 +20,18 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 if torch.cuda.is_available():
-    from monde.device.kernels.step import append, can_append, can_choose, can_rotate, choose, rotate
+    from monde.device.kernels.step import (
+        append,
+        can_append,
+        can_choose,
+        can_normalise,
+        can_project,
+        can_rotate,
+        choose,
+        normalise,
+        project,
+        rotate,
+    )
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -157,6 +169,66 @@ def test_scores_without_sense_still_name_experts() -> None:
     assert all(len(row.unique()) == 4 for row in ids)
 
 
+# ---- normalise ----
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 2048), (2, 1, 32, 128), (3, 520), (1, 8), (70, 64), (5, 5120)], ids=str
+)
+def test_normalise_is_the_norm_rounded_once(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, weight = random(*shape, dtype=dtype), random(shape[-1], dtype=dtype)
+    assert can_normalise(x, weight)
+    y = normalise(x, weight, 1e-5)
+    want = F.rms_norm(x.double(), weight.shape, weight.double(), 1e-5)
+    info = torch.finfo(dtype)
+    slack = info.eps / 2 + (shape[-1] + 8) * 2**-24
+    assert y.dtype == dtype
+    assert ((y.double() - want).abs() <= slack * want.abs() + info.smallest_normal * info.eps).all()
+
+
+# ---- project ----
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize(
+    "shape",  # tokens, D, F
+    [
+        ((1, 1), 2048, 4096),
+        ((1,), 2048, 128),
+        ((4, 1), 4096, 130),
+        ((3,), 8, 1),
+        ((2, 1), 520, 33),
+        ((1, 1), 14336, 64),
+    ],
+    ids=str,
+)
+def test_products_of_few_tokens(shape: Any, with_bias: bool, dtype: torch.dtype) -> None:
+    tokens, D, num_out = shape
+    x, weight = random(*tokens, D, dtype=dtype), random(num_out, D, dtype=dtype)
+    bias = random(num_out, dtype=dtype) if with_bias else None
+    assert can_project(x, weight, bias)
+    y = project(x, weight, bias)
+    want, terms = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
+    if bias is not None:
+        want, terms = want + bias.double(), terms + bias.double().abs()
+    half = torch.finfo(dtype).eps / 2
+    assert y.shape == want.shape
+    assert ((y.double() - want).abs() <= half * want.abs() + (D + 8) * 2**-24 * terms).all()
+
+
+def test_other_products_are_left_to_the_library() -> None:
+    x, weight = random(2, 64, dtype=torch.bfloat16), random(16, 64, dtype=torch.bfloat16)
+    assert can_project(x, weight, None)
+    for other in (
+        (x.float(), weight.float(), None),
+        (x.float(), weight, None),
+        (x[:, :60], weight[:, :60], None),
+        (x, weight, random(16)),
+        (random(5, 64, dtype=torch.bfloat16), weight, None),
+        (x[:0], weight, None),
+        (x, weight.T.contiguous().T, None),
+    ):
+        assert not can_project(*other)
+
+
 # ---- a model ----
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @torch.inference_mode()
@@ -166,6 +238,8 @@ def test_a_model_uses_them(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) 
         ("rotary", "rotate", rotate),
         ("routers", "choose", choose),
         ("decode_cache", "append", append),
+        ("norms", "normalise", normalise),
+        ("gpu_dense", "project", project),
     ):
 
         def told(*args: Any, name: str = name, kernel: Any = kernel) -> Any:
@@ -185,7 +259,8 @@ def test_a_model_uses_them(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) 
     model = monde.offload(original, gpu_memory="1GiB", max_batch=2, max_context=80)
     got = model.generate(ids, **settings)
     in_vectors = model.config.head_dim % (32 // dtype.itemsize) == 0
-    assert called == {"choose", "append"} | ({"rotate"} if in_vectors else set())
+    expected = {"choose", "append", "normalise"} | ({"rotate"} if in_vectors else set())
+    assert called == expected | (set() if dtype is torch.float32 else {"project"})
     if dtype is torch.float32:
         assert torch.equal(got, want)
     assert model._decode_runner.num_replays > 0

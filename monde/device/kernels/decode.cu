@@ -229,35 +229,42 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 struct Group {
   const u8* blob;
   int slot, num_panels, first, count;  // slot of biases, which experts on the host have not here; panels of F
+  bool is_resident;
 };
 
-__device__ Group group_at(const Layer* layer, int g) {
+// False where there is no group g. Everything is read at once: one wait for memory before the weights, not two.
+__device__ bool group_at(const Layer* layer, int g, Group& group) {
   const int* first_G = reinterpret_cast<const int*>(layer->group_first_G);
+  const int num_groups = *reinterpret_cast<const int*>(layer->num_groups), first = first_G[g], count = first_G[g + 1] - first;
   const int place = reinterpret_cast<const int*>(layer->group_slot_G)[g], expert = place - int(layer->num_slots);
-  const int first = first_G[g], count = first_G[g + 1] - first;
-  if (expert < 0)
-    return {reinterpret_cast<const u8*>(layer->blobs_SB) + place * layer->blob_bytes, place, int(layer->num_f_panels),
-            first, count};
+  if (g >= num_groups) return false;
+  if (expert < 0) {
+    group = {reinterpret_cast<const u8*>(layer->blobs_SB) + place * layer->blob_bytes, place, int(layer->num_f_panels),
+             first, count, true};
+    return true;
+  }
   const int* place_of_expert_E = reinterpret_cast<const int*>(layer->place_of_expert_E);
   const i64 host_place = place_of_expert_E ? place_of_expert_E[expert] : expert;
-  return {reinterpret_cast<const u8*>(layer->host_blobs) + host_place * layer->host_blob_bytes, 0,
-          int(reinterpret_cast<const u64*>(layer->state)[STATE_SHARED_PANELS]), first, count};
+  group = {reinterpret_cast<const u8*>(layer->host_blobs) + host_place * layer->host_blob_bytes, 0,
+           int(reinterpret_cast<const u64*>(layer->state)[STATE_SHARED_PANELS]), first, count, false};
+  return true;
 }
 
 // Grid: (num_f_panels, or half of them where there is no gate; groups at most).
 extern "C" __global__ void __launch_bounds__(kThreads) gate_up(const __grid_constant__ Layer record, int num_topk) {
   const Layer* const layer = &record;
-  if (int(blockIdx.y) >= *reinterpret_cast<const int*>(layer->num_groups)) return;
   __shared__ Sums sums;
   __shared__ const XElement* rows[kRows];
-  const Group group = group_at(layer, blockIdx.y);
+  Group group;
+  if (!group_at(layer, blockIdx.y, group)) return;
   const int* pairs = reinterpret_cast<const int*>(layer->group_pairs_R) + group.first;
   const bool gated = layer->gated;
   const int num_panels = int(layer->num_f_panels), f_pad_k = int(layer->f_pad_k);
   const int panel = gated ? blockIdx.x : 2 * blockIdx.x;
   if (panel >= group.num_panels) return;
   const bool two = gated || panel + 1 < num_panels;
-  const u8* first = group.blob + panel * layer->in_unit_bytes;
+  const u8 *first = group.blob + panel * layer->in_unit_bytes, *second = first + (two ? layer->in_panel_bytes : 0);
+  if (group.is_resident) start_reading(first, second, int(layer->d_pad_k) / kTile);
   const float* gate_bias = layer->gate_bias_SF ? reinterpret_cast<const float*>(layer->gate_bias_SF) : nullptr;
   const float* up_bias = layer->up_bias_SF ? reinterpret_cast<const float*>(layer->up_bias_SF) : nullptr;
   HElement* h_RF = reinterpret_cast<HElement*>(layer->h_RF);
@@ -267,7 +274,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) gate_up(const __grid_cons
       rows[threadIdx.x] = reinterpret_cast<const XElement*>(layer->x_TD) +
                           i64(pairs[begin + threadIdx.x] / num_topk) * layer->d_pad_k;
     __syncthreads();
-    product<X>(first, first + (two ? layer->in_panel_bytes : 0), int(layer->d_pad_k) / kTile, rows, num_rows, sums);
+    product<X>(first, second, int(layer->d_pad_k) / kTile, rows, num_rows, sums);
     __syncthreads();
     for (int i = threadIdx.x; i < num_rows * 16; i += kThreads) {
       const int row = i / 16, lane = i % 16;
@@ -291,15 +298,17 @@ extern "C" __global__ void __launch_bounds__(kThreads) gate_up(const __grid_cons
 // Grid: (half of num_d_panels, groups at most).
 extern "C" __global__ void __launch_bounds__(kThreads) down(const __grid_constant__ Layer record) {
   const Layer* const layer = &record;
-  if (int(blockIdx.y) >= *reinterpret_cast<const int*>(layer->num_groups)) return;
   __shared__ Sums sums;
   __shared__ const HElement* rows[kRows];
-  const Group group = group_at(layer, blockIdx.y);
+  Group group;
+  if (!group_at(layer, blockIdx.y, group)) return;
   const int* pairs = reinterpret_cast<const int*>(layer->group_pairs_R) + group.first;
   const int num_panels = int(layer->num_d_panels), panel = 2 * blockIdx.x;
   const bool two = panel + 1 < num_panels;
   const u8* first = group.blob + layer->down_offset_bytes + panel * layer->down_panel_bytes;
+  const u8* second = first + (two ? layer->down_panel_bytes : 0);
   const int num_tiles = (group.num_panels * 16 + kTile - 1) / kTile;
+  if (group.is_resident) start_reading(first, second, num_tiles);
   const float* bias = layer->down_bias_SD ? reinterpret_cast<const float*>(layer->down_bias_SD) : nullptr;
   float* v_RD = reinterpret_cast<float*>(layer->v_RD);
   for (int begin = 0; begin < group.count; begin += kRows) {
@@ -308,14 +317,14 @@ extern "C" __global__ void __launch_bounds__(kThreads) down(const __grid_constan
       rows[threadIdx.x] =
           reinterpret_cast<const HElement*>(layer->h_RF) + i64(pairs[begin + threadIdx.x]) * layer->f_pad_k;
     __syncthreads();
-    product<kHidden>(first, first + (two ? layer->down_panel_bytes : 0), num_tiles, rows, num_rows, sums);
+    product<kHidden>(first, second, num_tiles, rows, num_rows, sums);
     __syncthreads();
     for (int i = threadIdx.x; i < num_rows * 32; i += kThreads) {
-      const int row = i / 32, second = i / 16 % 2, lane = i % 16;
-      if (second && !two) continue;
-      const int d = (panel + second) * 16 + lane;
+      const int row = i / 32, half = i / 16 % 2, lane = i % 16;
+      if (half && !two) continue;
+      const int d = (panel + half) * 16 + lane;
       const float b = bias ? bias[i64(group.slot) * num_panels * 16 + d] : 0.f;
-      v_RD[i64(pairs[begin + row]) * num_panels * 16 + d] = sum_of_warps(sums, row, second, lane) + b;
+      v_RD[i64(pairs[begin + row]) * num_panels * 16 + d] = sum_of_warps(sums, row, half, lane) + b;
     }
     __syncthreads();
   }

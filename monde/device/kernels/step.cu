@@ -1,16 +1,32 @@
 // What every family has between the products of a decode step, one launch each where torch has five to ten:
 //
-//   rotate   queries and keys turned by their positions' angles
-//   append   one key and value of every sequence into a static cache, whose length grows
-//   choose   softmax over experts, and the largest of it
+//   rotate      queries and keys turned by their positions' angles
+//   append      one key and value of every sequence into a static cache, whose length grows
+//   choose      softmax over experts, and the largest of it
+//   normalise   RMS norms
 //
-// Letters: B sequences, T tokens, H query heads, N key-value heads, C dims of a head, E experts, K experts a token.
+// and what libraries are slow at:
+//
+//   project     a product of one to four tokens and a matrix, at the rate that the matrix is read
+//
+// Letters: B sequences, T tokens, H query heads, N key-value heads, C dims of a head, E experts, K experts a token; for
+// products D inputs and F outputs.
 // `Rotation` and `Addition` come from step.py, which also puts elements.cuh in front. Of fp32 rounding follows torch,
 // which multiplies and adds apart.
 
 constexpr int kVector = 16 / sizeof(XElement);
 
 __device__ float rounded(float v) { return widen<X>(narrow<X>(v)); }
+
+struct alignas(16) Piece {
+  XElement v[kVector];
+};
+
+__device__ float sum_of_lanes(float v) {
+#pragma unroll
+  for (int step = 16; step; step /= 2) v += __shfl_xor_sync(0xffffffffu, v, step);
+  return v;
+}
 
 // y = x cos + (second half negated, first half) sin, every product rounded. A thread has kVector dims of the first half
 // and those that they turn with. cos_TC and sin_TC have a row for every sequence, or one for all.
@@ -30,9 +46,6 @@ extern "C" __global__ void __launch_bounds__(kThreads) rotate(const __grid_const
   const i64 angle = b * r.angle_row + t * r.angle_token;
   const XElement* cos = reinterpret_cast<const XElement*>(r.cos) + angle;
   const XElement* sin = reinterpret_cast<const XElement*>(r.sin) + angle;
-  struct alignas(16) Piece {
-    XElement v[kVector];
-  };
   const auto load = [&](const XElement* p, int half) {
     return *reinterpret_cast<const Piece*>(p + half * (r.dim / 2) + piece * kVector);
   };
@@ -93,8 +106,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int step = 16; step; step /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, step));
   for (int e = lane; e < num_experts; e += 32) total += p_E[e] = expf(p_E[e] - top);
-#pragma unroll
-  for (int step = 16; step; step /= 2) total += __shfl_xor_sync(0xffffffffu, total, step);
+  total = sum_of_lanes(total);
   for (int e = lane; e < num_experts; e += 32) p_E[e] /= total;
 
   // Rank after rank; lane k keeps the k-th, so K is at most 32. What is taken turns negative, and its lane looks again.
@@ -129,5 +141,74 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     else
       static_cast<u16*>(scores_TK)[at] = score_type == 1 ? narrow<1>(mine) : narrow<2>(mine);
     ids_TK[at] = my_id;
+  }
+}
+
+// y = weight * x / sqrt(mean(x^2) + eps), in fp32, rounded once. x and y [rows, D]. A warp has a row where there are
+// more warps than one (blockDim.y), else the block.
+extern "C" __global__ void __launch_bounds__(kThreads)
+    normalise(const XElement* x, const XElement* weight_D, XElement* y, i64 num_rows, int D, float eps) {
+  __shared__ float sums[kThreads / 32];
+  const i64 row = i64(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (row >= num_rows) return;  // whole warps, and of blocks with a row each none
+  const int num_pieces = D / kVector;
+  const Piece* from = reinterpret_cast<const Piece*>(x + row * D);
+  float sum = 0.f;
+  for (int i = threadIdx.x; i < num_pieces; i += blockDim.x) {
+    const Piece piece = from[i];
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) sum += widen<X>(piece.v[k]) * widen<X>(piece.v[k]);
+  }
+  sum = sum_of_lanes(sum);
+  if (blockDim.x > 32) {
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
+    __syncthreads();
+    sum = 0.f;
+    for (int i = 0; i < int(blockDim.x) / 32; ++i) sum += sums[i];
+  }
+  const float factor = rsqrtf(sum / D + eps);
+  for (int i = threadIdx.x; i < num_pieces; i += blockDim.x) {
+    const Piece piece = from[i], weight = reinterpret_cast<const Piece*>(weight_D)[i];
+    Piece result;
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) result.v[k] = narrow<X>(widen<X>(piece.v[k]) * factor * widen<X>(weight.v[k]));
+    reinterpret_cast<Piece*>(y + row * D)[i] = result;
+  }
+}
+
+constexpr int kProjectTokens = 4, kProjectThreads = 128, kAhead = 8;  // pieces of a row that are under way at once
+
+// y_TF = x_TD weight_FD^T + bias_F, summed in fp32; bias_F may be null. A warp has an output of every token.
+extern "C" __global__ void __launch_bounds__(kProjectThreads)
+    project(const XElement* x_TD, const XElement* weight_FD, const XElement* bias_F, XElement* y_TF, int T, int F, int D) {
+  const int lane = threadIdx.x % 32, f = blockIdx.x * (kProjectThreads / 32) + threadIdx.x / 32;
+  if (f >= F) return;
+  const int num_pieces = D / kVector;
+  const Piece* weight = reinterpret_cast<const Piece*>(weight_FD + i64(f) * D);
+  const Piece* x = reinterpret_cast<const Piece*>(x_TD);
+  float sums[kProjectTokens] = {};
+  for (int first = lane; first < num_pieces; first += 32 * kAhead) {
+    uint4 w[kAhead];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j)
+      w[j] = first + 32 * j < num_pieces ? load_once(weight + first + 32 * j) : uint4{0, 0, 0, 0};
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      const int i = first + 32 * j;
+      if (i >= num_pieces) break;
+      const Piece& piece = reinterpret_cast<const Piece&>(w[j]);
+#pragma unroll
+      for (int t = 0; t < kProjectTokens; ++t) {
+        if (t >= T) break;
+        const Piece of_x = x[i64(t) * num_pieces + i];
+#pragma unroll
+        for (int k = 0; k < kVector; ++k) sums[t] += widen<X>(piece.v[k]) * widen<X>(of_x.v[k]);
+      }
+    }
+  }
+#pragma unroll
+  for (int t = 0; t < kProjectTokens; ++t) {
+    const float sum = sum_of_lanes(sums[t]);
+    if (lane == 0 && t < T) y_TF[i64(t) * F + f] = narrow<X>(sum + (bias_F ? widen<X>(bias_F[f]) : 0.f));
   }
 }

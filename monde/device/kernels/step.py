@@ -1,7 +1,7 @@
 """step.cu as calls over tensors; compiled for the current device at first use.
 
 Letters: B sequences, T tokens, H query heads, N key-value heads, C dims of a key, V dims of a value, E experts,
-K experts a token.
+K experts a token; for products D inputs and F outputs.
 """
 
 from __future__ import annotations
@@ -19,9 +19,13 @@ from monde.device.record import Record
 from monde.device.streams import current_stream
 
 SOURCES = ("elements.cuh", "step.cu")  # joined in this order
+_KERNELS = ("rotate", "append", "choose", "normalise", "project")
 MAX_TOPK = 32  # a lane of a warp keeps one
 _THREADS = 256  # kThreads of elements.cuh
 _TOKENS_PER_BLOCK = 4  # of choose
+_WARP_DIM, _MAX_NORM_VALUES = 512, 1 << 18  # of rows that a warp normalises; more values are the library's
+MAX_PROJECT_TOKENS, _PROJECT_THREADS = 4, 128  # kProjectTokens, kProjectThreads
+_MAX_PROJECT_WEIGHTS = 1 << 25  # libraries read larger matrices at full speed
 _ROTATION = Record(
     "Rotation",
     """queries keys cos sin queries_out keys_out query_row query_head query_token key_row key_head key_token
@@ -47,7 +51,7 @@ def _functions(dtype: torch.dtype) -> dict[str, Any]:
     import cupy
 
     module = cupy.RawModule(code=step_source(), options=compile_options(dtype, dtype))
-    return {name: module.get_function(name) for name in ("rotate", "append", "choose")}
+    return {name: module.get_function(name) for name in _KERNELS}
 
 
 def _in_vectors(*tensors: Tensor) -> bool:
@@ -209,3 +213,59 @@ def choose(
             shared_mem=_TOKENS_PER_BLOCK * E * 4,
         )
     return scores_TK, ids_TK
+
+
+# ---- normalise ----
+def can_normalise(x: Tensor, weight_D: Tensor) -> bool:
+    if not x.is_cuda or x.dtype is not weight_D.dtype or x.dtype not in ELEMENT_TYPES or not weight_D.is_cuda:
+        return False
+    fits = 0 < x.numel() <= _MAX_NORM_VALUES and x.is_contiguous() and weight_D.is_contiguous()
+    return fits and weight_D.numel() % (16 // x.element_size()) == 0 and _in_vectors(x.view(-1), weight_D)
+
+
+def normalise(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """weight * x / sqrt(mean(x^2) + eps) over the last dim, in fp32, rounded once; see can_normalise."""
+    D, y = weight_D.numel(), torch.empty_like(x)
+    num_rows = x.numel() // D
+    threads, rows = (32, _THREADS // 32) if D <= _WARP_DIM else (_THREADS, 1)
+    arguments = (
+        x.data_ptr(),
+        weight_D.data_ptr(),
+        y.data_ptr(),
+        np.int64(num_rows),
+        np.int32(D),
+        np.float32(eps),
+    )
+    with current_stream(x.device):
+        _functions(x.dtype)["normalise"]((-(-num_rows // rows),), (threads, rows), arguments)
+    return y
+
+
+# ---- project ----
+def can_project(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> bool:
+    if (
+        not x.is_cuda
+        or x.dtype is not weight_FD.dtype
+        or x.element_size() != 2
+        or x.dtype not in ELEMENT_TYPES
+    ):
+        return False
+    D = weight_FD.shape[1]
+    if not 0 < x.numel() <= MAX_PROJECT_TOKENS * D or weight_FD.numel() > _MAX_PROJECT_WEIGHTS or D % 8:
+        return False
+    if bias_F is not None and (bias_F.dtype is not x.dtype or not bias_F.is_contiguous()):
+        return False
+    return x.is_contiguous() and weight_FD.is_contiguous() and _in_vectors(x.view(-1), weight_FD)
+
+
+def project(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
+    """x weight^T + bias of one to four tokens, [..., D] -> [..., F], summed in fp32; see can_project."""
+    F, D = weight_FD.shape
+    y = x.new_empty(*x.shape[:-1], F)
+    arguments = (x.data_ptr(), weight_FD.data_ptr(), 0 if bias_F is None else bias_F.data_ptr(), y.data_ptr())
+    sizes = (np.int32(x.numel() // D), np.int32(F), np.int32(D))
+    with current_stream(x.device):
+        _functions(x.dtype)["project"](
+            (-(-F // (_PROJECT_THREADS // 32)),), (_PROJECT_THREADS,), (*arguments, *sizes)
+        )
+    return y
