@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from monde.device.kernels.attention import DTYPES, attend, can_attend, takes_dim
+from monde.device.kernels.tensors import has_instructions
 from monde.models.attention import replace_sdpa
 
 NAME = "monde_gpu"  # what config._attn_implementation says
@@ -25,9 +26,7 @@ TORCH_PASSES = 4.4
 
 def speed_up_decode_attention(model: nn.Module, device: torch.device) -> None:
     """Nothing where the GPU lacks the products that the kernel has, or no part of the model is half wide."""
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return
-    if any(param.dtype in DTYPES for param in model.parameters()):
+    if has_instructions(device) and any(param.dtype in DTYPES for param in model.parameters()):
         replace_sdpa(model, NAME, attention)
 
 

@@ -1,7 +1,7 @@
-"""Dense layers of decode steps on a GPU: of a few tokens, at the rate that their weights are read.
+"""Dense layers of decode steps of one token on a GPU, at the rate that their weights are read.
 
-Libraries take twice as long for matrices of some megabytes: their tiles are made for many tokens. On an H200 the five
-products of a block of Qwen3-30B-A3B, one token, took 31 us, and reading their weights takes 9.
+For matrices of some megabytes libraries take longer: their tiles are made for many tokens. On an H200 the five products
+of a block of Qwen3-30B-A3B took 31 us, and reading their weights takes 9.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from monde.device.kernels.step import can_project, project
 
 
 class StepLinear(nn.Linear):
-    """An nn.Linear, whose few tokens are multiplied by monde's kernel."""
+    """An nn.Linear, whose single tokens are multiplied by monde's kernel."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)

@@ -189,18 +189,18 @@ def test_normalise_is_the_norm_rounded_once(shape: tuple[int, ...], dtype: torch
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize(
-    "shape",  # tokens, D, F
+    "shape",  # leading dims, D, F
     [
         ((1, 1), 2048, 4096),
         ((1,), 2048, 128),
-        ((4, 1), 4096, 130),
-        ((3,), 8, 1),
-        ((2, 1), 520, 33),
-        ((1, 1), 14336, 64),
+        ((1, 1), 4096, 130),
+        ((1,), 8, 1),
+        ((1, 1), 520, 33),
+        ((1, 1), 12288, 64),
     ],
     ids=str,
 )
-def test_products_of_few_tokens(shape: Any, with_bias: bool, dtype: torch.dtype) -> None:
+def test_products_of_one_token(shape: Any, with_bias: bool, dtype: torch.dtype) -> None:
     tokens, D, num_out = shape
     x, weight = random(*tokens, D, dtype=dtype), random(num_out, D, dtype=dtype)
     bias = random(num_out, dtype=dtype) if with_bias else None
@@ -215,14 +215,14 @@ def test_products_of_few_tokens(shape: Any, with_bias: bool, dtype: torch.dtype)
 
 
 def test_other_products_are_left_to_the_library() -> None:
-    x, weight = random(2, 64, dtype=torch.bfloat16), random(16, 64, dtype=torch.bfloat16)
+    x, weight = random(1, 64, dtype=torch.bfloat16), random(16, 64, dtype=torch.bfloat16)
     assert can_project(x, weight, None)
     for other in (
         (x.float(), weight.float(), None),
         (x.float(), weight, None),
         (x[:, :60], weight[:, :60], None),
         (x, weight, random(16)),
-        (random(5, 64, dtype=torch.bfloat16), weight, None),
+        (random(2, 64, dtype=torch.bfloat16), weight, None),
         (x[:0], weight, None),
         (x, weight.T.contiguous().T, None),
     ):

@@ -8,24 +8,54 @@ import pytest
 import torch
 
 from monde.device.kernels import ELEMENT_TYPES, compile_options, decode_source
+from monde.device.kernels.attention import DTYPES, attention_source, num_groups
 from monde.device.kernels.prefill import prefill_source
+from monde.device.kernels.step import step_source
 from monde.device.layer_record import CONSTANTS, FIELDS, LAYER
 
 
-@pytest.mark.parametrize("x_dtype", list(ELEMENT_TYPES), ids=str)
-@pytest.mark.parametrize("weight_dtype", list(ELEMENT_TYPES), ids=str)
-def test_every_pair_of_types_compiles(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
-    pytest.importorskip("hostcompute._native")
+TYPES = list(ELEMENT_TYPES)
+
+
+def compiled(source: str, x_dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
     pytest.importorskip(
         "cupy", reason="NVRTC comes with CuPy: pip install monde[cuda13]", exc_type=ImportError
     )
     from cupy.cuda import nvrtc
 
-    program = nvrtc.createProgram(decode_source(), "decode.cu", [], [])
+    program = nvrtc.createProgram(source, "kernels.cu", [], [])
     try:
         nvrtc.compileProgram(program, ("-arch=sm_80", *compile_options(x_dtype, weight_dtype)))
     except nvrtc.NVRTCError:
         pytest.fail(nvrtc.getProgramLog(program))
+
+
+@pytest.mark.parametrize("x_dtype", TYPES, ids=str)
+@pytest.mark.parametrize("weight_dtype", TYPES, ids=str)
+def test_decode_kernels_compile(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+    pytest.importorskip("hostcompute._native")
+    compiled(decode_source(), x_dtype, weight_dtype)
+
+
+@pytest.mark.parametrize("x_dtype", TYPES, ids=str)
+@pytest.mark.parametrize("weight_dtype", TYPES, ids=str)
+def test_prefill_kernels_compile(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+    compiled(prefill_source(), x_dtype, weight_dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_step_kernels_compile(dtype: torch.dtype) -> None:
+    compiled(step_source(), dtype, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "dims", [(128, 128, 8), (64, 64, 40), (192, 128, 1), (256, 256, 16), (24, 16, 1)], ids=str
+)
+def test_attention_compiles(dims: tuple[int, int, int], dtype: torch.dtype) -> None:
+    key_dim, value_dim, heads_per_kv = dims
+    groups = num_groups(heads_per_kv, key_dim, value_dim)
+    compiled(attention_source(key_dim, value_dim, groups), dtype, dtype)
 
 
 def test_the_record_holds_what_it_is_given_where_the_struct_has_it() -> None:
@@ -43,18 +73,3 @@ def test_a_record_with_other_fields_is_refused() -> None:
     del values["state"]
     with pytest.raises(KeyError, match=r"\['nonsense', 'state'\]"):
         LAYER.of(values)
-
-
-@pytest.mark.parametrize("x_dtype", list(ELEMENT_TYPES), ids=str)
-@pytest.mark.parametrize("weight_dtype", list(ELEMENT_TYPES), ids=str)
-def test_prefill_kernels_compile(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
-    pytest.importorskip(
-        "cupy", reason="NVRTC comes with CuPy: pip install monde[cuda13]", exc_type=ImportError
-    )
-    from cupy.cuda import nvrtc
-
-    program = nvrtc.createProgram(prefill_source(), "prefill.cu", [], [])
-    try:
-        nvrtc.compileProgram(program, ("-arch=sm_80", *compile_options(x_dtype, weight_dtype)))
-    except nvrtc.NVRTCError:
-        pytest.fail(nvrtc.getProgramLog(program))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from monde.device.kernels import compile_options
+from monde.device.kernels.tensors import alike, in_vectors
 from monde.device.record import Record
 from monde.device.streams import current_stream
 
@@ -77,7 +78,7 @@ def can_attend(query_BHTC: Tensor, key_BNSC: Tensor, value_BNSV: Tensor, mask: T
         return False
     if not takes_dim(C) or not takes_dim(value_BNSV.shape[-1]):
         return False
-    if any(not x.is_cuda or x.dtype is not query_BHTC.dtype or not _in_vectors(x) for x in tensors):
+    if not alike(*tensors) or not in_vectors(*tensors):
         return False
     if mask is None:
         return True
@@ -87,10 +88,6 @@ def can_attend(query_BHTC: Tensor, key_BNSC: Tensor, value_BNSV: Tensor, mask: T
 
 def takes_dim(dim: int) -> bool:
     return dim % _VECTOR == 0 and dim <= MAX_DIM
-
-
-def _in_vectors(x: Tensor) -> bool:
-    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s % _VECTOR == 0 for s in x.stride()[:-1])
 
 
 def attend(

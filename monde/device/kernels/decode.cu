@@ -229,7 +229,6 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 struct Group {
   const u8* blob;
   int slot, num_panels, first, count;  // slot of biases, which experts on the host have not here; panels of F
-  bool is_resident;
 };
 
 // False where there is no group g. Everything is read at once: one wait for memory before the weights, not two.
@@ -240,13 +239,13 @@ __device__ bool group_at(const Layer* layer, int g, Group& group) {
   if (g >= num_groups) return false;
   if (expert < 0) {
     group = {reinterpret_cast<const u8*>(layer->blobs_SB) + place * layer->blob_bytes, place, int(layer->num_f_panels),
-             first, count, true};
+             first, count};
     return true;
   }
   const int* place_of_expert_E = reinterpret_cast<const int*>(layer->place_of_expert_E);
   const i64 host_place = place_of_expert_E ? place_of_expert_E[expert] : expert;
   group = {reinterpret_cast<const u8*>(layer->host_blobs) + host_place * layer->host_blob_bytes, 0,
-           int(reinterpret_cast<const u64*>(layer->state)[STATE_SHARED_PANELS]), first, count, false};
+           int(reinterpret_cast<const u64*>(layer->state)[STATE_SHARED_PANELS]), first, count};
   return true;
 }
 
@@ -264,7 +263,6 @@ extern "C" __global__ void __launch_bounds__(kThreads) gate_up(const __grid_cons
   if (panel >= group.num_panels) return;
   const bool two = gated || panel + 1 < num_panels;
   const u8 *first = group.blob + panel * layer->in_unit_bytes, *second = first + (two ? layer->in_panel_bytes : 0);
-  if (group.is_resident) start_reading(first, second, int(layer->d_pad_k) / kTile);
   const float* gate_bias = layer->gate_bias_SF ? reinterpret_cast<const float*>(layer->gate_bias_SF) : nullptr;
   const float* up_bias = layer->up_bias_SF ? reinterpret_cast<const float*>(layer->up_bias_SF) : nullptr;
   HElement* h_RF = reinterpret_cast<HElement*>(layer->h_RF);
@@ -308,7 +306,6 @@ extern "C" __global__ void __launch_bounds__(kThreads) down(const __grid_constan
   const u8* first = group.blob + layer->down_offset_bytes + panel * layer->down_panel_bytes;
   const u8* second = first + (two ? layer->down_panel_bytes : 0);
   const int num_tiles = (group.num_panels * 16 + kTile - 1) / kTile;
-  if (group.is_resident) start_reading(first, second, num_tiles);
   const float* bias = layer->down_bias_SD ? reinterpret_cast<const float*>(layer->down_bias_SD) : nullptr;
   float* v_RD = reinterpret_cast<float*>(layer->v_RD);
   for (int begin = 0; begin < group.count; begin += kRows) {

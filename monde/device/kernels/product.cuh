@@ -8,17 +8,6 @@ constexpr int kLine = 16 * 4;  // bytes of a bf16 line: two inputs of sixteen ro
 // sums[warp][row][panel][16]: partial sums of each warp.
 typedef float Sums[kWarps][kRows][2][16];
 
-// Each warp's first two tiles of both panels on their way to the L2 cache, before it is known which rows they meet.
-__device__ void start_reading(const u8* panel0, const u8* panel1, int num_tiles) {
-  constexpr i64 kTileBytes = 16 * kTile * sizeof(WElement);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  for (int tile = warp; tile < num_tiles && tile < 2 * kWarps; tile += kWarps)
-    for (i64 at = lane * 128; at < 2 * kTileBytes; at += 32 * 128) {
-      const u8* line = (at < kTileBytes ? panel0 : panel1 - kTileBytes) + tile * kTileBytes + at;
-      asm volatile("prefetch.global.L2 [%0];" : : "l"(line));
-    }
-}
-
 // A dot product may take its inputs in any order, if both operands agree. Lane (g = lane / 4, q = lane % 4) loads lines
 // q, q + 4, q + 8 and q + 12 of a tile's weights, so that a load of the warp covers 256 bytes in a row of each panel,
 // which reads across the bus need; and of activation row g the pairs of inputs that those lines hold. A 16-byte piece of

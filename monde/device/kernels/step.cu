@@ -7,7 +7,7 @@
 //
 // and what libraries are slow at:
 //
-//   project     a product of one to four tokens and a matrix, at the rate that the matrix is read
+//   project     a product of one token and a matrix, at the rate that the matrix is read
 //
 // Letters: B sequences, T tokens, H query heads, N key-value heads, C dims of a head, E experts, K experts a token; for
 // products D inputs and F outputs.
@@ -109,28 +109,23 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   total = sum_of_lanes(total);
   for (int e = lane; e < num_experts; e += 32) p_E[e] /= total;
 
-  // Rank after rank; lane k keeps the k-th, so K is at most 32. What is taken turns negative, and its lane looks again.
-  float mine = 0.f, sum = 0.f, own = -1.f;
-  int my_id = 0, own_id = num_experts;
+  // Rank after rank; lane k keeps the k-th, so K is at most 32. Keys are in the order of scores: their bits and one, for
+  // none is negative; 0 stands for what is taken. A lane looks again only where one of its own was.
+  const auto key_of = [&](int e) { return p_E[e] < 0.f ? 0u : (p_E[e] != p_E[e] ? 0x7fc00000u : __float_as_uint(p_E[e])) + 1; };
+  float mine = 0.f, sum = 0.f;
+  u32 own = 0, own_id = num_experts, my_id = 0;
   const auto look = [&] {
-    own = -1.f, own_id = num_experts;
+    own = 0, own_id = num_experts;
     for (int e = lane; e < num_experts; e += 32)
-      if (!(p_E[e] <= own) && own == own) own = p_E[e], own_id = e;
+      if (key_of(e) > own) own = key_of(e), own_id = e;
   };
   look();
   for (int k = 0; k < num_topk; ++k) {
-    float best = own;
-    int id = own_id;
-#pragma unroll
-    for (int step = 16; step; step /= 2) {
-      const float other = __shfl_xor_sync(0xffffffffu, best, step);
-      const int other_id = __shfl_xor_sync(0xffffffffu, id, step);
-      const bool nan = best != best, other_nan = other != other;
-      const bool equal = best == other || (nan && other_nan);
-      if (equal ? other_id < id : !nan && (other_nan || other > best)) best = other, id = other_id;
-    }
-    if (lane == k) mine = best, my_id = id;
-    sum += best;
+    const u32 best = __reduce_max_sync(0xffffffffu, own);
+    const u32 id = __reduce_min_sync(0xffffffffu, own == best ? own_id : u32(num_experts));
+    const float score = __uint_as_float(best - 1);
+    if (lane == k) mine = score, my_id = id;
+    sum += score;
     if (id == own_id) p_E[id] = -1.f, look();
   }
   if (lane < num_topk) {
@@ -176,39 +171,41 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   }
 }
 
-constexpr int kProjectTokens = 4, kProjectThreads = 128, kAhead = 8;  // pieces of a row that are under way at once
+constexpr int kProjectThreads = 128, kAhead = 8;  // pieces of a row that are under way at once
 
-// y_TF = x_TD weight_FD^T + bias_F, summed in fp32; bias_F may be null. A warp has an output of every token.
+// y_F = weight_FD x_D + bias_F, summed in fp32; bias_F may be null. A warp has an output. Weights are asked for before x
+// is there, which lies in shared memory, D floats.
 extern "C" __global__ void __launch_bounds__(kProjectThreads)
-    project(const XElement* x_TD, const XElement* weight_FD, const XElement* bias_F, XElement* y_TF, int T, int F, int D) {
+    project(const XElement* x_D, const XElement* weight_FD, const XElement* bias_F, XElement* y_F, int F, int D) {
+  extern __shared__ float shared[];
   const int lane = threadIdx.x % 32, f = blockIdx.x * (kProjectThreads / 32) + threadIdx.x / 32;
-  if (f >= F) return;
-  const int num_pieces = D / kVector;
+  const int num_pieces = f < F ? D / kVector : 0;
   const Piece* weight = reinterpret_cast<const Piece*>(weight_FD + i64(f) * D);
-  const Piece* x = reinterpret_cast<const Piece*>(x_TD);
-  float sums[kProjectTokens] = {};
-  for (int first = lane; first < num_pieces; first += 32 * kAhead) {
-    uint4 w[kAhead];
+  uint4 ahead[kAhead];
+  const auto ask = [&](int first) {
 #pragma unroll
     for (int j = 0; j < kAhead; ++j)
-      w[j] = first + 32 * j < num_pieces ? load_once(weight + first + 32 * j) : uint4{0, 0, 0, 0};
+      ahead[j] = first + 32 * j < num_pieces ? load_once(weight + first + 32 * j) : uint4{0, 0, 0, 0};
+  };
+  ask(lane);
+  for (int i = threadIdx.x; i < D / kVector; i += kProjectThreads) {
+    const Piece piece = reinterpret_cast<const Piece*>(x_D)[i];
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) shared[i * kVector + k] = widen<X>(piece.v[k]);
+  }
+  __syncthreads();
+  float sum = 0.f;
+  for (int first = lane; first < num_pieces; first += 32 * kAhead) {
 #pragma unroll
     for (int j = 0; j < kAhead; ++j) {
       const int i = first + 32 * j;
       if (i >= num_pieces) break;
-      const Piece& piece = reinterpret_cast<const Piece&>(w[j]);
+      const Piece& piece = reinterpret_cast<const Piece&>(ahead[j]);
 #pragma unroll
-      for (int t = 0; t < kProjectTokens; ++t) {
-        if (t >= T) break;
-        const Piece of_x = x[i64(t) * num_pieces + i];
-#pragma unroll
-        for (int k = 0; k < kVector; ++k) sums[t] += widen<X>(piece.v[k]) * widen<X>(of_x.v[k]);
-      }
+      for (int k = 0; k < kVector; ++k) sum += widen<X>(piece.v[k]) * shared[i * kVector + k];
     }
+    if (first + 32 * kAhead < num_pieces) ask(first + 32 * kAhead);
   }
-#pragma unroll
-  for (int t = 0; t < kProjectTokens; ++t) {
-    const float sum = sum_of_lanes(sums[t]);
-    if (lane == 0 && t < T) y_TF[i64(t) * F + f] = narrow<X>(sum + (bias_F ? widen<X>(bias_F[f]) : 0.f));
-  }
+  sum = sum_of_lanes(sum);
+  if (lane == 0 && f < F) y_F[f] = narrow<X>(sum + (bias_F ? widen<X>(bias_F[f]) : 0.f));
 }

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from monde.device.kernels import ELEMENT_TYPES, MAX_EXPERTS, compile_options
+from monde.device.kernels.tensors import alike, has_instructions, in_vectors, strides
 from monde.device.record import Record
 from monde.device.streams import current_stream
 
@@ -24,8 +25,9 @@ MAX_TOPK = 32  # a lane of a warp keeps one
 _THREADS = 256  # kThreads of elements.cuh
 _TOKENS_PER_BLOCK = 4  # of choose
 _WARP_DIM, _MAX_NORM_VALUES = 512, 1 << 18  # of rows that a warp normalises; more values are the library's
-MAX_PROJECT_TOKENS, _PROJECT_THREADS = 4, 128  # kProjectTokens, kProjectThreads
-_MAX_PROJECT_WEIGHTS = 1 << 25  # libraries read larger matrices at full speed
+_PROJECT_THREADS = 128  # kProjectThreads
+# Libraries read larger matrices at full speed, and of more tokens they are the quicker ones. x lies in shared memory.
+_MAX_PROJECT_WEIGHTS, _MAX_PROJECT_DIM = 1 << 25, 12288
 _ROTATION = Record(
     "Rotation",
     """queries keys cos sin queries_out keys_out query_row query_head query_token key_row key_head key_token
@@ -54,40 +56,19 @@ def _functions(dtype: torch.dtype) -> dict[str, Any]:
     return {name: module.get_function(name) for name in _KERNELS}
 
 
-def _in_vectors(*tensors: Tensor) -> bool:
-    """Whether rows of the last dim can be read 16 bytes at a time."""
-    size = 16 // tensors[0].element_size()
-    return all(
-        x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s % size == 0 for s in _strides(x)[:-1])
-        for x in tensors
-    )
-
-
-def _strides(x: Tensor) -> tuple[int, ...]:
-    """0 for dims of one: torch leaves any number there."""
-    return tuple(stride if n > 1 else 0 for n, stride in zip(x.shape, x.stride(), strict=True))
-
-
 # ---- rotate ----
 def can_rotate(q_BHTC: Tensor, k_BNTC: Tensor, cos_BTC: Tensor, sin_BTC: Tensor) -> bool:
     tensors = (q_BHTC, k_BNTC, cos_BTC, sin_BTC)
-    if (
-        any(not x.is_cuda or x.dtype is not q_BHTC.dtype for x in tensors)
-        or q_BHTC.dtype not in ELEMENT_TYPES
-    ):
+    if not alike(*tensors):
         return False
     if q_BHTC.dim() != 4 or k_BNTC.dim() != 4 or cos_BTC.dim() != 3 or cos_BTC.shape != sin_BTC.shape:
         return False
     B, _, T, C = q_BHTC.shape
     if k_BNTC.shape[0] != B or k_BNTC.shape[2:] != (T, C) or q_BHTC.numel() == 0:
         return False
-    if (
-        cos_BTC.shape[0] not in (1, B)
-        or cos_BTC.shape[1:] != (T, C)
-        or _strides(cos_BTC) != _strides(sin_BTC)
-    ):
+    if cos_BTC.shape[0] not in (1, B) or cos_BTC.shape[1:] != (T, C) or strides(cos_BTC) != strides(sin_BTC):
         return False
-    return C % (2 * (16 // q_BHTC.element_size())) == 0 and _in_vectors(*tensors)
+    return C % (2 * (16 // q_BHTC.element_size())) == 0 and in_vectors(*tensors)
 
 
 def rotate(q_BHTC: Tensor, k_BNTC: Tensor, cos_BTC: Tensor, sin_BTC: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,8 +90,8 @@ def rotate(q_BHTC: Tensor, k_BNTC: Tensor, cos_BTC: Tensor, sin_BTC: Tensor) -> 
             "key_row": k_BNTC.stride(0),
             "key_head": k_BNTC.stride(1),
             "key_token": k_BNTC.stride(2),
-            "angle_row": _strides(cos_BTC)[0],
-            "angle_token": _strides(cos_BTC)[1],
+            "angle_row": strides(cos_BTC)[0],
+            "angle_token": strides(cos_BTC)[1],
             "num_rows": B,
             "num_tokens": T,
             "num_heads": H,
@@ -127,17 +108,14 @@ def rotate(q_BHTC: Tensor, k_BNTC: Tensor, cos_BTC: Tensor, sin_BTC: Tensor) -> 
 # ---- append ----
 def can_append(key_BN1C: Tensor, value_BN1V: Tensor, keys_BNSC: Tensor, values_BNSV: Tensor) -> bool:
     tensors = (key_BN1C, value_BN1V, keys_BNSC, values_BNSV)
-    if (
-        any(not x.is_cuda or x.dtype is not key_BN1C.dtype for x in tensors)
-        or key_BN1C.dtype not in ELEMENT_TYPES
-    ):
+    if not alike(*tensors):
         return False
     if key_BN1C.shape[2] != 1 or not keys_BNSC.is_contiguous() or not values_BNSV.is_contiguous():
         return False
     if any(one.shape[:2] != all_.shape[:2] for one, all_ in zip(tensors[:2], tensors[2:], strict=True)):
         return False
     size = 16 // key_BN1C.element_size()
-    return all(x.shape[-1] % size == 0 for x in tensors[:2]) and _in_vectors(*tensors)
+    return all(x.shape[-1] % size == 0 for x in tensors[:2]) and in_vectors(*tensors)
 
 
 def append(
@@ -183,7 +161,7 @@ def can_choose(logits_TE: Tensor, num_topk: int, score_dtype: torch.dtype) -> bo
     T, E = logits_TE.shape
     fits = 0 < num_topk <= min(MAX_TOPK, E) and E <= MAX_EXPERTS and T > 0
     types = logits_TE.dtype in ELEMENT_TYPES and score_dtype in ELEMENT_TYPES
-    return fits and types and logits_TE.is_cuda and logits_TE.is_contiguous()
+    return fits and types and has_instructions(logits_TE.device) and logits_TE.is_contiguous()
 
 
 def choose(
@@ -217,10 +195,10 @@ def choose(
 
 # ---- normalise ----
 def can_normalise(x: Tensor, weight_D: Tensor) -> bool:
-    if not x.is_cuda or x.dtype is not weight_D.dtype or x.dtype not in ELEMENT_TYPES or not weight_D.is_cuda:
+    if not alike(x, weight_D) or weight_D.numel() % (16 // x.element_size()):
         return False
     fits = 0 < x.numel() <= _MAX_NORM_VALUES and x.is_contiguous() and weight_D.is_contiguous()
-    return fits and weight_D.numel() % (16 // x.element_size()) == 0 and _in_vectors(x.view(-1), weight_D)
+    return fits and in_vectors(x.view(-1), weight_D)
 
 
 def normalise(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -243,29 +221,22 @@ def normalise(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 # ---- project ----
 def can_project(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> bool:
-    if (
-        not x.is_cuda
-        or x.dtype is not weight_FD.dtype
-        or x.element_size() != 2
-        or x.dtype not in ELEMENT_TYPES
-    ):
+    tensors = (x, weight_FD) if bias_F is None else (x, weight_FD, bias_F)
+    if not alike(*tensors) or x.element_size() != 2 or not all(one.is_contiguous() for one in tensors):
         return False
     D = weight_FD.shape[1]
-    if not 0 < x.numel() <= MAX_PROJECT_TOKENS * D or weight_FD.numel() > _MAX_PROJECT_WEIGHTS or D % 8:
+    if x.numel() != D or weight_FD.numel() > _MAX_PROJECT_WEIGHTS or D % 8 or D > _MAX_PROJECT_DIM:
         return False
-    if bias_F is not None and (bias_F.dtype is not x.dtype or not bias_F.is_contiguous()):
-        return False
-    return x.is_contiguous() and weight_FD.is_contiguous() and _in_vectors(x.view(-1), weight_FD)
+    return in_vectors(x.view(-1), weight_FD)
 
 
 def project(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
-    """x weight^T + bias of one to four tokens, [..., D] -> [..., F], summed in fp32; see can_project."""
+    """x weight^T + bias of one token, [..., D] -> [..., F], summed in fp32; see can_project."""
     F, D = weight_FD.shape
     y = x.new_empty(*x.shape[:-1], F)
-    arguments = (x.data_ptr(), weight_FD.data_ptr(), 0 if bias_F is None else bias_F.data_ptr(), y.data_ptr())
-    sizes = (np.int32(x.numel() // D), np.int32(F), np.int32(D))
+    bias = 0 if bias_F is None else bias_F.data_ptr()
+    arguments = (x.data_ptr(), weight_FD.data_ptr(), bias, y.data_ptr(), np.int32(F), np.int32(D))
+    num_blocks = -(-F // (_PROJECT_THREADS // 32))
     with current_stream(x.device):
-        _functions(x.dtype)["project"](
-            (-(-F // (_PROJECT_THREADS // 32)),), (_PROJECT_THREADS,), (*arguments, *sizes)
-        )
+        _functions(x.dtype)["project"]((num_blocks,), (_PROJECT_THREADS,), arguments, shared_mem=4 * D)
     return y
