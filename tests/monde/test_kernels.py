@@ -13,7 +13,6 @@ from monde.device.kernels.prefill import prefill_source
 from monde.device.kernels.step import step_source
 from monde.device.layer_record import CONSTANTS, FIELDS, LAYER
 
-
 TYPES = list(ELEMENT_TYPES)
 
 
