@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from bench import artefact
 from bench.decode.shapes import Shape, config_of
 from bench.decode.skew import probabilities, shares
+from bench.decode.steps import NUM_NEW
 from monde.core import Placement
-from monde.models.gpu_attention import TORCH_PASSES
 from monde.planning.cost import ExpertShape
 from monde.planning.fit import AlphaBeta
 from monde.planning.forecast import (
@@ -42,7 +42,6 @@ HOST_OF_READ = 0.87
 # And the GPU's decode kernels, of a plain sum over its memory: (784.8 - 75.5) MB in (304 - 46) us, over 2990 GB/s.
 GPU_OF_READ = 0.92
 SHAPE, NUM_TOPK, NUM_EXPERTS = ExpertShape(2048, 768), 8, 128
-NUM_POSITIONS = 576  # of the caches of bench.decode: 512 and room for 64 more
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ def qwen3(popularity_LE: NDArray[np.float64]) -> ModelOutline:
         dense_read_bytes=2 * (weights + D * config.vocab_size),
         dense_bytes_per_weight=2,
         kv_bytes_per_token=config.num_hidden_layers * 2 * 2 * kv_heads * dim,
-        kv_passes=TORCH_PASSES * heads // kv_heads,
+        kv_passes=1.0,
         attention_dim=heads * dim,
         decode_tokens=64,
         chunk_tokens=4096,
@@ -161,15 +160,18 @@ def whole_steps(name: str) -> Iterator[Case]:
         return np.stack([probabilities(share_E, NUM_TOPK) / NUM_TOPK for share_E in shares(skew, shape)])
 
     for row in record["results"]["rows"]:
+        if row["group"] not in ("floor", "monde") or row["skipped"]:
+            continue
         popularity = popularity_LE(row["skew"] or "measured")
-        model, what = qwen3(popularity), f"{row['contender']}, batch {row['batch']}"
+        model, what = qwen3(popularity), f"{row['contender']} {row['budget']}, batch {row['batch']}"
+        positions = row["context"] + NUM_NEW
         if row["group"] == "floor":
-            seconds = dense_decode_s(model, profile, row["batch"], NUM_POSITIONS, is_captured=True)
+            seconds = dense_decode_s(model, profile, row["batch"], positions, is_captured=True)
         else:
             what += f", {row['skew']}"
             placements = [resident_for(p_E, row["figures"]["hit_rate"]) for p_E in popularity]
-            seconds = forecast_decode(model, placements, profile, row["batch"], NUM_POSITIONS).step_s
-        yield Case(name.removesuffix("_gpu_machine"), what, seconds, row["median_s"])
+            seconds = forecast_decode(model, placements, profile, row["batch"], positions).step_s
+        yield Case(name.removesuffix("_h200"), what, seconds, row["median_s"])
 
 
 def resident_for(popularity_E: NDArray[np.float64], hit_rate: float) -> Placement:
@@ -177,8 +179,9 @@ def resident_for(popularity_E: NDArray[np.float64], hit_rate: float) -> Placemen
     return placed(NUM_EXPERTS if hit_rate == 1 else int(np.searchsorted(np.cumsum(popularity_E), hit_rate)))
 
 
-def prefill_layers(record: dict[str, Any]) -> Iterator[Case]:
-    """The host by tokens an expert is a table of the run."""
+def prefill_layers(name: str, which: Sequence[str]) -> Iterator[Case]:
+    """The host by tokens an expert is a table of the run. which: of its residents."""
+    record = load(name)
     top, told = record["results"]["ceilings"], record["results"]["profile"]
     profile = described(
         top["host_read_bytes_per_s"],
@@ -193,11 +196,13 @@ def prefill_layers(record: dict[str, Any]) -> Iterator[Case]:
     profile = replace(profile, host_expert=ExpertRate(host["overhead_s"], host["bytes_per_s"], curve))
     residents = {"none": 0, "half": NUM_EXPERTS // 2, "all": NUM_EXPERTS}
     for row in record["results"]["rows"]:
-        if row["contender"] == "monde":
+        if row["contender"] == "monde" and row["residents"] in which:
             num_resident = residents[row["residents"]]
             seconds = prefill_layer_s(expert_layer(UNIFORM), placed(num_resident), profile, row["tokens"])
             what = f"{row['tokens']} tokens, {row['residents']} resident"
-            yield Case("prefill_layers", what, seconds, row["median_s"])
+            yield Case(
+                name.removesuffix("_gpu_machine").removesuffix("_h200"), what, seconds, row["median_s"]
+            )
 
 
 def load(name: str) -> dict[str, Any]:
@@ -208,9 +213,10 @@ def load(name: str) -> dict[str, Any]:
 def all_cases() -> list[Case]:
     return [
         *decode_layers(load("decode_layers_gpu_machine")),
-        *whole_steps("decode_all_resident_gpu_machine"),
-        *whole_steps("decode_16gib_gpu_machine"),
-        *prefill_layers(load("prefill_layers_gpu_machine")),
+        *whole_steps("decode_budgets_h200"),
+        *whole_steps("decode_context_4096_h200"),
+        *prefill_layers("prefill_layers_gpu_machine", ("none", "half")),
+        *prefill_layers("prefill_half_all_h200", ("half", "all")),
     ]
 
 

@@ -277,7 +277,8 @@ def prefill_layer_s(
 
     Until its routing is known the bus brings experts that it will fetch in any case.
     """
-    return _prompt_layer(layer, placement, machine, num_tokens, between_s).device_s
+    ends = _prompt_layer(layer, placement, machine, num_tokens, between_s)
+    return max(ends.python_s, ends.device_s)
 
 
 @dataclass(frozen=True)

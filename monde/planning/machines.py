@@ -23,14 +23,14 @@ _DOORBELL = AlphaBeta(36e-6, 2.46e-10)
 _COPY_LATENCY_S = 10e-6  # queued behind another copy; 15-17 us when the host waits for it
 _SHARED_DRAM = Overlap(1.15, 1.10)  # assumed until measured: host and copies share one memory
 _SAME_HBM = Overlap(1.02, 1.02)
-# 6.6 ms for a captured step of 48 blocks without experts, 512 tokens in the cache, on an H100: 0.8 ms read weights,
-# 0.7 ms keys and values.
-BLOCK_OVERHEAD_S = 106e-6
+# 2.9 ms for a captured step of 48 blocks without experts, 512 tokens in the cache, on an H200: 0.6 ms read weights.
+BLOCK_OVERHEAD_S = 48e-6
 # Expert layers of 8 and 83 experts, all resident, take 46 and 304 us there: this much before the first.
 DECODE_LAYER_S = 19e-6
 # Layers of 512 tokens, all resident, take 1.4 ms there, of which 0.4 read the weights. On an H200 four tenths of the
-# rest come before anything starts; host and bus take this much longer than their experts.
-PROMPT_LAUNCHES = PromptLaunches(0.4e-3, 0.6e-3, 0.45e-3, 0.45e-3, 0.35e-3)
+# rest come before anything starts; host and bus take this much longer than their experts. Layers of 128 tokens, all
+# resident, one after the other, take 0.66 ms there, of which the GPU has something to do in half.
+PROMPT_LAUNCHES = PromptLaunches(0.4e-3, 0.6e-3, 0.45e-3, 0.45e-3, 0.6e-3)
 # 48 to 56 ms for a step of 48 blocks without experts that Python launches, whatever the GPU does with it.
 EAGER_BLOCK_S = 1.05e-3
 # A call of a bank from Python, and a replayed step of four blocks beside them, on an H200.
