@@ -21,11 +21,14 @@ from monde.models.gpu_dense import linear
 
 
 class Choice(NamedTuple):
-    """What a router does after its product. normalises: the scores of a token sum to one."""
+    """What a router does after its product. normalises: the scores of a token sum to one.
+
+    score_dtype: None: that of the logits, whatever the model's type is by then.
+    """
 
     num_topk: int
     normalises: bool
-    score_dtype: torch.dtype
+    score_dtype: torch.dtype | None
 
 
 class _InOneLaunch:
@@ -39,6 +42,7 @@ class _InOneLaunch:
             return super().forward(x)  # type: ignore[misc]
         logits_TE = linear(x.reshape(-1, self.weight.shape[1]), self.weight)
         num_topk, normalises, score_dtype = self._choice
+        score_dtype = score_dtype or logits_TE.dtype
         if not can_choose(logits_TE, num_topk, score_dtype):
             return super().forward(x)  # type: ignore[misc]
         return logits_TE, *choose(logits_TE, num_topk, normalises, score_dtype)
@@ -66,7 +70,7 @@ def _with_one_launch(cls: Any) -> Any:
 def choice_of(module: nn.Module) -> Choice | None:
     """Of modules that give (logits, scores, ids) of hidden states and have a weight_ED and nothing else; else None.
 
-    Another weight than the model's is used, whose scores differ from expert to expert.
+    Another weight than the model's is used, whose scores differ from expert to expert, in bf16, where scores in fp32 show.
     """
     tensors = dict((*module.named_parameters(), *module.named_buffers()))
     if isinstance(module, _InOneLaunch) or list(tensors) != ["weight"] or len(list(module.children())):
@@ -77,8 +81,8 @@ def choice_of(module: nn.Module) -> Choice | None:
         return None
     generator = torch.Generator().manual_seed(0)
     E, D = weight.shape
-    trial = (2 * torch.randn(E, D, generator=generator) * D**-0.5).to(weight)
-    x_TD = torch.randn(3, D, generator=generator).to(weight)
+    trial = (2 * torch.randn(E, D, generator=generator) * D**-0.5).to(weight.device, torch.bfloat16)
+    x_TD = torch.randn(3, D, generator=generator).to(trial)
     kept = weight.data
     weight.data = trial
     try:
@@ -95,7 +99,9 @@ def _choice_that_gives(found: Any, logits_TE: Tensor) -> Choice | None:
     if not isinstance(found, tuple) or len(found) != 3 or not all(isinstance(y, Tensor) for y in found):
         return None
     logits, scores_TK, ids_TK = found
-    if not torch.equal(logits, logits_TE) or ids_TK.dtype is not torch.int64 or ids_TK.ndim != 2:
+    if logits.dtype is not logits_TE.dtype or not torch.equal(logits, logits_TE):
+        return None
+    if ids_TK.dtype is not torch.int64 or ids_TK.ndim != 2:
         return None
     if scores_TK.shape != ids_TK.shape or ids_TK.shape[1] > logits_TE.shape[1]:
         return None
@@ -107,5 +113,6 @@ def _choice_that_gives(found: Any, logits_TE: Tensor) -> Choice | None:
     for normalises in (False, True):
         want_TK = largest_TK / largest_TK.sum(-1, keepdim=True) if normalises else largest_TK
         if torch.allclose(scores_TK.float(), want_TK, rtol=slack, atol=0):
-            return Choice(ids_TK.shape[1], normalises, scores_TK.dtype)
+            follows = scores_TK.dtype is logits_TE.dtype
+            return Choice(ids_TK.shape[1], normalises, None if follows else scores_TK.dtype)
     return None

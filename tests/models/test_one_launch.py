@@ -16,7 +16,7 @@ from tests.models.animals import Animal
 from tests.models.oracle import ask
 from tests.models.zoo import EVERY_ANIMAL, build, example_inputs
 
-# Whose attention turns whole heads by halves, and whose routers are a softmax and its largest.
+# Whose attention turns whole heads by halves, and whose routers are a softmax and its largest in the model's type.
 ROTARY = (
     "afmoe aria axk1 dbrx deepseek_ocr2 deepseek_v3 dots1 exaone_moe flex_olmo glm4_moe glm4_moe_lite glm4v_moe granitemoe "
     "granitemoe_swa granitemoehybrid granitemoeshared hunyuan_v1_moe hy_v3 hy_v4 jetmoe laguna lfm2_moe mellum "
@@ -24,7 +24,7 @@ ROTARY = (
     "qwen3_next qwen3_omni_moe qwen3_vl_moe qwen4_exp solar_open step3p7 zaya"
 )
 ROUTERS = (
-    "cohere2_moe deepseek_ocr2 deepseek_v2 flex_olmo granitemoe_swa mellum minimax mistral4 mixtral olmoe qwen2_moe "
+    "cohere2_moe flex_olmo mellum minimax mistral4 mixtral olmoe qwen2_moe "
     "qwen3_5_moe qwen3_moe qwen3_next qwen3_omni_moe qwen3_vl_moe qwen4_exp"
 )
 
