@@ -56,7 +56,8 @@ class StepLayer(StaticLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         keys, values, length = self.keys, self.values, cast(Tensor, self.cumulative_length)
-        if keys is None or values is None or torch.compiler.is_compiling():
+        as_is = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if as_is or keys is None or values is None:
             return super().update(key_states, value_states, *args, **kwargs)
         if not can_append(key_states, value_states, keys, values):
             return super().update(key_states, value_states, *args, **kwargs)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from monde.device.kernels.attention import DTYPES, attend, can_attend, takes_dim
-from monde.device.kernels.tensors import has_instructions
-from monde.models.attention import replace_sdpa
+from monde.device.kernels.tensors import has_kernels
+from monde.models.attention import asks_for_sdpa, replace_sdpa
 
 NAME = "monde_gpu"  # what config._attn_implementation says
 # Per query head that shares a key and value: on an H100 a step of 16 sequences of 576 tokens, 8 query heads a pair of
@@ -26,7 +26,7 @@ TORCH_PASSES = 4.4
 
 def speed_up_decode_attention(model: nn.Module, device: torch.device) -> None:
     """Nothing where the GPU lacks the products that the kernel has, or no part of the model is half wide."""
-    if has_instructions(device) and any(param.dtype in DTYPES for param in model.parameters()):
+    if has_kernels(device) and any(param.dtype in DTYPES for param in model.parameters()):
         replace_sdpa(model, NAME, attention)
 
 
@@ -34,7 +34,8 @@ def kv_passes(model: nn.Module, num_repeats: int) -> float:
     """How often a decode step goes over the keys and values that a GPU holds; num_repeats: query heads that share one."""
     config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
     dims = [getattr(config, name, None) or 0 for name in ("head_dim", "qk_head_dim", "v_head_dim")]
-    is_taken = all(takes_dim(dim) for dim in dims) and config._attn_implementation == "sdpa"
+    is_taken = config._attn_implementation == "sdpa" and not asks_for_sdpa(model)
+    is_taken = is_taken and all(takes_dim(dim) for dim in dims)
     is_half = any(param.dtype in DTYPES for param in model.parameters())
     return 1.0 if is_taken and is_half else TORCH_PASSES * num_repeats
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from monde.device.kernels import MAX_EXPERTS
 from monde.device.kernels.step import can_choose, choose
 from monde.models.gpu_dense import linear
 
@@ -73,11 +74,13 @@ def choice_of(module: nn.Module) -> Choice | None:
     Another weight than the model's is used, whose scores differ from expert to expert, in bf16, where scores in fp32 show.
     """
     tensors = dict((*module.named_parameters(), *module.named_buffers()))
-    if isinstance(module, _InOneLaunch) or list(tensors) != ["weight"] or len(list(module.children())):
+    if isinstance(module, (_InOneLaunch, nn.Linear, nn.Embedding)) or list(tensors) != ["weight"]:
         return None
     weight = tensors["weight"]
     parameters = inspect.signature(module.forward).parameters
     if weight.ndim != 2 or not weight.is_floating_point() or weight.is_meta or len(parameters) != 1:
+        return None
+    if len(weight) > MAX_EXPERTS or len(list(module.children())):
         return None
     generator = torch.Generator().manual_seed(0)
     E, D = weight.shape

@@ -139,6 +139,9 @@ def test_parts_of_larger_tensors() -> None:
         lambda q, k, v, m: (q[..., :20], k[..., :20], v, m),
         lambda q, k, v, m: (q, k[..., 1:, :], v[..., 1:, :], m.float()[..., 1:]),
         lambda q, k, v, m: (q, k, v, m.expand(-1, 8, -1, -1)),
+        lambda q, k, v, m: (q, k, v, m.cpu()),
+        lambda q, k, v, m: (q, k[:1], v[:1], m),
+        lambda q, k, v, m: (q, k, v[:, :, 1:], m),
         lambda q, k, v, m: (q, k.transpose(2, 3).contiguous().transpose(2, 3), v, m),
     ],
 )

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 
 from monde.models import rotary, routers
@@ -20,12 +22,15 @@ ROTARY = (
     "afmoe aria axk1 dbrx deepseek_ocr2 deepseek_v3 dots1 exaone_moe flex_olmo glm4_moe glm4_moe_lite glm4v_moe granitemoe "
     "granitemoe_swa granitemoehybrid granitemoeshared hunyuan_v1_moe hy_v3 hy_v4 jetmoe laguna lfm2_moe mellum "
     "mimo_v2_flash minimax minimax_m2 minimax_m3_vl mistral4 mixtral olmoe phimoe qwen2_moe qwen3_5_moe qwen3_moe "
-    "qwen3_next qwen3_omni_moe qwen3_vl_moe qwen4_exp solar_open step3p7 zaya"
+    "qwen3_next qwen3_omni_moe qwen3_vl_moe qwen4_exp solar_open step3p7 zaya "
+    "beam flint kolibri1 mistral_large4 muse_spark unlimited_ocr"
 )
 ROUTERS = (
     "cohere2_moe flex_olmo mellum minimax mistral4 mixtral olmoe qwen2_moe "
     "qwen3_5_moe qwen3_moe qwen3_next qwen3_omni_moe qwen3_vl_moe qwen4_exp"
 )
+if Version(transformers.__version__) >= Version("5.23"):
+    ROUTERS += " aria jamba"  # have routers of their own there
 
 
 def can_rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:

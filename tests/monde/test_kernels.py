@@ -11,6 +11,7 @@ from monde.device.kernels import ELEMENT_TYPES, compile_options, decode_source
 from monde.device.kernels.attention import DTYPES, attention_source, num_groups
 from monde.device.kernels.prefill import prefill_source
 from monde.device.kernels.step import step_source
+from monde.device.kernels.tensors import has_kernels
 from monde.device.layer_record import CONSTANTS, FIELDS, LAYER
 
 TYPES = list(ELEMENT_TYPES)
@@ -72,3 +73,16 @@ def test_a_record_with_other_fields_is_refused() -> None:
     del values["state"]
     with pytest.raises(KeyError, match=r"\['nonsense', 'state'\]"):
         LAYER.of(values)
+
+
+@pytest.mark.parametrize(
+    ("capability", "cupy", "has"), [((9, 0), True, True), ((7, 5), True, False), ((9, 0), False, False)]
+)
+def test_which_gpus_have_kernels(
+    capability: tuple[int, int], cupy: bool, has: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without CuPy a GPU takes what was there before, as everywhere in monde."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if cupy else None)
+    assert has_kernels.__wrapped__(torch.device("cuda", 0)) is has
+    assert not has_kernels(torch.device("cpu"))

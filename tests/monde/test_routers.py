@@ -74,6 +74,15 @@ def test_a_softmax_and_its_largest() -> None:
     assert choice_of(Router()) == Choice(K, False, torch.float32)
 
 
+def test_matrices_that_are_no_routers_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads and embeddings are large, and so is what a trial takes."""
+    many = Router()
+    many.weight = nn.Parameter(torch.empty(5000, D))
+    matrices = [many, nn.Linear(D, 8, bias=False), nn.Embedding(8, D)]
+    monkeypatch.setattr(torch, "randn", None)
+    assert [choice_of(module) for module in matrices] == [None] * 3
+
+
 @pytest.mark.parametrize("cls", [Sigmoid, Smallest, Scaled, Biased, OtherLogits, Fails, nn.Identity])
 def test_others_stay(cls: type[nn.Module]) -> None:
     module = cls()

@@ -43,14 +43,17 @@ def attention_source(key_dim: int, value_dim: int, groups: int) -> str:
 
 
 @cache
-def _functions(dtype: torch.dtype, key_dim: int, value_dim: int, groups: int) -> tuple[Any, Any]:
+def _functions(
+    device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int, groups: int
+) -> tuple[Any, Any]:
     """attend and join. Errors: ImportError without CuPy."""
     import cupy
 
     code = attention_source(key_dim, value_dim, groups)
     module = cupy.RawModule(code=code, options=compile_options(dtype, dtype))
     attend, join = (module.get_function(name) for name in ("attend", "join"))
-    attend.max_dynamic_shared_size_bytes = _shared_bytes(value_dim, groups)
+    with torch.cuda.device(device):  # the attribute is one of a device
+        attend.max_dynamic_shared_size_bytes = _shared_bytes(value_dim, groups)
     return attend, join
 
 
@@ -76,13 +79,15 @@ def can_attend(query_BHTC: Tensor, key_BNSC: Tensor, value_BNSV: Tensor, mask: T
     tensors = (query_BHTC, key_BNSC, value_BNSV)
     if T != 1 or S == 0 or H % N or query_BHTC.dtype not in DTYPES:
         return False
+    if key_BNSC.shape != (B, N, S, C) or value_BNSV.shape[:3] != (B, N, S):
+        return False
     if not takes_dim(C) or not takes_dim(value_BNSV.shape[-1]):
         return False
     if not alike(*tensors) or not in_vectors(*tensors):
         return False
     if mask is None:
         return True
-    fits = mask.shape[0] in (1, B) and mask.shape[1:] == (1, 1, S)
+    fits = mask.shape[0] in (1, B) and mask.shape[1:] == (1, 1, S) and mask.device == query_BHTC.device
     return fits and mask.dtype is torch.bool and mask.stride(-1) == 1
 
 
@@ -132,7 +137,7 @@ def attend(
             "scale": scale * _LOG2_E,
         }
     )
-    attend_kernel, join_kernel = _functions(query_BH1C.dtype, C, V, groups)
+    attend_kernel, join_kernel = _functions(device, query_BH1C.dtype, C, V, groups)
     with current_stream(device):
         attend_kernel((splits, num_blocks, B), (32 * _WARPS,), (record,), shared_mem=_shared_bytes(V, groups))
         if splits > 1:

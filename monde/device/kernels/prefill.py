@@ -97,7 +97,7 @@ def prefill_source() -> str:
 
 
 @cache
-def _functions(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> dict[str, Any]:
+def _functions(device: torch.device, x_dtype: torch.dtype, weight_dtype: torch.dtype) -> dict[str, Any]:
     import cupy
 
     module = cupy.RawModule(code=prefill_source(), options=compile_options(x_dtype, weight_dtype))
@@ -108,7 +108,8 @@ def _functions(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> dict[str, Any
     if x_dtype is weight_dtype is torch.bfloat16:
         for name in ("panels_in", "panels_down"):
             functions[name] = module.get_function(name)
-            functions[name].max_dynamic_shared_size_bytes = _PANEL_SHARED_BYTES
+            with torch.cuda.device(device):  # the attribute is one of a device
+                functions[name].max_dynamic_shared_size_bytes = _PANEL_SHARED_BYTES
     return functions
 
 
@@ -127,9 +128,9 @@ class PrefillKernels:
     ) -> None:
         product_dtype = torch.promote_types(x_dtype, weight_dtype)
         self.device, self._upload = device, upload
-        self._unpack = _functions(product_dtype, weight_dtype)["unpack"]
-        self._hidden = _functions(product_dtype, weight_dtype)["hidden"]
-        self._of_x = _functions(x_dtype, weight_dtype)
+        self._unpack = _functions(device, product_dtype, weight_dtype)["unpack"]
+        self._hidden = _functions(device, product_dtype, weight_dtype)["hidden"]
+        self._of_x = _functions(device, x_dtype, weight_dtype)
         self._combine = self._of_x["combine"]
         self._x_dtype = x_dtype
         self.has_panels = "panels_in" in self._of_x and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from monde.device.kernels import ELEMENT_TYPES, MAX_EXPERTS, compile_options
-from monde.device.kernels.tensors import alike, has_instructions, in_vectors, strides
+from monde.device.kernels.tensors import alike, has_kernels, in_vectors, strides
 from monde.device.record import Record
 from monde.device.streams import current_stream
 
@@ -112,7 +112,8 @@ def can_append(key_BN1C: Tensor, value_BN1V: Tensor, keys_BNSC: Tensor, values_B
         return False
     if key_BN1C.shape[2] != 1 or not keys_BNSC.is_contiguous() or not values_BNSV.is_contiguous():
         return False
-    if any(one.shape[:2] != all_.shape[:2] for one, all_ in zip(tensors[:2], tensors[2:], strict=True)):
+    pairs = ((key_BN1C, keys_BNSC), (value_BN1V, values_BNSV))
+    if any(one.shape[:2] != all_.shape[:2] or one.shape[3] != all_.shape[3] for one, all_ in pairs):
         return False
     size = 16 // key_BN1C.element_size()
     return all(x.shape[-1] % size == 0 for x in tensors[:2]) and in_vectors(*tensors)
@@ -161,7 +162,7 @@ def can_choose(logits_TE: Tensor, num_topk: int, score_dtype: torch.dtype) -> bo
     T, E = logits_TE.shape
     fits = 0 < num_topk <= min(MAX_TOPK, E) and E <= MAX_EXPERTS and T > 0
     types = logits_TE.dtype in ELEMENT_TYPES and score_dtype in ELEMENT_TYPES
-    return fits and types and has_instructions(logits_TE.device) and logits_TE.is_contiguous()
+    return fits and types and has_kernels(logits_TE.device) and logits_TE.is_contiguous()
 
 
 def choose(

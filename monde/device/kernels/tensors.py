@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from functools import cache
 
 import torch
@@ -13,16 +14,19 @@ VECTOR_BYTES = 16  # of a load
 
 
 @cache
-def has_instructions(device: torch.device) -> bool:
-    """Whether the device is a GPU whose instructions go with both half types and whole warps: sm_80 and newer."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+def has_kernels(device: torch.device) -> bool:
+    """Whether the device is a GPU whose instructions go with both half types and whole warps, sm_80 and newer, and CuPy
+    is there to compile for it."""
+    if device.type != "cuda" or importlib.util.find_spec("cupy") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def alike(*tensors: Tensor) -> bool:
     """All on one such GPU, and of one type that kernels take."""
     first = tensors[0]
     same = all(x.dtype is first.dtype and x.device == first.device for x in tensors)
-    return same and first.dtype in ELEMENT_TYPES and has_instructions(first.device)
+    return same and first.dtype in ELEMENT_TYPES and has_kernels(first.device)
 
 
 def in_vectors(*tensors: Tensor) -> bool:
