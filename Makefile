@@ -58,6 +58,8 @@ bench: $(STAMP)
 	bench/all.sh $(BIN)
 
 # ---- checks ----
+# As many workers as cores: more threads of each would only wait in turn.
+test test-transformers: export OMP_NUM_THREADS ?= 1
 test: $(STAMP)
 	$(PY) -m pytest -n $(JOBS) --dist worksteal -q tests
 
