@@ -35,6 +35,7 @@ from monde.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 
@@ -98,7 +99,7 @@ def generate(
     num_tokens = inputs["input_ids"].shape[1]
     if num_tokens == 0:
         raise ValueError("PROMPT is empty; give at least one word to continue")
-    check_positions(model, num_tokens, max_new_tokens)
+    check_prompt(model, inputs["input_ids"], max_new_tokens)
 
     from transformers import set_seed
 
@@ -164,12 +165,16 @@ def read_prompt(prompt: str) -> str:
     return prompt
 
 
-def check_positions(model: str, num_tokens: int, max_new_tokens: int) -> None:
-    """Errors: ValueError when prompt and answer are longer than the model's positions."""
+def check_prompt(model: str, ids_BT: Tensor, max_new_tokens: int) -> None:
+    """Errors: ValueError when prompt and answer are longer than the model's positions, or of another vocabulary."""
+    from monde.cli.texts import check_vocabulary
     from monde.models.configuration import read_configuration
     from monde.models.positions import positions_of
 
-    config = read_configuration(model)
+    config, num_tokens = read_configuration(model), ids_BT.shape[1]
+    vocab_size = getattr(config.get_text_config(), "vocab_size", None)
+    if vocab_size:
+        check_vocabulary(ids_BT, vocab_size)
     num_positions, longest = positions_of(config), num_tokens + max_new_tokens
     if config.is_encoder_decoder:  # one half holds the prompt, the other the answer
         longest = max(num_tokens, max_new_tokens + 1)

@@ -65,13 +65,18 @@ def token_source(
     text, origin = _read(text_file, asked_by)
     tokens_N = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
     if tokens_N.numel() < 2:
-        raise ValueError(f"{asked_by} {origin}: holds no text; give a file of a few pages")
-    if int(tokens_N.max()) >= vocab_size:
-        raise ValueError(
-            f"the tokenizer has ids up to {int(tokens_N.max())}, the model a vocabulary of {vocab_size}; "
-            "put the model's own tokenizer in its folder, or use --random-tokens"
-        )
+        raise ValueError(f"{asked_by} {text_file}: holds no text; give a file of a few pages")
+    check_vocabulary(tokens_N, vocab_size, ", or use --random-tokens")
     return TokenSource(tokens_N, origin)
+
+
+def check_vocabulary(tokens: Tensor, vocab_size: int, or_else: str = "") -> None:
+    """Errors: ValueError for tokens that the model has no embedding for; or_else: another remedy."""
+    if int(tokens.max()) >= vocab_size:
+        raise ValueError(
+            f"the tokenizer has ids up to {int(tokens.max())}, the model a vocabulary of {vocab_size}; "
+            f"put the model's own tokenizer in its folder{or_else}"
+        )
 
 
 def _read(text_file: Path | None, asked_by: str) -> tuple[str, str]:

@@ -18,13 +18,15 @@ from monde.models.stored import checkpoint_files
 from monde.weights.checkpoint import CheckpointError
 
 _SETTINGS = frozenset(inspect.signature(MondeConfig).parameters) - {"quant_method"}
+_OF_LOADING = frozenset({"dtype", "torch_dtype"})  # which configurations have, too
 _NOT_OURS = frozenset({"quantization_config", "output_loading_info"})
 
 
 def from_pretrained(path_or_id: str | Path, **kwargs: Any) -> PreTrainedModel:
     """Load a model whose experts monde runs; `model.monde` is the Engine.
 
-    kwargs: those of MondeConfig, and those of transformers' from_pretrained (dtype, revision, token, ...).
+    kwargs: those of MondeConfig, and those of transformers' from_pretrained (dtype, revision, token, settings of the
+    model's configuration, ...).
     The class is the one that config.json names, e.g. Qwen3MoeForCausalLM; dtype defaults to the checkpoint's.
 
     Errors: CheckpointError for damaged or incomplete checkpoints; UnsupportedModelError; BudgetError, before
@@ -39,7 +41,10 @@ def from_pretrained(path_or_id: str | Path, **kwargs: Any) -> PreTrainedModel:
 
 def _from_pretrained(path_or_id: str, config: MondeConfig, kwargs: dict[str, Any]) -> PreTrainedModel:
     hub = {name: kwargs[name] for name in HUB_SETTINGS if name in kwargs}
-    model_config = kwargs.pop("config", None) or read_configuration(path_or_id, **hub)
+    model_config = kwargs.pop("config", None)
+    if model_config is None:
+        model_config = read_configuration(path_or_id, **hub)
+        _override(model_config, kwargs)
     checkpoint_files(path_or_id)  # before transformers, which has no words for a damaged index
     refuse_quantised(path_or_id, model_config)
     loaded: tuple[PreTrainedModel, Any] = model_class(model_config).from_pretrained(
@@ -53,6 +58,12 @@ def _from_pretrained(path_or_id: str, config: MondeConfig, kwargs: dict[str, Any
             f"{f' and {len(missing) - 3} more' * (len(missing) > 3)}; it is incomplete or of another model"
         )
     return model
+
+
+def _override(model_config: Any, kwargs: dict[str, Any]) -> None:
+    """Take settings of the model's configuration out of `kwargs`, as transformers does where it reads config.json."""
+    for name in [name for name in kwargs if name not in _OF_LOADING and hasattr(model_config, name)]:
+        setattr(model_config, name, kwargs.pop(name))
 
 
 def _check_arguments(path_or_id: Any, kwargs: dict[str, Any]) -> None:

@@ -196,6 +196,18 @@ def topk_of(*configs: Any) -> int | None:
     return next((k for k in (_FIXED_TOPK.get(getattr(c, "model_type", "")) for c in configs) if k), None)
 
 
+def check_topk(config: Any, modules: Sequence[ExpertsModule]) -> None:
+    """Errors: ValueError where a token takes more experts than a layer has."""
+    fewest = min(module.spec.num_experts for module in modules)
+    for source in (config.get_text_config(), config):
+        for name in TOPK_NAMES:
+            num_topk = getattr(source, name, None)
+            if name != "top_k" and isinstance(num_topk, int) and num_topk > fewest:  # top_k may be sampling's
+                raise ValueError(
+                    f"the configuration says {name}={num_topk} and has layers of {fewest} experts; correct config.json"
+                )
+
+
 def model_size(
     model: nn.Module,
     modules: Sequence[ExpertsModule],
@@ -204,6 +216,7 @@ def model_size(
     ranked: RankedModel | None = None,
 ) -> ModelSize:
     """The sizes of `model` at the longest context and largest batch of `config`; all ranks have such batches."""
+    check_topk(model.config, modules)
     expert_names = {module.full_name(param) for module in modules for param in module.param_names()}
     # Before weights are loaded, those that will be one tensor are two.
     params, tied = dict(model.named_parameters()), getattr(model, "all_tied_weights_keys", None) or {}

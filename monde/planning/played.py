@@ -82,6 +82,10 @@ def schedule_of(
             raise ValueError(
                 f"trace: layer {l} has {num_experts} experts, got {int(ids_TK.max())}; give the trace of this model"
             )
+        if ids_TK.size and ids_TK.shape[1] != layer.num_topk:
+            raise ValueError(
+                f"trace: a token takes {layer.num_topk} experts, got {ids_TK.shape[1]}; give the trace of this model"
+            )
         tokens_E = np.bincount(ids_TK[ids_TK >= 0], minlength=num_experts)
         cost = CostModel(profile, layer.shape)
         if profile.gpu is None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
-from monde.cli.generate import read_prompt
+from monde.cli.generate import check_prompt, read_prompt
 from tests.cli.conftest import MODEL, Monde
 
 PROMPT = "It is a truth universally acknowledged, that"
@@ -102,3 +103,12 @@ def test_standard_input_is_for_one_process(monkeypatch: pytest.MonkeyPatch) -> N
     ):
         read_prompt("-")
     assert read_prompt("The king") == "The king"
+
+
+def test_a_tokenizer_of_another_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=512))
+    monkeypatch.setattr("monde.models.configuration.read_configuration", lambda model: config)
+    with pytest.raises(
+        ValueError, match="ids up to 8189, the model a vocabulary of 512; put the model's own"
+    ):
+        check_prompt("model", torch.tensor([[5, 8189]]), 1)

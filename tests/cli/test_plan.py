@@ -239,7 +239,7 @@ def test_a_wide_checkpoint_gets_a_format_that_fits(monde: Monde, tmp_path: Path)
 
 def test_recorded_routing_is_played(monde: Monde, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    steps = tuple(tuple(rng.integers(0, 16, (1, 4)).astype(np.int16) for _ in range(4)) for _ in range(12))
+    steps = tuple(tuple(rng.integers(0, 16, (1, 2)).astype(np.int16) for _ in range(4)) for _ in range(12))
     Trace("moe-3m", (16,) * 4, steps).save(tmp_path / "t.npz")
     budget = ("-m", "h200", "--gpu-memory", smallest_budget(monde), "--routing", tmp_path / "t.npz")
     answer = json.loads(monde("plan", MODEL, *budget, "--json").stdout)
@@ -248,7 +248,15 @@ def test_recorded_routing_is_played(monde: Monde, tmp_path: Path) -> None:
     assert {"host", "gpu"} <= set(answer["routing"]["busy_share"])
     assert "recorded routing: 12 steps" in monde("plan", MODEL, *budget).stdout
     Trace("other", (16,) * 3, tuple(step[:3] for step in steps)).save(tmp_path / "t.npz")
-    assert "give the trace of this model" in monde("plan", MODEL, *budget).stderr
+    assert (
+        "with 3 layers of 16 experts, this one has 4 of 16; give the trace"
+        in monde("plan", MODEL, *budget).stderr
+    )
+    Trace("other", (12,) * 4, steps).save(tmp_path / "t.npz")
+    assert (
+        "with 4 layers of 12 experts, this one has 4 of 16; give the trace"
+        in monde("plan", MODEL, *budget).stderr
+    )
 
 
 def test_a_measured_profile_is_a_file(monde: Monde, tmp_path: Path) -> None:

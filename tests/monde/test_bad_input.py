@@ -373,3 +373,10 @@ def test_a_bf16_model_cannot_be_pickled_either() -> None:
     model = monde.offload(tiny.build("qwen3_moe", torch.bfloat16), device="cpu")
     with pytest.raises(TypeError, match="use save_pretrained"):
         pickle.dumps(model)
+
+
+def test_more_experts_a_token_than_there_are(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": 99}))
+    with pytest.raises(ValueError, match=r"num_experts_per_tok=99 and has layers of \d+ experts; correct"):
+        monde.from_pretrained(folder, device="cpu")

@@ -106,3 +106,17 @@ def test_two_models_in_one_process(checkpoints: Any) -> None:
     assert torch.equal(a(ids).logits, first)
     del b
     assert torch.equal(a(ids).logits, first)
+
+
+def test_settings_of_the_configuration_are_taken_as_transformers_takes_them(checkpoints: Any) -> None:
+    """In from_pretrained, as where transformers reads config.json; its own arguments stay its own."""
+    folder, ids = checkpoints("mixtral"), tiny.prompt()
+    settings: dict[str, Any] = {"num_experts_per_tok": 1, "rms_norm_eps": 0.5, "dtype": torch.float32}
+    original = AutoModelForCausalLM.from_pretrained(folder, **settings)
+    model: Any = monde.from_pretrained(folder, device="cpu", **settings)
+    assert (model.config.num_experts_per_tok, model.config.rms_norm_eps) == (1, 0.5)
+    with torch.no_grad():
+        tiny.assert_logits(model(ids).logits, tiny.expected(original, ids))
+        assert not torch.allclose(
+            original(ids).logits, AutoModelForCausalLM.from_pretrained(folder)(ids).logits, atol=1e-3
+        )

@@ -83,3 +83,5 @@ def test_a_trace_of_another_model_is_refused() -> None:
         play([diced(1, 1)[0][:5]], MODEL, placed(0), H200, 16)
     with pytest.raises(ValueError, match="layer 0 has 32 experts, got 40"):
         play([[np.full((1, K), 40)] * L], MODEL, placed(0), H200, 16)
+    with pytest.raises(ValueError, match=f"a token takes {K} experts, got {K + 1}; give the trace"):
+        play([[np.full((1, K + 1), 3)] * L], MODEL, placed(0), H200, 16)
