@@ -116,13 +116,7 @@ class Question:
                 "--routing: a step of an encoder-decoder runs half of its layers, which is not played; leave --routing out"
             )
         recorded = Trace.load(trace)
-        num_experts_L = tuple(len(layer.popularity_E) for layer in outlined.outline.layers)
-        if recorded.num_experts_L != num_experts_L:
-            raise ValueError(
-                f"--routing {trace}: it is of {recorded.model or 'a model'} with {len(recorded.num_experts_L)} layers of "
-                f"{_several(recorded.num_experts_L)} experts, this one has {len(num_experts_L)} of "
-                f"{_several(num_experts_L)}; give the trace of this model"
-            )
+        recorded.check(f"--routing {trace}", [len(layer.popularity_E) for layer in outlined.outline.layers])
         slots_bytes = forecast.plan.slots_bytes
         placements = self._placements(outlined, outlined.size.layers, slots_bytes, self.profile)
         return play(recorded.steps, outlined.outline, placements, self.profile, self.context)
@@ -144,8 +138,3 @@ class Question:
 
     def best(self, verdicts: Sequence[FormatVerdict]) -> WeightFormat | None:
         return best_format(self.stored_format, [v.format for v in verdicts if v.forecast is not None])
-
-
-def _several(numbers: Sequence[int]) -> str:
-    """Each one once."""
-    return ", ".join(map(str, sorted(set(numbers))))

@@ -104,8 +104,8 @@ class Heat:
         mine = [len(count_E) for count_E in self.count_L]
         if mine != list(num_experts_L):
             raise ValueError(
-                f"heat of {self.model or 'an unnamed model'} has {len(mine)} layers of {_short(mine)} experts, {model} "
-                f"has {len(num_experts_L)} of {_short(num_experts_L)}; record the heat of this model"
+                f"heat of {self.model or 'an unnamed model'} has {len(mine)} layers of {distinct(mine)} experts, {model} "
+                f"has {len(num_experts_L)} of {distinct(num_experts_L)}; record the heat of this model"
             )
 
     def merge(self, other: Heat) -> Heat:
@@ -155,6 +155,7 @@ class Heat:
         return cls(metadata["model"], layers, float(metadata["weight_steps"]))
 
 
-def _short(numbers: Sequence[int]) -> str:
-    distinct = sorted(set(numbers))
-    return " or ".join(map(str, distinct[:4])) if distinct else "no"
+def distinct(numbers: Sequence[int]) -> str:
+    """Each number once, for messages; the first four."""
+    found = sorted(set(numbers))
+    return " or ".join(map(str, found[:4])) if found else "no"

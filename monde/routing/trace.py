@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from monde.core import NOT_MINE, Placement
+from monde.routing.heat import distinct
 
 TRACE_VERSION = 1
 
@@ -78,6 +79,15 @@ class Trace:
         num_layers = len(header["num_experts_L"])
         steps = tuple(tuple(arrays[s : s + num_layers]) for s in range(0, len(arrays), max(num_layers, 1)))
         return cls(header["model"], tuple(header["num_experts_L"]), steps)
+
+    def check(self, asked_by: str, num_experts_L: Sequence[int]) -> None:
+        """Errors: ValueError when the record is not of a model with these layers."""
+        mine = self.num_experts_L
+        if mine != tuple(num_experts_L):
+            raise ValueError(
+                f"{asked_by}: it is of {self.model or 'a model'} with {len(mine)} layers of {distinct(mine)} experts, "
+                f"this one has {len(num_experts_L)} of {distinct(num_experts_L)}; give the trace of this model"
+            )
 
 
 class TraceRecorder:
