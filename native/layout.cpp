@@ -27,9 +27,9 @@ ExpertLayout make_layout(int d_model, int d_ffn, bool gated, DType dtype) {
   return layout;
 }
 
-int stretch_rows(int k_pad, int activation_itemsize_bytes) {
+int stretch_rows(int stretch_bytes, int k_pad, int activation_itemsize_bytes) {
   constexpr int kPairRows = 2 * kBlockRows;
-  const int pairs = kStretchBytes / (k_pad * activation_itemsize_bytes * kPairRows);
+  const int pairs = stretch_bytes / (k_pad * activation_itemsize_bytes * kPairRows);
   return (pairs > 0 ? pairs : 1) * kPairRows;
 }
 

@@ -20,11 +20,10 @@ namespace monde {
 
 enum class DType : int { kF32 = 0, kBF16 = 1, kF16 = 2 };
 
-inline constexpr int kLanes = 16;              // output rows of a panel
-inline constexpr int kBlockRows = 16;          // activation rows of a block
-inline constexpr int kPadK = 32;               // K is padded to this: the depth of one bf16 tile
-inline constexpr int kTileBytes = 64;          // width of an activation tile row
-inline constexpr int kStretchBytes = 1 << 19;  // of activations that stay in L2
+inline constexpr int kLanes = 16;      // output rows of a panel
+inline constexpr int kBlockRows = 16;  // activation rows of a block
+inline constexpr int kPadK = 32;       // K is padded to this: the depth of one bf16 tile
+inline constexpr int kTileBytes = 64;  // width of an activation tile row
 
 // One expert's shape with padding, and where its panels are. Plain data, because ISA files read it: an inline
 // function shared with them could be linked in its AVX-512 form and crash an older CPU.
@@ -49,9 +48,8 @@ ExpertLayout make_layout(int d_model, int d_ffn, bool gated, DType dtype);
 
 int itemsize_bytes(DType dtype);
 
-// Activation rows that a thread keeps in its L2 cache while weights pass over them: 512 KiB of them, whole pairs of
-// blocks, at least one pair.
-int stretch_rows(int k_pad, int activation_itemsize_bytes);
+// Activation rows of so many bytes together: whole pairs of blocks, at least one pair.
+int stretch_rows(int stretch_bytes, int k_pad, int activation_itemsize_bytes);
 
 // Element offset of weight (row, k) inside its panel; row counts from the panel's first.
 size_t panel_offset(int k_group, int row, int k);

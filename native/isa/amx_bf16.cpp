@@ -1,6 +1,6 @@
 #define MONDE_ISA monde_amx_bf16
 #define MONDE_FAR_TILES 16
-#define MONDE_AMX_CUT 8
+#define MONDE_AMX_CUT 12
 #define MONDE_SIMD "../simd/avx512.h"
 #include "../kernels/amx_multiply.h"
 #include "../kernels/body.h"

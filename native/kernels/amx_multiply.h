@@ -10,10 +10,12 @@ namespace MONDE_ISA {
 struct AmxMultiply {
   using A = uint16_t;
   static constexpr int kChunkRows = 8 * monde::kBlockRows;
-  static constexpr int kTileElements = 32;      // bf16 values in a tile row
-  static constexpr int kPanelTileBytes = 1024;  // 16 groups of 64 bytes
+  static constexpr int kStretchBytes = 1 << 20;  // every core with AMX has 2 MiB of L2
+  static constexpr int kTileElements = 32;       // bf16 values in a tile row
+  static constexpr int kPanelTileBytes = 1024;   // 16 groups of 64 bytes
   // Four products take 64 cycles, and their four operands would take as long from L2. So K is cut, and the weights of
-  // a cut (16 KiB of two panels) stay in L1 while all rows pass over them; sums wait in memory between cuts.
+  // a cut (24 KiB of two panels) stay in L1 while all rows pass over them; sums wait in memory between cuts. Shorter
+  // cuts let two hyperthreads share L1, but storing and loading sums takes 180 cycles each time.
   static constexpr int kCutTiles = MONDE_AMX_CUT;
 
   // Tile registers: 0 to 3 accumulate (block, panel), 4 and 5 hold activations, 6 and 7 weights.
@@ -33,7 +35,8 @@ struct AmxMultiply {
       config.rows[i] = uint8_t(i < 6 ? rows : 16);
       config.row_bytes[i] = 64;
     }
-    _tile_loadconfig(&config);
+    // GCC 12's _tile_loadconfig says that it reads eight bytes: the stores of the others were left out.
+    asm volatile("ldtilecfg %0" : : "m"(config) : "memory");
   }
 
   template <int kPanels>
@@ -41,7 +44,7 @@ struct AmxMultiply {
                   const unsigned char* const* next, Pass pass, float* const* sums) {
     constexpr int kPairRows = 2 * monde::kBlockRows;
     const int num_pairs = (rows + kPairRows - 1) / kPairRows, num_tiles = depth.end - depth.begin;
-    const bool one_block = rows <= monde::kBlockRows;
+    const bool one_block = rows <= monde::kBlockRows, is_cut = num_pairs > 1;
     // Of several blocks the last may have fewer rows; its tile then reads on into memory behind it, which is scratch
     // too, and those rows of the sums are nobody's.
     configure(one_block ? rows : monde::kBlockRows);
@@ -51,7 +54,7 @@ struct AmxMultiply {
       prefetchers[p] =
           PanelPrefetcher(panels[p] + at, next[p] + at, num_tiles, {pass.index * num_pairs, pass.count * num_pairs});
     }
-    const int cut_tiles = num_pairs == 1 ? num_tiles : kCutTiles;
+    const int cut_tiles = is_cut ? kCutTiles : num_tiles;
     for (int begin = depth.begin; begin < depth.end; begin += cut_tiles) {
       const int end = begin + cut_tiles < depth.end ? begin + cut_tiles : depth.end;
       for (int row = 0; row < rows; row += kPairRows) {
@@ -61,8 +64,9 @@ struct AmxMultiply {
         float* pair_sums[kPanels];
         for (int p = 0; p < kPanels; ++p) pair_sums[p] = sums[p] + row * 16;
         const Cut cut = {begin, end, depth.block_tiles, rows_low, rows_high, begin > depth.begin};
-        rows_high > 0 ? tiles<kPanels, true>(cut, low, panels, prefetchers, pair_sums)
-                      : tiles<kPanels, false>(cut, low, panels, prefetchers, pair_sums);
+        rows_high == 0 ? tiles<kPanels, false, false>(cut, low, panels, prefetchers, pair_sums)
+        : is_cut       ? tiles<kPanels, true, true>(cut, low, panels, prefetchers, pair_sums)
+                       : tiles<kPanels, true, false>(cut, low, panels, prefetchers, pair_sums);
       }
     }
   }
@@ -75,7 +79,23 @@ struct AmxMultiply {
     bool resumes;
   };
 
-  template <int kPanels, bool kTwoBlocks>
+  // Where K is cut, activations pass by the weights in L1 and must not push them out: they are loaded as a stream.
+  template <bool kStreams>
+  static void load_activations_low(const A* from) {
+    if constexpr (kStreams)
+      _tile_stream_loadd(4, from, 64);
+    else
+      _tile_loadd(4, from, 64);
+  }
+  template <bool kStreams>
+  static void load_activations_high(const A* from) {
+    if constexpr (kStreams)
+      _tile_stream_loadd(5, from, 64);
+    else
+      _tile_loadd(5, from, 64);
+  }
+
+  template <int kPanels, bool kTwoBlocks, bool kStreams>
   static void tiles(const Cut& cut, const A* low, const unsigned char* const* panels, PanelPrefetcher* prefetchers,
                     float* const* sums) {
     const A* high = low + ptrdiff_t(cut.rows_low) * cut.block_tiles * kTileElements;
@@ -95,11 +115,11 @@ struct AmxMultiply {
       for (int p = 0; p < kPanels; ++p) prefetchers[p].step();
       _tile_loadd(6, panels[0] + at, 64);
       if constexpr (kPanels == 2) _tile_loadd(7, panels[1] + at, 64);
-      _tile_loadd(4, low + ptrdiff_t(t) * cut.rows_low * kTileElements, 64);
+      load_activations_low<kStreams>(low + ptrdiff_t(t) * cut.rows_low * kTileElements);
       _tile_dpbf16ps(0, 4, 6);
       if constexpr (kPanels == 2) _tile_dpbf16ps(1, 4, 7);
       if constexpr (kTwoBlocks) {
-        _tile_loadd(5, high + ptrdiff_t(t) * cut.rows_high * kTileElements, 64);
+        load_activations_high<kStreams>(high + ptrdiff_t(t) * cut.rows_high * kTileElements);
         _tile_dpbf16ps(2, 5, 6);
         if constexpr (kPanels == 2) _tile_dpbf16ps(3, 5, 7);
       }

@@ -51,16 +51,21 @@ template <class A>
 inline A* block_at(unsigned char* blocks, int row, int k_pad) {
   return reinterpret_cast<A*>(blocks) + ptrdiff_t(row) * k_pad;
 }
+template <class A>
+inline const A* block_at(const unsigned char* blocks, int row, int k_pad) {
+  return reinterpret_cast<const A*>(blocks) + ptrdiff_t(row) * k_pad;
+}
 
 // ---- the three tasks ----
 
 template <class A>
-void gather(const ExpertLayout& layout, const Batch& batch, const ExpertGroup& group, int row_begin, int row_end) {
+void gather(const ExpertLayout& layout, const Batch& batch, const ExpertGroup& group, int row_begin, int row_end,
+            unsigned char* x_blocks) {
   constexpr int kTileK = kTileBytes / int(sizeof(A));
   const int D = layout.d_model;
   for (int row = row_begin; row < row_end; row += kBlockRows) {
-    const int rows = min_int(kBlockRows, group.num_rows - row);
-    A* block = block_at<A>(batch.x_blocks, group.x_row + row, layout.d_pad_k);
+    const int rows = min_int(kBlockRows, row_end - row);
+    A* block = block_at<A>(x_blocks, row - row_begin, layout.d_pad_k);
     for (int r = 0; r < rows; ++r) {
       const ptrdiff_t x_row = batch.row_token[group.first_row + row + r] * batch.x_row_stride;
       for (int k = 0; k < layout.d_pad_k; k += 16) {
@@ -84,7 +89,8 @@ inline A* hidden_at(const ExpertLayout& layout, const Batch& batch, const Expert
 
 template <class Multiply>
 void gate_up(const ExpertLayout& layout, const monde::Activation& activation, const Batch& batch,
-             const ExpertGroup& group, int row_begin, int row_end, int panel_begin, int panel_end) {
+             const ExpertGroup& group, const unsigned char* x_blocks, int row_begin, int row_end, int panel_begin,
+             int panel_end) {
   using A = typename Multiply::A;
   constexpr int kChunk = Multiply::kChunkRows;
   const int num_tiles = layout.d_pad_k * int(sizeof(A)) / kTileBytes;
@@ -105,7 +111,7 @@ void gate_up(const ExpertLayout& layout, const monde::Activation& activation, co
     const Vec gate_bias = group.gate_bias ? load(group.gate_bias + panel * kLanes) : splat(0.f);
     for (int row = row_begin; row < row_end; row += kChunk) {
       const int rows = min_int(kChunk, row_end - row);
-      const A* x = block_at<A>(batch.x_blocks, group.x_row + row, layout.d_pad_k);
+      const A* x = block_at<A>(x_blocks, row - row_begin, layout.d_pad_k);
       const Pass pass = {(row - row_begin) / kChunk, num_passes};
       if (layout.gated)
         Multiply::template run<2>(rows, x, depth, pair, next, pass, sum_of);
@@ -173,7 +179,7 @@ void down(const ExpertLayout& layout, const Batch& batch, int group_begin, int g
     for (int row = 0; row < group.num_rows; row += kChunk) {
       const int rows = min_int(kChunk, group.num_rows - row);
       // A chunk's hidden rows stay in L2 while the panels pass: F is cut where they would not. Few rows fit whole.
-      const int fitting_tiles = monde::kStretchBytes / (rows * kTileBytes);
+      const int fitting_tiles = Multiply::kStretchBytes / (rows * kTileBytes);
       const int cut_tiles = num_tiles <= fitting_tiles ? num_tiles : fitting_tiles;
       for (int tile = group.first_panel * kLanes * int(sizeof(A)) / kTileBytes; tile < num_tiles; tile += cut_tiles) {
         const Depth depth = {tile, min_int(tile + cut_tiles, num_tiles), num_tiles};
@@ -213,7 +219,7 @@ inline void write(const ExpertLayout& layout, const Batch& batch, int panel_begi
 template <class Multiply>
 constexpr monde::Kernels kernels_of() {
   using A = typename Multiply::A;
-  return {int(sizeof(A)), &gather<A>, &gate_up<Multiply>, &down<Multiply>, &write};
+  return {int(sizeof(A)), Multiply::kStretchBytes, &gather<A>, &gate_up<Multiply>, &down<Multiply>, &write};
 }
 
 inline float read_bytes(const void* data, size_t num_bytes) { return read_all(data, num_bytes); }

@@ -154,6 +154,7 @@ template <class Codec>
 struct VectorMultiply {
   using A = typename Codec::A;
   static constexpr int kChunkRows = monde::kBlockRows;
+  static constexpr int kStretchBytes = 1 << 19;
   template <int kPanels>
   static void run(int rows, const A* a, Depth depth, const unsigned char* const* panels,
                   const unsigned char* const* next, Pass pass, float* const* sums) {

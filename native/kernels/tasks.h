@@ -34,7 +34,6 @@ struct ExpertGroup {
   const float* down_bias;
   int num_rows;
   int first_row;  // into row_token, row_weight, and (times the padded K) into h_blocks
-  int x_row;      // the same for x_blocks, where a token that is its experts' only row lies once for all of them
   // Panels of F before this one are somebody else's, and with panel 0 down_bias. A whole number of tiles of K.
   int first_panel = 0;
 };
@@ -52,19 +51,19 @@ struct Batch {
   const float* row_weight;  // router weight of each routed row
   const ExpertGroup* groups;
   int num_groups;
-  unsigned char* x_blocks;  // rows of x in blocks, K = D
   unsigned char* h_blocks;  // hidden rows in blocks, K = F
 };
 
 // One ISA's kernels for one (activation element, weight element) pair. Panel ranges are [begin, end).
 struct Kernels {
   int activation_itemsize_bytes;  // 4: f32 blocks, 2: bf16 blocks
-  // Rows [row_begin, row_end) of a group, row_begin a multiple of kBlockRows: x -> x_blocks.
-  void (*gather)(const ExpertLayout&, const Batch&, const ExpertGroup&, int row_begin, int row_end);
-  // h_blocks[rows, panels] = act(gate, up) for rows [row_begin, row_end) of a group, row_begin a multiple of
-  // kBlockRows.
-  void (*gate_up)(const ExpertLayout&, const Activation&, const Batch&, const ExpertGroup&, int row_begin, int row_end,
-                  int panel_begin, int panel_end);
+  int stretch_bytes;              // of activations that stay in L2 while weights pass over them
+  // Rows [row_begin, row_end) of a group, row_begin a multiple of kBlockRows: x -> x_blocks, K = D.
+  void (*gather)(const ExpertLayout&, const Batch&, const ExpertGroup&, int row_begin, int row_end,
+                 unsigned char* x_blocks);
+  // h_blocks[rows, panels] = act(gate, up) for the rows that x_blocks holds.
+  void (*gate_up)(const ExpertLayout&, const Activation&, const Batch&, const ExpertGroup&,
+                  const unsigned char* x_blocks, int row_begin, int row_end, int panel_begin, int panel_end);
   // y[:, columns of panels] = sum over groups [group_begin, group_end), in order; y holds num_tokens * 16 * (panel_end
   // - panel_begin) floats.
   void (*down)(const ExpertLayout&, const Batch&, int group_begin, int group_end, int panel_begin, int panel_end,

@@ -1,4 +1,4 @@
-// Bank::forward: the wanted pairs grouped by expert, their rows gathered, then two phases of units on all threads.
+// Bank::forward: the wanted pairs grouped by expert, then two phases of units on all threads.
 #include <algorithm>
 #include <atomic>
 #include <new>
@@ -24,9 +24,6 @@ constexpr size_t kOverreadBytes = size_t(kBlockRows) * kTileBytes;
 // What a waiting thread fetches between two looks at whether it still has to wait, and how much at most: the larger
 // part of an L2 cache would push out what the unit's first rows need.
 constexpr size_t kFetchBytes = 2048, kMaxFetchBytes = size_t(128) << 10;
-
-// Below this many elements, waking the threads costs more than gathering alone.
-constexpr int64_t kGatherAloneElements = 1 << 13;
 
 int64_t id_at(const ForwardArgs& args, int64_t token, int64_t k) {
   const int64_t at = token * args.ids_row_stride + k * args.ids_column_stride;
@@ -60,7 +57,6 @@ class Carver {
 struct Bank::Plan {
   Plan(const Bank& bank, const ForwardArgs& args, int64_t token_begin, int num_tokens, Pool::Lease& lease);
   void group_pairs();
-  void list_gathers();
   void cut_phases();
   ForwardCounts run();
 
@@ -80,14 +76,15 @@ struct Bank::Plan {
   ExpertGroup* groups;
   int* row_token;
   float* row_weight;
-  int* x_row_of_token;  // of tokens that are alone in a group; -1: none yet
-  int num_x_rows = 0;
-  int *gather_group, *gather_row;  // of each gather unit its group and first row
-  int num_gathers = 0;
   Segment* segments;
   int num_segments = 0;
-  int *gather_ranges, *gate_up_ranges, *down_ranges;  // [num_threads + 1] units of each thread
+  int *gate_up_ranges, *down_ranges;  // [num_threads + 1] units of each thread
   int* node_of_thread;
+
+  // Every thread gathers the rows of a segment for itself: they are in its own cache then, and nobody waits for others.
+  unsigned char* x_blocks;  // a stretch of rows each
+  size_t x_stride_bytes = 0;
+  const Segment** gathered;  // by thread, whose rows it has
 
   DownUnits down{};
   int num_down_units = 0;
@@ -97,19 +94,18 @@ struct Bank::Plan {
 
   int first_group(int slice) const { return int(int64_t(batch.num_groups) * slice / down.num_slices); }
 
-  static void gather_unit(void* context, int unit, int) {
-    const Plan& plan = *static_cast<const Plan*>(context);
-    const ExpertGroup& group = plan.batch.groups[plan.gather_group[unit]];
-    const int row = plan.gather_row[unit];
-    plan.kernels.gather(plan.layout, plan.batch, group, row, std::min(row + kBlockRows, group.num_rows));
-  }
-  static void gate_up_unit(void* context, int unit, int) {
+  static void gate_up_unit(void* context, int unit, int thread) {
     const Plan& plan = *static_cast<const Plan*>(context);
     const Segment& segment = segment_of(plan.segments, plan.num_segments, unit);
+    const ExpertGroup& group = plan.batch.groups[segment.group];
     const int panel = segment.panel_begin + (unit - segment.first_unit) * segment.panels_per_unit;
-    plan.kernels.gate_up(plan.layout, plan.bank.shape_.activation, plan.batch, plan.batch.groups[segment.group],
-                         segment.row_begin, segment.row_end, panel,
-                         std::min(panel + segment.panels_per_unit, segment.panel_end));
+    unsigned char* const x_blocks = plan.x_blocks + thread * plan.x_stride_bytes;
+    if (plan.gathered[thread] != &segment) {
+      plan.kernels.gather(plan.layout, plan.batch, group, segment.row_begin, segment.row_end, x_blocks);
+      plan.gathered[thread] = &segment;
+    }
+    plan.kernels.gate_up(plan.layout, plan.bank.shape_.activation, plan.batch, group, x_blocks, segment.row_begin,
+                         segment.row_end, panel, std::min(panel + segment.panels_per_unit, segment.panel_end));
   }
   // Units of a panel follow each other, one for each slice of the groups; whoever is last adds the slices up.
   static void down_unit(void* context, int unit, int thread) {
@@ -149,31 +145,27 @@ Bank::Plan::Plan(const Bank& of, const ForwardArgs& arguments, int64_t first_tok
       lease(pool_lease),
       kernels(of.kernels_for(arguments.x_dtype)),
       layout(of.layout_),
-      rows_at_once(stretch_rows(layout.d_pad_k, kernels.activation_itemsize_bytes)) {
+      rows_at_once(stretch_rows(kernels.stretch_bytes, layout.d_pad_k, kernels.activation_itemsize_bytes)) {
   const int E = bank.shape_.num_experts, num_nodes = bank.pool_->num_nodes();
-  const int64_t max_rows = num_tokens * args.num_topk, max_gathers = max_rows / kBlockRows + E;
+  const int64_t max_rows = num_tokens * args.num_topk;
   Carver carver;
   const size_t at_next = carver.reserve<int>(E), at_groups = carver.reserve<ExpertGroup>(E);
   const size_t at_token = carver.reserve<int>(max_rows), at_weight = carver.reserve<float>(max_rows);
-  const size_t at_x_row = carver.reserve<int>(num_tokens), at_gather_group = carver.reserve<int>(max_gathers);
-  const size_t at_gather_row = carver.reserve<int>(max_gathers);
   const size_t at_segments = carver.reserve<Segment>(max_segments(E, max_rows, rows_at_once, num_nodes));
-  const size_t at_ranges = carver.reserve<int>(3 * (num_threads + 1)), at_nodes = carver.reserve<int>(num_threads);
+  const size_t at_ranges = carver.reserve<int>(2 * (num_threads + 1)), at_nodes = carver.reserve<int>(num_threads);
   const size_t at_slices = carver.reserve<std::atomic<int>>(layout.num_d_panels);
+  const size_t at_gathered = carver.reserve<const Segment*>(num_threads);
   unsigned char* const index = lease.scratch(kIndexSlot, carver.num_bytes());
   next_row_E = reinterpret_cast<int*>(index + at_next);
   groups = reinterpret_cast<ExpertGroup*>(index + at_groups);
   row_token = reinterpret_cast<int*>(index + at_token);
   row_weight = reinterpret_cast<float*>(index + at_weight);
-  x_row_of_token = reinterpret_cast<int*>(index + at_x_row);
-  gather_group = reinterpret_cast<int*>(index + at_gather_group);
-  gather_row = reinterpret_cast<int*>(index + at_gather_row);
   segments = reinterpret_cast<Segment*>(index + at_segments);
-  gather_ranges = reinterpret_cast<int*>(index + at_ranges);
-  gate_up_ranges = gather_ranges + num_threads + 1;
+  gate_up_ranges = reinterpret_cast<int*>(index + at_ranges);
   down_ranges = gate_up_ranges + num_threads + 1;
   node_of_thread = reinterpret_cast<int*>(index + at_nodes);
   slices_left = reinterpret_cast<std::atomic<int>*>(index + at_slices);
+  gathered = reinterpret_cast<const Segment**>(index + at_gathered);
 }
 
 // Counting sort of the wanted pairs by expert.
@@ -203,7 +195,6 @@ void Bank::Plan::group_pairs() {
                             bank.bias(id, "down_bias"),
                             rows,
                             num_rows,
-                            0,
                             cut_panel};
     counts.weight_bytes += int64_t(layout.weight_bytes) * (layout.num_f_panels - cut_panel) / layout.num_f_panels;
     next_row_E[id] = num_rows;
@@ -215,26 +206,6 @@ void Bank::Plan::group_pairs() {
   });
   counts.num_pairs = num_rows;
   counts.num_experts = batch.num_groups = num_groups;
-}
-
-// Every group's blocks, and a token that comes alone to several experts once.
-void Bank::Plan::list_gathers() {
-  std::fill(x_row_of_token, x_row_of_token + num_tokens, -1);
-  for (int g = 0; g < batch.num_groups; ++g) {
-    ExpertGroup& group = groups[g];
-    int& x_row = x_row_of_token[row_token[group.first_row]];
-    if (group.num_rows == 1 && x_row >= 0) {
-      group.x_row = x_row;
-      continue;
-    }
-    group.x_row = num_x_rows;
-    if (group.num_rows == 1) x_row = num_x_rows;
-    num_x_rows += group.num_rows;
-    for (int row = 0; row < group.num_rows; row += kBlockRows) {
-      gather_group[num_gathers] = g;
-      gather_row[num_gathers++] = row;
-    }
-  }
 }
 
 void Bank::Plan::cut_phases() {
@@ -250,8 +221,12 @@ void Bank::Plan::cut_phases() {
            row_weight,
            groups,
            batch.num_groups,
-           lease.scratch(kXSlot, size_t(num_x_rows) * layout.d_pad_k * item_bytes + kOverreadBytes),
            lease.scratch(kHSlot, size_t(counts.num_pairs) * layout.f_pad_k * item_bytes + kOverreadBytes)};
+  int most_rows = 0;
+  for (int g = 0; g < batch.num_groups; ++g) most_rows = std::max(most_rows, groups[g].num_rows);
+  x_stride_bytes = size_t(std::min(most_rows, rows_at_once)) * layout.d_pad_k * item_bytes + kOverreadBytes;
+  x_blocks = lease.scratch(kXSlot, x_stride_bytes * num_threads);
+  std::fill(gathered, gathered + num_threads, nullptr);
   for (int i = 0; i < num_threads; ++i) node_of_thread[i] = bank.pool_->node_of_thread(i);
   num_segments = schedule_gate_up(layout, groups, batch.num_groups, rows_at_once, {num_threads, node_of_thread},
                                   segments, gate_up_ranges);
@@ -262,20 +237,13 @@ void Bank::Plan::cut_phases() {
   const int num_sums = down.num_slices > 1 ? num_down_units : num_threads;
   sums = reinterpret_cast<float*>(lease.scratch(kYSlot, sums_stride * num_sums * sizeof(float)));
   for (int panel = 0; panel < num_down_panels; ++panel) new (slices_left + panel) std::atomic<int>(down.num_slices);
-  split_evenly(num_gathers, num_threads, gather_ranges);
   split_evenly(num_down_units, num_threads, down_ranges);
 }
 
 ForwardCounts Bank::Plan::run() {
-  const Phase phases[] = {{&Plan::gather_unit, num_gathers, gather_ranges, "gather"},
-                          {&Plan::gate_up_unit, gate_up_ranges[num_threads], gate_up_ranges, "gate_up"},
+  const Phase phases[] = {{&Plan::gate_up_unit, gate_up_ranges[num_threads], gate_up_ranges, "gate_up"},
                           {&Plan::down_unit, num_down_units, down_ranges, "down", &Plan::fetch_down}};
-  if (int64_t(num_x_rows) * layout.d_model <= kGatherAloneElements) {
-    for (int unit = 0; unit < num_gathers; ++unit) gather_unit(this, unit, 0);
-    lease.run(phases + 1, 2, this);
-  } else {
-    lease.run(phases, 3, this);
-  }
+  lease.run(phases, 2, this);
   return counts;
 }
 
@@ -314,7 +282,6 @@ ForwardCounts Bank::forward(const ForwardArgs& args) {
     const int count = int(std::min(tokens_per_chunk, args.num_tokens - begin));
     Plan plan(*this, args, begin, count, lease);
     plan.group_pairs();
-    plan.list_gathers();
     plan.cut_phases();
     const ForwardCounts counts = plan.run();
     total.num_pairs += counts.num_pairs;

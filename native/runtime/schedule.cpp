@@ -1,6 +1,7 @@
 #include "schedule.h"
 
 #include <algorithm>
+#include <climits>
 
 namespace monde {
 namespace {
@@ -18,6 +19,13 @@ constexpr int kMaxDownPanels = 8;
 // Weights that a slice of the widest unit reads, if experts are that small: microseconds of a core's memory bandwidth.
 constexpr size_t kDownUnitBytes = size_t(64) << 10;
 
+// The same for many rows; a unit's sums for all tokens should stay in L2 then.
+constexpr int kMaxWidePanels = 12;
+constexpr size_t kWideSumsBytes = size_t(1) << 20;
+
+// What a unit's reading of all hidden rows takes, in panels of products.
+constexpr int kHiddenReadPanels = 2;
+
 // Sums of slices wait in the caches for the last one of their panel.
 constexpr size_t kMaxSumsBytes = size_t(2) << 20;
 
@@ -26,6 +34,18 @@ int panels_per_unit(int num_rows, int64_t total_panels, int num_threads) {
   const int by_reuse = num_rows <= kBlockRows ? 1 : num_rows <= 2 * kBlockRows ? 2 : num_rows <= 4 * kBlockRows ? 4 : 8;
   const int64_t by_balance = std::max<int64_t>(1, total_panels / (int64_t(kUnitsPerThread) * num_threads));
   return int(std::min<int64_t>(by_reuse, by_balance));
+}
+
+// Panels of units that all cost the same, of which the threads take one each, round by round: as many as make it quick.
+int widest_in_time(int num_panels, int num_tokens, int num_threads) {
+  const size_t by_sums = kWideSumsBytes / (size_t(num_tokens) * kLanes * sizeof(float));
+  int best = 2, best_cost = INT_MAX;
+  for (int panels = 2; panels <= std::clamp(int(by_sums), 2, kMaxWidePanels); panels += 2) {
+    const int num_units = (num_panels + panels - 1) / panels, rounds = (num_units + num_threads - 1) / num_threads;
+    const int cost = rounds * (panels + kHiddenReadPanels);
+    if (cost < best_cost) best = panels, best_cost = cost;
+  }
+  return best;
 }
 
 }  // namespace
@@ -93,9 +113,7 @@ const Segment& segment_of(const Segment* segments, int num_segments, int unit) {
 
 DownUnits cut_down(const ExpertLayout& layout, int num_tokens, int num_rows, int num_groups, int num_threads) {
   const int D = layout.num_d_panels;
-  // Half the balance of gate-up units: every unit costs the same here.
-  if (num_rows > kMemoryBoundRows * num_groups)
-    return {std::clamp(D / (kUnitsPerThread / 4 * num_threads), 2, kMaxDownPanels), 1};
+  if (num_rows > kMemoryBoundRows * num_groups) return {widest_in_time(D, num_tokens, num_threads), 1};
   const size_t widest_bytes = std::min(D, kMaxDownPanels) * layout.down_panel_bytes;
   const size_t by_bytes = (num_groups * widest_bytes + kDownUnitBytes - 1) / kDownUnitBytes;
   const size_t by_sums = kMaxSumsBytes / (size_t(std::max(1, num_tokens)) * D * kLanes * sizeof(float));

@@ -119,7 +119,7 @@ TEST(down_units_are_never_empty_and_slices_know_no_threads) {
     const DownUnits cut = cut_down(layout, tokens, rows, groups, threads);
     const std::string what = std::to_string(cut.panels_per_unit) + " panels, " + std::to_string(cut.num_slices) +
                              " slices of " + std::to_string(groups) + " groups";
-    CHECK(cut.panels_per_unit >= 1 && cut.panels_per_unit <= 8, what);
+    CHECK(cut.panels_per_unit >= 1 && cut.panels_per_unit <= 12, what);
     CHECK(cut.num_slices >= 1 && cut.num_slices <= std::max(1, groups), what);
     CHECK(cut.num_slices == cut_down(layout, tokens, rows, groups, 1).num_slices, what);
   }
