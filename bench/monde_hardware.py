@@ -307,15 +307,23 @@ def measure(
     num_passes: int,
     top: Ceilings,
     device: torch.device,
+    memory: ceilings.HostMemory | None,
 ) -> list[Row]:
     passes = [Pass(model, workload, num_layers, device) for workload in workloads]
     dense_s = {p.workload: statistics.median(p.samples_s(Nothing(), num_passes)) for p in passes}
     rows: list[Row] = []
 
     def rows_of(experts: Experts, num_resident: int) -> None:
+        nonlocal top
         for one in passes:
+            before = top
             samples = one.samples_s(experts, num_passes)
-            rows.append(_row(one, experts.name, num_resident, samples, dense_s[one.workload], top))
+            if memory is not None:
+                top = ceilings.with_reads(top, memory.reads())
+            cold_bytes_per_s = statistics.mean((before.cold_bytes_per_s, top.cold_bytes_per_s))
+            rows.append(
+                _row(one, experts.name, num_resident, samples, dense_s[one.workload], top, cold_bytes_per_s)
+            )
             print(line(rows[-1]), flush=True)
 
     quarter = model.num_experts // 4
@@ -335,9 +343,18 @@ def measure(
     return rows
 
 
-def _row(one: Pass, name: str, num_resident: int, samples: list[float], dense_s: float, top: Ceilings) -> Row:
+def _row(
+    one: Pass,
+    name: str,
+    num_resident: int,
+    samples: list[float],
+    dense_s: float,
+    top: Ceilings,
+    cold_bytes_per_s: float,
+) -> Row:
+    """cold_bytes_per_s: when the samples were taken."""
     cold, resident = one.bytes_moved(num_resident)
-    read_s = max(cold / top.cold_bytes_per_s, resident / top.hbm_read_bytes_per_s)
+    read_s = max(cold / cold_bytes_per_s, resident / top.hbm_read_bytes_per_s)
     bound_s = dense_s + read_s + one.num_layers * top.round_trip_s
     return Row(
         one.model.name,
@@ -426,9 +443,11 @@ def main(arguments: list[str] | None = None) -> None:
         shape = Shape(
             name, num_layers, num_layers, model.num_experts, model.num_topk, model.d_model, model.d_ffn
         )
-        top = ceilings.measure(shape, device)
+        memory = ceilings.HostMemory(device) if device.type == "cuda" else None
+        top = ceilings.measure(shape, memory)
         tops[name] = dataclasses.asdict(top)
-        rows += measure(model, num_layers, workloads, args.passes, top, device)
+        rows += measure(model, num_layers, workloads, args.passes, top, device, memory)
+        del memory
     found = verdicts(rows)
     for verdict in found:
         told = "met   " if verdict["met"] else "MISSED"

@@ -6,6 +6,7 @@ take 1 / (1 / h + 1 / c), whatever the order. Letters as in monde.core.
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Sequence
@@ -29,13 +30,19 @@ CURVE_TOKENS = (1, 4, 16, 64, 128, 256, 512)
 
 
 @dataclass(frozen=True)
-class Ceilings:
-    """Bytes per second, and operations per second of one large product on the GPU."""
+class Reads:
+    """Of the host's memory, by the bus and by the host's threads, each alone and both at once."""
 
     h2d_bytes_per_s: float
     host_read_bytes_per_s: float
     h2d_beside_read_bytes_per_s: float
     host_read_beside_h2d_bytes_per_s: float
+
+
+@dataclass(frozen=True)
+class Ceilings(Reads):
+    """Bytes per second, and operations per second of one large product on the GPU."""
+
     gpu_flops_per_s: float
     hbm_bytes_per_s: float
 
@@ -77,6 +84,11 @@ class Bus:
 
 
 def measure(bus: Bus, pool: Any, isa: str) -> Ceilings:
+    return Ceilings(*dataclasses.astuple(measure_reads(bus, pool, isa)), *_gpu())
+
+
+def measure_reads(bus: Bus, pool: Any, isa: str) -> Reads:
+    """Half a second."""
     bus.bytes_per_s(4)
     alone = statistics.median(bus.bytes_per_s() for _ in range(3))
     source, read_bytes = bus.blobs[0], min(1 << 30, bus.blobs[0].num_bytes)
@@ -90,7 +102,7 @@ def measure(bus: Bus, pool: Any, isa: str) -> Ceilings:
     while not end.query():
         reads.append(read_bytes_per_s())
     copy_beside = num_bytes / (start.elapsed_time(end) * 1e-3)
-    return Ceilings(alone, read, copy_beside, statistics.median(reads[:-1] or reads), *_gpu())
+    return Reads(alone, read, copy_beside, statistics.median(reads[:-1] or reads))
 
 
 def _gpu() -> tuple[float, float]:

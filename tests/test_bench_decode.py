@@ -36,8 +36,10 @@ def test_a_toy_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_bound_is_the_slower_side_and_what_comes_on_top() -> None:
     top = Ceilings(100.0, 50.0, 80.0, 40.0, 1000.0, 0.5)
-    assert bound_s(Traffic(12, 0, 3), 10, top, 2.0) == pytest.approx(120 / 120 + 2.0 + 1.5)
-    assert bound_s(Traffic(1, 500, 0), 10, top, 0.0) == pytest.approx(5.0)
+    assert bound_s(Traffic(12, 0, 3), 10, top, 2.0, top.cold_bytes_per_s) == pytest.approx(
+        120 / 120 + 2.0 + 1.5
+    )
+    assert bound_s(Traffic(1, 500, 0), 10, top, 0.0, top.cold_bytes_per_s) == pytest.approx(5.0)
 
 
 def test_expected_traffic_counts_experts_once() -> None:

@@ -59,9 +59,12 @@ def expected_traffic(p_LE: NDArray[np.float64], resident_LE: NDArray[np.bool_], 
     )
 
 
-def bound_s(traffic: Traffic, expert_bytes: int, top: Ceilings, floor_s: float) -> float:
+def bound_s(
+    traffic: Traffic, expert_bytes: int, top: Ceilings, floor_s: float, cold_bytes_per_s: float
+) -> float:
+    """cold_bytes_per_s: when the step was timed."""
     read_s = max(
-        traffic.cold_experts * expert_bytes / top.cold_bytes_per_s,
+        traffic.cold_experts * expert_bytes / cold_bytes_per_s,
         traffic.resident_experts * expert_bytes / top.hbm_read_bytes_per_s,
     )
     return read_s + floor_s + traffic.layers_with_cold * top.round_trip_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 
 import torch
@@ -13,6 +14,7 @@ from bench.decode import layers, models
 from bench.decode.bound import Ceilings
 from bench.decode.shapes import Shape
 from bench.decode.steps import Case, Decoding, GraphedSteps, StaticSteps
+from bench.prefill_ceilings import Reads
 from hostcompute import ExpertBank
 from hostcompute.backends.select import choose
 from monde.device.pinned import PinnedRange
@@ -26,29 +28,51 @@ from monde.weights.host import HostBlobs
 _FEW_THREADS = (1, 4)
 
 
-def measure(shape: Shape, device: torch.device) -> Ceilings:
-    """The host's memory is read where experts lie in it: a layer of Qwen3-30B-A3B's, which no cache holds."""
-    if device.type != "cuda":  # the CPU stands in for the GPU: its experts are read from the same memory
+class HostMemory:
+    """Read where experts lie in it: a layer of Qwen3-30B-A3B's, which no cache holds.
+
+    Neighbours of a virtual machine take their share of it, twofold within minutes: it is read again around every row.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.pool = hostcompute.make_pool(host_threads())
+        layer = host_layers.make_layer(layers.SPEC, 0)
+        blobs = HostBlobs(host_layers.fill_bank(layer, ExpertBank(layers.SPEC, "native", self.pool)))
+        self._pinned = PinnedRange(*blobs.range_of(0, layers.SPEC.num_experts), blobs, device)
+        self._bus = prefill_ceilings.Bus([blobs])
+
+    def reads(self) -> Reads:
+        return prefill_ceilings.measure_reads(self._bus, self.pool, choose("native").isa)
+
+
+def measure(shape: Shape, memory: HostMemory | None) -> Ceilings:
+    """memory: None where the CPU stands in for the GPU: its experts are read from the same memory."""
+    if memory is None:
         host = hostcompute.read_bandwidth(num_bytes=1 << 26)
         return Ceilings(host, 0.0, 0.0, 0.0, host, 0.0)
-    pool = hostcompute.make_pool(host_threads())
-    layer = host_layers.make_layer(layers.SPEC, 0)
-    blobs = HostBlobs(host_layers.fill_bank(layer, ExpertBank(layers.SPEC, "native", pool)))
-    pinned = PinnedRange(*blobs.range_of(0, layers.SPEC.num_experts), blobs, device)
-    read = prefill_ceilings.measure(prefill_ceilings.Bus([blobs]), pool, choose("native").isa)
-    pinned.close()
     round_trips_s = {
         one.num_threads: layers.measure_round_trip_s(one, shape.full_layers, shape.d_model)
-        for one in (*map(hostcompute.make_pool, _FEW_THREADS), pool)
+        for one in (*map(hostcompute.make_pool, _FEW_THREADS), memory.pool)
     }
-    return Ceilings(
-        host_read_bytes_per_s=read.host_read_bytes_per_s,
-        h2d_bytes_per_s=read.h2d_bytes_per_s,
-        overlapped_host_bytes_per_s=read.host_read_beside_h2d_bytes_per_s,
-        overlapped_h2d_bytes_per_s=read.h2d_beside_read_bytes_per_s,
+    rest = Ceilings(
+        0.0,
+        0.0,
+        0.0,
+        0.0,
         hbm_read_bytes_per_s=layers.hbm_read_bytes_per_s(),
         round_trip_s=min(round_trips_s.values()),
-        own_round_trip_s=round_trips_s[pool.num_threads],
+        own_round_trip_s=round_trips_s[memory.pool.num_threads],
+    )
+    return with_reads(rest, memory.reads())
+
+
+def with_reads(top: Ceilings, reads: Reads) -> Ceilings:
+    return dataclasses.replace(
+        top,
+        host_read_bytes_per_s=reads.host_read_bytes_per_s,
+        h2d_bytes_per_s=reads.h2d_bytes_per_s,
+        overlapped_host_bytes_per_s=reads.host_read_beside_h2d_bytes_per_s,
+        overlapped_h2d_bytes_per_s=reads.h2d_beside_read_bytes_per_s,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,8 @@ class Run:
         self.shape = shape_of(options.model, options.num_layers, options.toy)
         config = config_of(options.model, options.num_layers, options.toy)
         self._say("ceilings")
-        self.ceilings: Ceilings = ceilings.measure(self.shape, options.device)
+        self._memory = ceilings.HostMemory(options.device) if options.device.type == "cuda" else None
+        self.ceilings: Ceilings = ceilings.measure(self.shape, self._memory)
         self._say("dense weights, floors")
         dense = models.make_dense(config, options.device)
         self.setting = Setting(config, self.shape, dense, options.device)
@@ -209,11 +210,18 @@ class Run:
             if self._is_late():
                 raise DoesNotFitError(f"the time limit of {self.options.time_limit_s:g} s has passed")
             decoding = contender.decoding(demand)
+            before = self.ceilings
             samples = decoding.run(num_steps)
+            self._read_again()
         except (DoesNotFitError, torch.OutOfMemoryError) as error:
             who, why = (contender.name, contender.group, contender.budget), str(error).splitlines()[0]
             return self._skipped(*who, demand.skew, demand.case, why)
-        return self._finish(contender, contender.name, demand, samples, num_steps)
+        around = (before.cold_bytes_per_s, self.ceilings.cold_bytes_per_s)
+        return self._finish(contender, contender.name, demand, samples, num_steps, around_bytes_per_s=around)
+
+    def _read_again(self) -> None:
+        if self._memory is not None:
+            self.ceilings = ceilings.with_reads(self.ceilings, self._memory.reads())
 
     def _generate_row(
         self, contender: Any, generate: Callable[..., list[float]], demand: Demand, num_steps: int
@@ -232,11 +240,19 @@ class Run:
         samples: list[float],
         num_steps: int,
         group: str | None = None,
+        around_bytes_per_s: Sequence[float] = (),
     ) -> Row:
-        """Times of fewer layers become those of all: everything but the ends of the model repeats per layer."""
+        """Times of fewer layers become those of all: everything but the ends of the model repeats per layer.
+
+        around_bytes_per_s: how fast cold experts could be read before and after the samples.
+        """
         factor = self.shape.num_layers / contender.num_layers
         traffic = contender.traffic(demand, num_steps).scaled(factor)
         figures = contender.figures(num_steps) | {"note": contender.note} | vars(traffic)
+        cold_bytes_per_s = None
+        if around_bytes_per_s:
+            cold_bytes_per_s = statistics.mean(around_bytes_per_s)
+            figures["cold_bytes_per_s"] = list(around_bytes_per_s)
         return Row(
             contender=name,
             group=group or contender.group,
@@ -246,7 +262,7 @@ class Run:
             context=demand.case.context,
             median_s=statistics.median(samples) * factor,
             samples_s=[float(f"{sample * factor:.5g}") for sample in samples],
-            bound_s=self._bound_s(traffic, demand.case),
+            bound_s=self._bound_s(traffic, demand.case, cold_bytes_per_s),
             measured_layers=contender.num_layers,
             figures=figures,
         )
@@ -277,8 +293,11 @@ class Run:
     def _skipped(self, who: str, group: str, budget: str, name: str, case: Case, why: str) -> Row:
         return Row(who, group, budget, name, case.batch, case.context, 0.0, [], 0.0, 0, {}, why)
 
-    def _bound_s(self, traffic: Traffic, case: Case) -> float:
-        return bound_s(traffic, self.shape.expert_bytes, self.ceilings, self.floor.median_s(case))
+    def _bound_s(self, traffic: Traffic, case: Case, cold_bytes_per_s: float | None = None) -> float:
+        floor_s, top = self.floor.median_s(case), self.ceilings
+        return bound_s(
+            traffic, self.shape.expert_bytes, top, floor_s, cold_bytes_per_s or top.cold_bytes_per_s
+        )
 
     def _is_late(self) -> bool:
         return time.perf_counter() - self._start_s > self.options.time_limit_s
