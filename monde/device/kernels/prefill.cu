@@ -39,10 +39,12 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 // Ids and pairs per expert: known_TK = id, or E where the pair counts for nothing; counts_E may lie in pinned memory.
 // One block, and so is `place`: some tens of pairs a thread.
 extern "C" __global__ void __launch_bounds__(kSortThreads)
-    count(const i64* ids_TK, const float* weights_TK, i64* known_TK, i64* counts_E, int num_pairs, int E) {
+    count(const i64* __restrict__ ids_TK, const float* __restrict__ weights_TK, i64* __restrict__ known_TK, i64* counts_E,
+          int num_pairs, int E) {
   __shared__ int count_E[MAX_EXPERTS];
   for (int e = threadIdx.x; e < E; e += kSortThreads) count_E[e] = 0;
   __syncthreads();
+#pragma unroll 8  // so many loads under way
   for (int r = threadIdx.x; r < num_pairs; r += kSortThreads) {
     const i64 id = ids_TK[r];
     const bool counts = id >= 0 && id < E && weights_TK[r] != 0.f;
@@ -56,13 +58,15 @@ extern "C" __global__ void __launch_bounds__(kSortThreads)
 // Pairs in the order of their experts: begin_E, -1 for those that others compute, says where an expert's rows begin.
 // Within an expert any order will do: a row's product does not depend on it. N rows in all; others get position N.
 extern "C" __global__ void __launch_bounds__(kSortThreads)
-    place(const i64* known_TK, const i64* begin_E, i64* position_TK, i64* tokens_N, i64 N, int num_pairs, int K, int E) {
-  __shared__ int next_E[MAX_EXPERTS];
-  for (int e = threadIdx.x; e < E; e += kSortThreads) next_E[e] = int(begin_E[e]);
+    place(const i64* __restrict__ known_TK, const i64* __restrict__ begin_E, i64* __restrict__ position_TK,
+          i64* __restrict__ tokens_N, i64 N, int num_pairs, int K, int E) {
+  __shared__ int next_E[MAX_EXPERTS + 1];
+  for (int e = threadIdx.x; e <= E; e += kSortThreads) next_E[e] = e < E ? int(begin_E[e]) : -1;
   __syncthreads();
+#pragma unroll 8
   for (int r = threadIdx.x; r < num_pairs; r += kSortThreads) {
     const int e = int(known_TK[r]);
-    const bool here = e < E && begin_E[e] >= 0;
+    const bool here = next_E[e] >= 0;
     const i64 position = here ? atomicAdd(next_E + e, 1) : N;
     position_TK[r] = position;
     if (here) tokens_N[position] = r / K;
@@ -120,21 +124,52 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// Eight consecutive values, of which those from `count` on are not there; at one go where they lie on 16 bytes.
+template <int kType>
+__device__ void load_eight(const typename Element<kType>::type* from, int count, bool aligned, float (&to)[8]) {
+  typedef typename Element<kType>::type Value;
+  struct alignas(16) Eight {
+    Value v[8];
+  };
+  if (aligned) {
+    const Eight eight = *reinterpret_cast<const Eight*>(from);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) to[i] = widen<kType>(eight.v[i]);
+  } else {
+    for (int i = 0; i < 8; ++i) to[i] = i < count ? widen<kType>(from[i]) : 0.f;
+  }
+}
+
 // y [T, D] = host_TD + sum over k, in order, of weight * v[position]; positions from N on add nothing. host_TD may be
-// null; it lies in pinned memory. v is of type X, or fp32 where v_is_wide. Grid: (enough for D, T).
+// null; it lies in pinned memory. v is of type X, or fp32 where v_is_wide. All begin on 16 bytes.
+// Grid: (enough for D, eight columns a thread; T).
 extern "C" __global__ void __launch_bounds__(kThreads)
     combine(const void* v_ND, int v_is_wide, const i64* position_TK, const float* weights_TK, const float* host_TD,
             XElement* y_TD, i64 N, int D, int K) {
-  const int d = blockIdx.x * kThreads + threadIdx.x;
-  if (d >= D) return;
+  const int d = (blockIdx.x * kThreads + threadIdx.x) * 8, count = min(8, D - d);
+  if (count <= 0) return;
+  const bool aligned = D % 8 == 0;
   const i64 t = blockIdx.y;
-  float sum = host_TD ? host_TD[t * D + d] : 0.f;
+  float sum[8] = {}, v[8];
+  if (host_TD) load_eight<0>(host_TD + t * D + d, count, aligned, sum);
   for (int k = 0; k < K; ++k) {
     const i64 r = position_TK[t * K + k];
     if (r >= N) continue;
-    const float v = v_is_wide ? static_cast<const float*>(v_ND)[r * D + d]
-                              : widen<X>(static_cast<const XElement*>(v_ND)[r * D + d]);
-    sum += weights_TK[t * K + k] * v;
+    if (v_is_wide)
+      load_eight<0>(static_cast<const float*>(v_ND) + r * D + d, count, aligned, v);
+    else
+      load_eight<X>(static_cast<const XElement*>(v_ND) + r * D + d, count, aligned, v);
+    const float weight = weights_TK[t * K + k];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum[i] += weight * v[i];
   }
-  y_TD[t * D + d] = narrow<X>(sum);
+  struct alignas(16) Eight {
+    XElement v[8];
+  } result;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) result.v[i] = narrow<X>(sum[i]);
+  if (aligned)
+    *reinterpret_cast<Eight*>(y_TD + t * D + d) = result;
+  else
+    for (int i = 0; i < count; ++i) y_TD[t * D + d + i] = result.v[i];
 }

@@ -315,7 +315,7 @@ class PrefillKernels:
         y_TD = torch.empty(num_tokens, d_model, dtype=self._x_dtype, device=self.device)
         with current_stream(self.device):
             self._combine(
-                (-(-d_model // _THREADS), num_tokens),
+                (-(-d_model // (8 * _THREADS)), num_tokens),
                 (_THREADS,),
                 (
                     v_ND.data_ptr(),
