@@ -167,10 +167,10 @@ def profile_of(
     described = DESCRIBED["h200"]
     assert described.gpu is not None
     h2d = AlphaBeta(10e-6, 1 / top.h2d_bytes_per_s)
-    # Assumed of panels.cu: weights at two thirds of the memory's speed, a third of the tensor cores' best, and tiles
-    # of 16 rows, however few are filled.
-    rate = top.gpu_flops_per_s / 3
-    gpu = ExpertRate(0.0, top.hbm_bytes_per_s / 1.5, Curve((1.0, 16.0), (rate / 16, rate)))
+    # As panels.cu was measured on an H200: weights at seven eighths of the memory's speed, two fifths of the tensor
+    # cores' best, and tiles of 16 rows, however few are filled.
+    rate = top.gpu_flops_per_s * 2 / 5
+    gpu = ExpertRate(0.0, top.hbm_bytes_per_s * 7 / 8, Curve((1.0, 16.0), (rate / 16, rate)))
     return HardwareProfile(
         machine=described.machine,
         source="bench.prefill_ceilings, in the same run",

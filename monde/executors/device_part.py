@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hostcompute import ExpertSpec
-from monde.device.kernels.prefill import PrefillKernels, Tiles
+from monde.device.kernels.panels import Tiles
+from monde.device.kernels.prefill import PrefillKernels
 from monde.executors.fetch import Shipment
 from monde.executors.pieces import alone, in_whole, piece_layout
 from monde.executors.prefill_hub import PrefillHub
@@ -74,7 +75,9 @@ class DevicePart:
                 waves_of[position] = self._resident_waves(task.payload.experts, slot_E, order, x_TD.dtype)
             elif isinstance(task.payload, Multiply):
                 waves_of[position] = self._arriving(task.payload, order)
-        tiles_n4, num_tiles = tiles_of([wave for waves in waves_of.values() for wave in waves])
+        tiles_n4, num_tiles = tiles_of(
+            [wave for waves in waves_of.values() for wave in waves], self.products(x_TD.dtype).tile_rows
+        )
         E = len(order.begin_E)
         told = self.hub.lanes.upload(np.concatenate([order.begin_E, tiles_n4.ravel()]))
         begin_E, kernels = told[:E], self.hub.kernels(x_TD.dtype, self.spec)

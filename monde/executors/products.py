@@ -19,7 +19,8 @@ from torch import Tensor
 
 from hostcompute import ExpertSpec, make_layout
 from hostcompute.layout import LANES
-from monde.device.kernels.prefill import PieceRecord, PrefillKernels, Tiles
+from monde.device.kernels.panels import MMA, PieceRecord, Tiles
+from monde.device.kernels.prefill import PrefillKernels
 from monde.executors.activations import activate
 from monde.executors.pieces import PackedAt, piece_layout
 from monde.executors.waves import Wave
@@ -66,6 +67,7 @@ class Products:
         self._dtype = torch.promote_types(x_dtype, self._w_dtype)
         self._num_in = 2 if spec.gated else 1
         self._records: dict[tuple[int, int, PackedAt], PieceRecord] = {}
+        self.tile_rows = MMA.tile_rows if kernels is None else kernels.tile_rows
         # Rows are copied 16 bytes at a time.
         self.panels = (
             kernels if kernels is not None and kernels.has_panels and spec.d_model % 8 == 0 else None

@@ -12,7 +12,6 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from monde.device.kernels.prefill import TILE_ROWS
 from monde.executors.pieces import PackedAt
 
 Ints = NDArray[np.int64]
@@ -74,10 +73,10 @@ class Wave:
         )
 
 
-def tiles_of(waves: Sequence[Wave]) -> tuple[Ints, list[int]]:
+def tiles_of(waves: Sequence[Wave], tile_rows: int) -> tuple[Ints, list[int]]:
     """[n, 4]: (offset, first row, rows, row of the biases) of every block of rows; and the blocks of every wave.
 
-    A block has at most TILE_ROWS rows of one piece; those of a piece are about equal.
+    A block has at most tile_rows rows of one piece; those of a piece are about equal.
     """
     if not waves:
         return np.zeros((0, 4), np.int64), []
@@ -85,7 +84,7 @@ def tiles_of(waves: Sequence[Wave]) -> tuple[Ints, list[int]]:
         np.concatenate([getattr(wave, name) for wave in waves])
         for name in ("offsets_n", "begins_n", "counts_n", "bias_rows_n")
     )
-    num_tiles_n = -(-counts_n // TILE_ROWS)
+    num_tiles_n = -(-counts_n // tile_rows)
     rows_n = -(-counts_n // (num_tiles_n * _MMA_ROWS)) * _MMA_ROWS
     ends_n = np.cumsum(num_tiles_n)
     i = np.repeat(np.arange(len(num_tiles_n)), num_tiles_n)

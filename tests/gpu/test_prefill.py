@@ -13,6 +13,7 @@ import torch
 
 import monde
 from hostcompute import Activation, ActivationKind, DType, ExpertSpec, make_pool
+from monde.device.kernels.panels import MMA
 from monde.executors.prefill_size import PrefillSize
 from tests.hostcompute.cases import make_batch
 from tests.monde import tiny
@@ -65,8 +66,11 @@ def test_any_plan_gives_the_same_answer(x_dtype: str, dtype: DType, pool: Any) -
             layers.close()
 
 
-def test_real_sizes_of_buffers_and_products(pool: Any) -> None:
+@pytest.mark.parametrize("form", ["of the device", "of every device"])
+def test_real_sizes_of_buffers_and_products(form: str, pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """2.4 MB an expert: several to a buffer, several buffers, experts of more rows than a tile."""
+    if form == "of every device":
+        monkeypatch.setattr("monde.device.kernels.prefill.form_of", lambda device: MMA)
     rng = np.random.default_rng(12)
     spec = ExpertSpec(64, 1024, 384)
     layers = build([spec, spec], [[3, 60, 5, 1], []], GPU, pool=pool)
@@ -341,7 +345,7 @@ def test_layers_that_need_no_plan_are_laid_out_as_planned(num_experts: int) -> N
             slot_E.astype(np.int64),
             order,
         )
-        want, (num_tiles,) = tiles_of([wave])
+        want, (num_tiles,) = tiles_of([wave], kernels.tile_rows)
         assert begin_E.tolist() == order.begin_E.tolist()
         assert tiles_4[:num_tiles].tolist() == want.tolist()
         assert (tiles_4[num_tiles:, 2] == 0).all()

@@ -7,8 +7,19 @@ import struct
 import pytest
 import torch
 
+from hostcompute import ActivationKind
 from monde.device.kernels import ELEMENT_TYPES, compile_options, decode_source
 from monde.device.kernels.attention import DTYPES, attention_source, num_groups
+from monde.device.kernels.panels import (
+    AS_CUPY,
+    MMA,
+    WGMMA,
+    Form,
+    Kind,
+    form_of,
+    panels_options,
+    panels_source,
+)
 from monde.device.kernels.prefill import prefill_source
 from monde.device.kernels.step import step_source
 from monde.device.kernels.tensors import has_kernels
@@ -18,6 +29,11 @@ TYPES = list(ELEMENT_TYPES)
 
 
 def compiled(source: str, x_dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+    built(source, ("-arch=sm_80", *compile_options(x_dtype, weight_dtype)))
+
+
+def built(source: str, options: tuple[str, ...]) -> str:
+    """What the compiler says."""
     pytest.importorskip(
         "cupy", reason="NVRTC comes with CuPy: pip install monde[cuda13]", exc_type=ImportError
     )
@@ -25,9 +41,10 @@ def compiled(source: str, x_dtype: torch.dtype, weight_dtype: torch.dtype) -> No
 
     program = nvrtc.createProgram(source, "kernels.cu", [], [])
     try:
-        nvrtc.compileProgram(program, ("-arch=sm_80", *compile_options(x_dtype, weight_dtype)))
+        nvrtc.compileProgram(program, options)
     except nvrtc.NVRTCError:
         pytest.fail(nvrtc.getProgramLog(program))
+    return str(nvrtc.getProgramLog(program))
 
 
 @pytest.mark.parametrize("x_dtype", TYPES, ids=str)
@@ -41,6 +58,28 @@ def test_decode_kernels_compile(x_dtype: torch.dtype, weight_dtype: torch.dtype)
 @pytest.mark.parametrize("weight_dtype", TYPES, ids=str)
 def test_prefill_kernels_compile(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
     compiled(prefill_source(), x_dtype, weight_dtype)
+
+
+@pytest.mark.parametrize(
+    "of", [Kind(ActivationKind.SWIGLU_ALPHA, True), Kind(ActivationKind.RELU2, False), None], ids=str
+)
+@pytest.mark.parametrize("form", [MMA, WGMMA], ids=["mma", "wgmma"])
+def test_panels_compile_without_spilling(form: Form, of: Kind | None) -> None:
+    """And wgmmas run side by side: where the compiler cannot have that it says so."""
+    options = (f"-arch={form.arch or 'sm_80'}", *AS_CUPY, *panels_options(of), "--ptxas-options=-v")
+    log = built(panels_source(form), options)
+    assert "0 bytes spill stores, 0 bytes spill loads" in log, log
+    assert "serialized" not in log, log
+
+
+@pytest.mark.parametrize(
+    ("capability", "form"), [((7, 5), None), ((8, 0), MMA), ((8, 9), MMA), ((9, 0), WGMMA), ((12, 0), MMA)]
+)
+def test_wgmma_is_for_hopper_alone(
+    capability: tuple[int, int], form: Form | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert form_of(torch.device("cuda", 0)) is form
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)

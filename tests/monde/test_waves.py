@@ -6,15 +6,14 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from monde.device.kernels.prefill import TILE_ROWS
 from monde.executors.pieces import PackedAt
 from monde.executors.waves import Order, Phases, Wave, tiles_of
 
 AT = PackedAt(0, 0, 0)
 
 
-@given(st.lists(st.integers(0, 900), min_size=1, max_size=12), st.integers(1, 4))
-def test_tiles_hold_every_row_once(tokens: list[int], num_waves: int) -> None:
+@given(st.lists(st.integers(0, 900), min_size=1, max_size=12), st.integers(1, 4), st.sampled_from([128, 192]))
+def test_tiles_hold_every_row_once(tokens: list[int], num_waves: int, tile_rows: int) -> None:
     tokens_E = np.array(tokens, np.int64)
     experts = np.random.default_rng(len(tokens)).permutation(len(tokens))
     order = Order.of(experts, tokens_E)
@@ -22,7 +21,7 @@ def test_tiles_hold_every_row_once(tokens: list[int], num_waves: int) -> None:
     parts = [part for part in np.array_split(experts, num_waves) if len(part)]
     # Offsets and rows of biases say whose they are.
     waves = [Wave.of(part, (0, 32), AT, 1000 * part, part, order) for part in parts]
-    tiles, num_tiles = tiles_of(waves)
+    tiles, num_tiles = tiles_of(waves, tile_rows)
     assert sum(num_tiles) == len(tiles)
     seen_N = np.zeros(order.num_rows, int)
     owner_N = np.full(order.num_rows, -1)
@@ -30,7 +29,7 @@ def test_tiles_hold_every_row_once(tokens: list[int], num_waves: int) -> None:
         owner_N[order.begin_E[e] : order.begin_E[e] + tokens_E[e]] = e
     for part, of_wave in zip(parts, np.split(tiles, np.cumsum(num_tiles)[:-1]), strict=True):
         for offset, first_row, num_rows, bias_row in of_wave.tolist():
-            assert 0 < num_rows <= TILE_ROWS
+            assert 0 < num_rows <= tile_rows
             assert offset == 1000 * bias_row
             assert bias_row in part
             assert (owner_N[first_row : first_row + num_rows] == bias_row).all()
@@ -44,13 +43,9 @@ def test_experts_that_others_compute_are_left_out() -> None:
     assert order.begin_E.tolist() == [-1, -1, 7, 0]
     wave = Wave.of(np.arange(4), (0, 32), AT, np.arange(4), np.arange(4), order)
     assert wave.bias_rows_n.tolist() == [3]
-    assert tiles_of([])[0].shape == (0, 4)
-    assert tiles_of([wave, Wave.of(np.array([2]), (0, 32), AT, np.zeros(1, int), np.zeros(1, int), order)])[
-        1
-    ] == [
-        1,
-        0,
-    ]
+    assert tiles_of([], 128)[0].shape == (0, 4)
+    other = Wave.of(np.array([2]), (0, 32), AT, np.zeros(1, int), np.zeros(1, int), order)
+    assert tiles_of([wave, other], 128)[1] == [1, 0]
 
 
 def test_phases_add_up() -> None:

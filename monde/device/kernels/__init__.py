@@ -62,6 +62,14 @@ def decode_source() -> str:
     return "\n".join((*lines, LAYER.c_struct(), *parts))
 
 
+def activation_source() -> str:
+    """activation.cuh behind what it is made of, where activations are those of one call; elements.cuh besides."""
+    kinds = (f"constexpr int KIND_{kind.name} = {code};" for kind, code in ACTIVATION_CODES.items())
+    layer = "struct Layer { int activation, gated; double limit, alpha; };"
+    parts = (Path(__file__).with_name(name).read_text() for name in ("elements.cuh", "activation.cuh"))
+    return "\n".join((*kinds, layer, *parts))
+
+
 def compile_options(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> tuple[str, ...]:
     return ("-std=c++17", f"-DX={ELEMENT_TYPES[x_dtype]}", f"-DW={ELEMENT_TYPES[weight_dtype]}")
 

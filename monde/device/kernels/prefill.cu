@@ -3,7 +3,7 @@
 //
 // Letters: n pieces of experts, T tokens, K experts per token, N routed pairs, D model dim, F expert hidden dim. X is
 // the type that is multiplied in (kernels/elements.cuh), W that of the weights. KIND_ constants and `struct Layer`, as
-// far as activation.cuh reads it, come from kernels/prefill.py.
+// far as activation.cuh reads it, come from kernels/__init__.py.
 
 // A word is what a line of a panel holds of one output row: two inputs in bf16, else one.
 #if W == 2

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,85 +14,19 @@ from torch import Tensor
 
 from hostcompute import ExpertLayout, ExpertSpec
 from hostcompute.layout import LANES
-from monde.device.kernels import ACTIVATION_CODES, MAX_EXPERTS, compile_options
-from monde.device.record import Record
+from monde.device.kernels import ACTIVATION_CODES, MAX_EXPERTS, activation_source, compile_options
+from monde.device.kernels.panels import MMA, Panels, PieceRecord, Tiles, form_of
 from monde.device.streams import current_stream
 
-SOURCES = ("elements.cuh", "product.cuh", "activation.cuh", "prefill.cu", "panels.cu")  # joined in this order
 _THREADS = 256  # kThreads of elements.cuh
 _LINES = 64  # kLines of prefill.cu
 _MAX_BLOCKS = 4096
 _SORT_THREADS = 1024  # kSortThreads of prefill.cu
-TILE_ROWS = 128  # kTileRows of panels.cu
-_PANEL_WARPS = 4  # kPanelWarps
-_PANEL_SHARED_BYTES = 6 * (TILE_ROWS * 64 + _PANEL_WARPS * 2048)  # kStages times Stage
-_LAYER = "struct Layer { int activation, gated; double limit, alpha; };\n"
-_PIECE = Record(  # what panels.cu knows of a wave's pieces
-    "PieceLayout",
-    """in_offset_bytes in_panel_bytes down_offset_bytes down_panel_bytes num_f_panels num_d_panels
-    d_model d_pad_k f_pad_k first_row up_bias_stride down_bias_stride activation gated""".split(),  # noqa: SIM905
-    ("limit", "alpha"),
-)
-
-
-class Tiles(NamedTuple):
-    """A wave's blocks of rows, on the device: num_tiles times int64 (bytes into what holds the pieces, first row of N,
-    rows, row of the biases), see waves.tiles_of."""
-
-    address: int
-    num_tiles: int
-
-
-@dataclass(frozen=True)
-class PieceRecord:
-    """Pieces of one layout that begin at one row of F, for the kernels that read panels. Grids: blocks of a tile."""
-
-    record: npt.NDArray[np.void]
-    first_row: int
-    in_blocks: int
-    down_blocks: int
-
-    @classmethod
-    def of(
-        cls,
-        spec: ExpertSpec,
-        layout: ExpertLayout,
-        at: Any,  # monde.executors.pieces.PackedAt
-        first_row: int,
-        bias_sizes: Mapping[str, int],
-    ) -> PieceRecord:
-        """bias_sizes: rows of a whole expert's biases, with their padding."""
-        activation = spec.activation
-        record = _PIECE.of(
-            {
-                "in_offset_bytes": at.in_offset_bytes,
-                "in_panel_bytes": layout.in_panel_bytes,
-                "down_offset_bytes": at.down_offset_bytes,
-                "down_panel_bytes": at.down_panel_bytes,
-                "num_f_panels": layout.num_f_panels,
-                "num_d_panels": layout.num_d_panels,
-                "d_model": spec.d_model,
-                "d_pad_k": layout.d_pad_k,
-                "f_pad_k": layout.f_pad_k,
-                "first_row": first_row,
-                "up_bias_stride": bias_sizes.get("up_bias", 0),
-                "down_bias_stride": bias_sizes.get("down_bias", 0),
-                "activation": ACTIVATION_CODES[activation.kind],
-                "gated": int(spec.gated),
-                "limit": activation.limit,
-                "alpha": activation.alpha,
-            }
-        )
-        num_units = layout.num_f_panels if spec.gated else -(-layout.num_f_panels // 2)
-        num_pairs = -(-layout.num_d_panels // 2)
-        return cls(record, first_row, -(-num_units // _PANEL_WARPS), -(-num_pairs // _PANEL_WARPS))
 
 
 def prefill_source() -> str:
-    kinds = [f"constexpr int KIND_{kind.name} = {code};" for kind, code in ACTIVATION_CODES.items()]
-    parts = (Path(__file__).with_name(name).read_text() for name in SOURCES)
-    constants = f"constexpr int MAX_EXPERTS = {MAX_EXPERTS};"
-    return "\n".join((constants, *kinds, _LAYER, _PIECE.c_struct(), *parts))
+    code = Path(__file__).with_name("prefill.cu").read_text()
+    return "\n".join((f"constexpr int MAX_EXPERTS = {MAX_EXPERTS};", activation_source(), code))
 
 
 @cache
@@ -101,16 +34,8 @@ def _functions(device: torch.device, x_dtype: torch.dtype, weight_dtype: torch.d
     import cupy
 
     module = cupy.RawModule(code=prefill_source(), options=compile_options(x_dtype, weight_dtype))
-    functions = {
-        name: module.get_function(name)
-        for name in ("unpack", "hidden", "combine", "count", "lay_out", "place")
-    }
-    if x_dtype is weight_dtype is torch.bfloat16:
-        for name in ("panels_in", "panels_down"):
-            functions[name] = module.get_function(name)
-            with torch.cuda.device(device):  # the attribute is one of a device
-                functions[name].max_dynamic_shared_size_bytes = _PANEL_SHARED_BYTES
-    return functions
+    names = ("unpack", "hidden", "combine", "count", "lay_out", "place")
+    return {name: module.get_function(name) for name in names}
 
 
 class PrefillKernels:
@@ -133,7 +58,13 @@ class PrefillKernels:
         self._of_x = _functions(device, x_dtype, weight_dtype)
         self._combine = self._of_x["combine"]
         self._x_dtype = x_dtype
-        self.has_panels = "panels_in" in self._of_x and torch.cuda.get_device_capability(device) >= (8, 0)
+        form = form_of(device) if x_dtype is weight_dtype is torch.bfloat16 else None
+        self._panels = None if form is None else Panels(device, form)
+        self.tile_rows = MMA.tile_rows if form is None else form.tile_rows
+
+    @property
+    def has_panels(self) -> bool:
+        return self._panels is not None
 
     # ---- pairs ----
     def count(self, ids_TK: Tensor, weights_TK: Tensor, counts_E: Tensor) -> Tensor:
@@ -163,7 +94,7 @@ class PrefillKernels:
         counts_E on the device, of max_pairs at most. slot_of_expert_E: int32.
         """
         num_experts = len(counts_E)
-        max_tiles = max_pairs // TILE_ROWS + min(num_experts, max_pairs)
+        max_tiles = max_pairs // self.tile_rows + min(num_experts, max_pairs)
         begin_E, tiles_4 = counts_E.new_empty(num_experts), counts_E.new_empty(max_tiles, 4)
         with current_stream(self.device):
             self._of_x["lay_out"](
@@ -177,7 +108,7 @@ class PrefillKernels:
                     tiles_4.data_ptr(),
                     num_pairs_1.data_ptr(),
                     np.int32(max_tiles),
-                    np.int32(TILE_ROWS),
+                    np.int32(self.tile_rows),
                     np.int32(num_experts),
                 ),
             )
@@ -216,25 +147,14 @@ class PrefillKernels:
         v_ND: Tensor,
     ) -> None:
         """v_ND of a wave; added to where its pieces do not begin their experts. Needs has_panels."""
-        block, shared = (32 * _PANEL_WARPS,), _PANEL_SHARED_BYTES
+        assert self._panels is not None
         bias = {role: tensor.data_ptr() for role, tensor in biases.items()}
         down_bias = 0 if pieces.first_row else bias.get("down_bias", 0)
-        blobs, h = blobs_B.data_ptr(), h_NF.data_ptr()
+        h = h_NF.data_ptr()
         into_h = (x_TD.data_ptr(), tokens_N.data_ptr(), h, bias.get("gate_bias", 0), bias.get("up_bias", 0))
         into_v = (h, v_ND.data_ptr(), down_bias, np.int32(v_ND.dtype is torch.float32))
         with current_stream(self.device):
-            self._of_x["panels_in"](
-                (tiles.num_tiles, pieces.in_blocks),
-                block,
-                (pieces.record, blobs, tiles.address, *into_h),
-                shared_mem=shared,
-            )
-            self._of_x["panels_down"](
-                (tiles.num_tiles, pieces.down_blocks),
-                block,
-                (pieces.record, blobs, tiles.address, *into_v),
-                shared_mem=shared,
-            )
+            self._panels.launch(pieces, tiles, blobs_B.data_ptr(), into_h, into_v)
 
     # ---- around the libraries' products ----
 
