@@ -443,7 +443,7 @@ def main(arguments: list[str] | None = None) -> None:
         shape = Shape(
             name, num_layers, num_layers, model.num_experts, model.num_topk, model.d_model, model.d_ffn
         )
-        memory = ceilings.HostMemory(device) if device.type == "cuda" else None
+        memory = ceilings.HostMemory.of_a_layer(device) if device.type == "cuda" else None
         top = ceilings.measure(shape, memory)
         tops[name] = dataclasses.asdict(top)
         rows += measure(model, num_layers, workloads, args.passes, top, device, memory)

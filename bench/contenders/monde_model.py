@@ -21,6 +21,7 @@ from monde.models.experts import find_experts
 from monde.models.sizing import plan_for, resolve_device
 from monde.planning.budget import BudgetError, MemoryPlan
 from monde.sizes import format_bytes
+from monde.weights.host import HostBlobs
 
 NUM_WARM_UPS = 24  # eager steps, warm-ups and capture come first
 _MAX_SETTLING_STEPS = 240
@@ -119,6 +120,12 @@ class MondeModel:
         return generated(self.model, demand.case, num_steps, self.engine.reset_counters)
 
     # ---- what it did ----
+    @property
+    def host_blobs(self) -> list[HostBlobs]:
+        """Of layers whose experts are all pinned on the host."""
+        fetchable = map(self.engine.residency.fetchable, range(len(self.engine.layers)))
+        return [blobs for blobs in fetchable if blobs is not None and blobs.place_of_expert_E is None]
+
     @property
     def resident_LE(self) -> NDArray[np.bool_]:
         tables = [layer.table.placement.slot_of_expert_E for layer in self.engine.layers]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig
@@ -29,17 +31,27 @@ _FEW_THREADS = (1, 4)
 
 
 class HostMemory:
-    """Read where experts lie in it: a layer of Qwen3-30B-A3B's, which no cache holds.
+    """Read where experts lie in it, in turn: nothing is in a cache, nor, of all layers of a model, its pages' addresses.
 
-    Neighbours of a virtual machine take their share of it, twofold within minutes: it is read again around every row.
+    Neighbours of a virtual machine take their share of it, twofold within minutes: it is read around every row.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.pool = hostcompute.make_pool(host_threads())
+    def __init__(self, pool: Any, blobs: Sequence[HostBlobs], pinned: PinnedRange | None = None) -> None:
+        """blobs: pinned, by `pinned` where nobody else has done it."""
+        self.pool, self._pinned = pool, pinned
+        self._bus = prefill_ceilings.Bus(blobs)
+
+    @classmethod
+    def of_a_layer(cls, device: torch.device) -> HostMemory:
+        """Of Qwen3-30B-A3B's dimensions."""
+        pool = hostcompute.make_pool(host_threads())
         layer = host_layers.make_layer(layers.SPEC, 0)
-        blobs = HostBlobs(host_layers.fill_bank(layer, ExpertBank(layers.SPEC, "native", self.pool)))
-        self._pinned = PinnedRange(*blobs.range_of(0, layers.SPEC.num_experts), blobs, device)
-        self._bus = prefill_ceilings.Bus([blobs])
+        blobs = HostBlobs(host_layers.fill_bank(layer, ExpertBank(layers.SPEC, "native", pool)))
+        return cls(pool, [blobs], PinnedRange(*blobs.range_of(0, layers.SPEC.num_experts), blobs, device))
+
+    def of(self, blobs: Sequence[HostBlobs]) -> HostMemory:
+        """With the same threads."""
+        return HostMemory(self.pool, blobs)
 
     def reads(self) -> Reads:
         return prefill_ceilings.measure_reads(self._bus, self.pool, choose("native").isa)

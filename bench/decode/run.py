@@ -42,7 +42,8 @@ class Run:
         self.shape = shape_of(options.model, options.num_layers, options.toy)
         config = config_of(options.model, options.num_layers, options.toy)
         self._say("ceilings")
-        self._memory = ceilings.HostMemory(options.device) if options.device.type == "cuda" else None
+        on_gpu = options.device.type == "cuda"
+        self._memory = ceilings.HostMemory.of_a_layer(options.device) if on_gpu else None
         self.ceilings: Ceilings = ceilings.measure(self.shape, self._memory)
         self._say("dense weights, floors")
         dense = models.make_dense(config, options.device)
@@ -159,7 +160,12 @@ class Run:
         batches = sorted({case.batch for case in self.options.cases})
         for peer in self.options.peers:
             self._say(peer.name)
-            kernel = measured(peer, batches, host_threads(), seconds_s=2.0)
+            try:
+                kernel = measured(peer, batches, host_threads(), seconds_s=2.0)
+            except RuntimeError as error:
+                why = str(error).splitlines()[-1]
+                yield self._skipped(f"{peer.name}, host kernel", "hybrid", "", "", self.options.cases[0], why)
+                continue
             for budget in self.options.budgets:
                 for cases, why_not in self._fitting(budget):
                     if why_not or budget == "all":
@@ -210,18 +216,24 @@ class Run:
             if self._is_late():
                 raise DoesNotFitError(f"the time limit of {self.options.time_limit_s:g} s has passed")
             decoding = contender.decoding(demand)
-            before = self.ceilings
+            memory = self._memory_of(contender)
+            before = 0.0 if memory is None else self._cold_bytes_per_s(memory)
             samples = decoding.run(num_steps)
-            self._read_again()
+            around = () if memory is None else (before, self._cold_bytes_per_s(memory))
         except (DoesNotFitError, torch.OutOfMemoryError) as error:
             who, why = (contender.name, contender.group, contender.budget), str(error).splitlines()[0]
             return self._skipped(*who, demand.skew, demand.case, why)
-        around = (before.cold_bytes_per_s, self.ceilings.cold_bytes_per_s)
         return self._finish(contender, contender.name, demand, samples, num_steps, around_bytes_per_s=around)
 
-    def _read_again(self) -> None:
-        if self._memory is not None:
-            self.ceilings = ceilings.with_reads(self.ceilings, self._memory.reads())
+    def _memory_of(self, contender: Contender) -> ceilings.HostMemory | None:
+        """Where the contender's cold experts lie; None where it has none, and where the CPU stands in for the GPU."""
+        if self._memory is None or contender.budget in ("", "all"):
+            return None
+        blobs = getattr(contender, "host_blobs", [])
+        return self._memory.of(blobs) if blobs else self._memory
+
+    def _cold_bytes_per_s(self, memory: ceilings.HostMemory) -> float:
+        return ceilings.with_reads(self.ceilings, memory.reads()).cold_bytes_per_s
 
     def _generate_row(
         self, contender: Any, generate: Callable[..., list[float]], demand: Demand, num_steps: int
