@@ -21,10 +21,11 @@ constexpr size_t kDownUnitBytes = size_t(64) << 10;
 
 // The same for many rows; a unit's sums for all tokens should stay in L2 then.
 constexpr int kMaxWidePanels = 12;
-constexpr size_t kWideSumsBytes = size_t(1) << 20;
+constexpr size_t kWideSumsBytes = size_t(5) << 18;
 
-// What a unit's reading of all hidden rows takes, in panels of products.
-constexpr int kHiddenReadPanels = 2;
+// In half panels of products: what a unit's reading of all hidden rows takes, and what a panel without a neighbour does
+// on top, which has activations to itself that two share.
+constexpr int kHiddenReadHalves = 4, kLonelyHalves = 1;
 
 // Sums of slices wait in the caches for the last one of their panel.
 constexpr size_t kMaxSumsBytes = size_t(2) << 20;
@@ -40,9 +41,9 @@ int panels_per_unit(int num_rows, int64_t total_panels, int num_threads) {
 int widest_in_time(int num_panels, int num_tokens, int num_threads) {
   const size_t by_sums = kWideSumsBytes / (size_t(num_tokens) * kLanes * sizeof(float));
   int best = 2, best_cost = INT_MAX;
-  for (int panels = 2; panels <= std::clamp(int(by_sums), 2, kMaxWidePanels); panels += 2) {
+  for (int panels = 2; panels <= std::clamp(int(by_sums), 2, kMaxWidePanels); ++panels) {
     const int num_units = (num_panels + panels - 1) / panels, rounds = (num_units + num_threads - 1) / num_threads;
-    const int cost = rounds * (panels + kHiddenReadPanels);
+    const int cost = rounds * (2 * panels + panels % 2 * kLonelyHalves + kHiddenReadHalves);
     if (cost < best_cost) best = panels, best_cost = cost;
   }
   return best;

@@ -125,4 +125,14 @@ TEST(down_units_are_never_empty_and_slices_know_no_threads) {
   }
 }
 
+// 128 panels of D: rounds of the threads are even, and units as wide as that allows.
+TEST(down_units_of_many_rows_keep_all_threads_busy) {
+  const ExpertLayout layout = make_layout(2048, 768, true, DType::kBF16);
+  const struct {
+    int threads, panels;
+  } wanted[] = {{15, 9}, {16, 8}, {32, 4}, {2, 8}};
+  for (const auto& [threads, panels] : wanted)
+    CHECK(cut_down(layout, 1024, 8192, 64, threads).panels_per_unit == panels, std::to_string(threads) + " threads");
+}
+
 }  // namespace monde::test
