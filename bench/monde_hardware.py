@@ -314,13 +314,11 @@ def measure(
     rows: list[Row] = []
 
     def rows_of(experts: Experts, num_resident: int) -> None:
-        nonlocal top
         for one in passes:
-            before = top
+            before = top if memory is None else ceilings.with_reads(top, memory.reads())
             samples = one.samples_s(experts, num_passes)
-            if memory is not None:
-                top = ceilings.with_reads(top, memory.reads())
-            cold_bytes_per_s = statistics.mean((before.cold_bytes_per_s, top.cold_bytes_per_s))
+            after = top if memory is None else ceilings.with_reads(top, memory.reads())
+            cold_bytes_per_s = statistics.mean((before.cold_bytes_per_s, after.cold_bytes_per_s))
             rows.append(
                 _row(one, experts.name, num_resident, samples, dense_s[one.workload], top, cold_bytes_per_s)
             )

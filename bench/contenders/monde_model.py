@@ -124,7 +124,13 @@ class MondeModel:
     def host_blobs(self) -> list[HostBlobs]:
         """Of layers whose experts are all pinned on the host."""
         fetchable = map(self.engine.residency.fetchable, range(len(self.engine.layers)))
-        return [blobs for blobs in fetchable if blobs is not None and blobs.place_of_expert_E is None]
+        return [
+            blobs
+            for blobs in fetchable
+            if blobs is not None
+            and blobs.place_of_expert_E is None
+            and len(blobs.bank.loaded_experts) == blobs.spec.num_experts
+        ]
 
     @property
     def resident_LE(self) -> NDArray[np.bool_]:

@@ -24,8 +24,10 @@ class Ceilings:
     overlapped_host_bytes_per_s: float
     overlapped_h2d_bytes_per_s: float
     hbm_read_bytes_per_s: float
-    round_trip_s: float  # per layer, with the number of threads that is quickest at next to no work
-    own_round_trip_s: float = 0.0  # the same with the threads that monde's host kernels have
+    round_trip_s: float  # per layer: the hand-over alone
+    own_round_trip_s: float = (
+        0.0  # a whole layer with next to no work, by the threads that monde's host kernels have
+    )
 
     @property
     def cold_bytes_per_s(self) -> float:

@@ -26,9 +26,6 @@ from monde.models.norms import fuse_norms
 from monde.models.on_gpu import speed_up_on_gpu
 from monde.weights.host import HostBlobs
 
-# A bound must not hide what waking threads costs: fewer of them answer sooner where there is nothing to compute.
-_FEW_THREADS = (1, 4)
-
 
 class HostMemory:
     """Read where experts lie in it, in turn: nothing is in a cache, nor, of all layers of a model, its pages' addresses.
@@ -36,10 +33,16 @@ class HostMemory:
     Neighbours of a virtual machine take their share of it, twofold within minutes: it is read around every row.
     """
 
-    def __init__(self, pool: Any, blobs: Sequence[HostBlobs], pinned: PinnedRange | None = None) -> None:
-        """blobs: pinned, by `pinned` where nobody else has done it."""
+    def __init__(
+        self,
+        pool: Any,
+        blobs: Sequence[HostBlobs],
+        pinned: PinnedRange | None = None,
+        target_B: torch.Tensor | None = None,
+    ) -> None:
+        """blobs: pinned, by `pinned` where nobody else has done it. target_B: where the bus copies to."""
         self.pool, self._pinned = pool, pinned
-        self._bus = prefill_ceilings.Bus(blobs)
+        self._bus = prefill_ceilings.Bus(blobs) if target_B is None else prefill_ceilings.Bus(blobs, target_B)
 
     @classmethod
     def of_a_layer(cls, device: torch.device) -> HostMemory:
@@ -50,8 +53,8 @@ class HostMemory:
         return cls(pool, [blobs], PinnedRange(*blobs.range_of(0, layers.SPEC.num_experts), blobs, device))
 
     def of(self, blobs: Sequence[HostBlobs]) -> HostMemory:
-        """With the same threads."""
-        return HostMemory(self.pool, blobs)
+        """With the same threads, and nothing more on the GPU."""
+        return HostMemory(self.pool, blobs, target_B=self._bus.target_B)
 
     def reads(self) -> Reads:
         return prefill_ceilings.measure_reads(self._bus, self.pool, choose("native").isa)
@@ -62,18 +65,15 @@ def measure(shape: Shape, memory: HostMemory | None) -> Ceilings:
     if memory is None:
         host = hostcompute.read_bandwidth(num_bytes=1 << 26)
         return Ceilings(host, 0.0, 0.0, 0.0, host, 0.0)
-    round_trips_s = {
-        one.num_threads: layers.measure_round_trip_s(one, shape.full_layers, shape.d_model)
-        for one in (*map(hostcompute.make_pool, _FEW_THREADS), memory.pool)
-    }
+    whole_s, hand_over_s = layers.measure_round_trip_s(memory.pool, shape.full_layers, shape.d_model)
     rest = Ceilings(
         0.0,
         0.0,
         0.0,
         0.0,
         hbm_read_bytes_per_s=layers.hbm_read_bytes_per_s(),
-        round_trip_s=min(round_trips_s.values()),
-        own_round_trip_s=round_trips_s[memory.pool.num_threads],
+        round_trip_s=hand_over_s,
+        own_round_trip_s=whole_s,
     )
     return with_reads(rest, memory.reads())
 

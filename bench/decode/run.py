@@ -166,6 +166,7 @@ class Run:
                 why = str(error).splitlines()[-1]
                 yield self._skipped(f"{peer.name}, host kernel", "hybrid", "", "", self.options.cases[0], why)
                 continue
+            read = None if self._memory is None else self._cold_bytes_per_s(self._memory)
             for budget in self.options.budgets:
                 for cases, why_not in self._fitting(budget):
                     if why_not or budget == "all":
@@ -173,7 +174,7 @@ class Run:
                     num_slots = self._num_slots(budget, cases)
                     for case in cases:
                         for name in self.options.skews:
-                            yield self._peer_row(kernel, budget, num_slots, name, case)
+                            yield self._peer_row(kernel, budget, num_slots, name, case, read)
 
     # ---- one contender ----
     def _contender(
@@ -216,10 +217,7 @@ class Run:
             if self._is_late():
                 raise DoesNotFitError(f"the time limit of {self.options.time_limit_s:g} s has passed")
             decoding = contender.decoding(demand)
-            memory = self._memory_of(contender)
-            before = 0.0 if memory is None else self._cold_bytes_per_s(memory)
-            samples = decoding.run(num_steps)
-            around = () if memory is None else (before, self._cold_bytes_per_s(memory))
+            samples, around = self._around(contender, lambda: decoding.run(num_steps))
         except (DoesNotFitError, torch.OutOfMemoryError) as error:
             who, why = (contender.name, contender.group, contender.budget), str(error).splitlines()[0]
             return self._skipped(*who, demand.skew, demand.case, why)
@@ -230,7 +228,18 @@ class Run:
         if self._memory is None or contender.budget in ("", "all"):
             return None
         blobs = getattr(contender, "host_blobs", [])
-        return self._memory.of(blobs) if blobs else self._memory
+        # Less would lie in caches.
+        return self._memory.of(blobs) if sum(b.num_bytes for b in blobs) >= 1 << 30 else self._memory
+
+    def _around(
+        self, contender: Contender, run: Callable[[], list[float]]
+    ) -> tuple[list[float], list[float]]:
+        """The samples, and how fast cold experts could be read before and after them, where there are any."""
+        memory = self._memory_of(contender)
+        if memory is None:
+            return run(), []
+        before = self._cold_bytes_per_s(memory)
+        return run(), [before, self._cold_bytes_per_s(memory)]
 
     def _cold_bytes_per_s(self, memory: ceilings.HostMemory) -> float:
         return ceilings.with_reads(self.ceilings, memory.reads()).cold_bytes_per_s
@@ -239,10 +248,9 @@ class Run:
         self, contender: Any, generate: Callable[..., list[float]], demand: Demand, num_steps: int
     ) -> Row:
         skew.apply(demand.skew, self.shape, self.setting.dense)
-        samples = generate(demand, num_steps)
-        return self._finish(
-            contender, f"{contender.name}, model.generate", demand, samples, num_steps, "generate"
-        )
+        samples, around = self._around(contender, lambda: generate(demand, num_steps))
+        name = f"{contender.name}, model.generate"
+        return self._finish(contender, name, demand, samples, num_steps, "generate", around)
 
     def _finish(
         self,
@@ -288,7 +296,16 @@ class Run:
             self.shape.num_layers, {},
         )  # fmt: skip
 
-    def _peer_row(self, kernel: PeerKernel, budget: str, num_slots: int, name: str, case: Case) -> Row:
+    def _peer_row(
+        self,
+        kernel: PeerKernel,
+        budget: str,
+        num_slots: int,
+        name: str,
+        case: Case,
+        cold_bytes_per_s: float | None,
+    ) -> Row:
+        """cold_bytes_per_s: right after its kernel was timed."""
         p_LE = self.p_LE[name]
         order_LE = np.argsort(np.argsort(-p_LE, axis=1, kind="stable"), axis=1)
         traffic = expected_traffic(p_LE, order_LE < num_slots, case.batch)
@@ -299,7 +316,7 @@ class Run:
         figures = {"layer_s": kernel.layer_s[case.batch], "handshake_s": kernel.handshake_s, "note": note}
         return Row(
             f"{kernel.name}, host kernel", "hybrid", budget, name, case.batch, case.context, step_s, [],
-            self._bound_s(traffic, case), 1, figures | vars(traffic),
+            self._bound_s(traffic, case, cold_bytes_per_s), 1, figures | vars(traffic),
         )  # fmt: skip
 
     def _skipped(self, who: str, group: str, budget: str, name: str, case: Case, why: str) -> Row:

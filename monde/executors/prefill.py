@@ -160,6 +160,7 @@ class PrefillExecutor:
         # ---- count ----
         x_TD, weights_TK = _aligned(batch.x_TD.contiguous()), batch.topk_weights_TK.float().contiguous()
         kernels = hub.kernels(x_TD.dtype, self.spec)
+        self.device.products(x_TD.dtype)  # compiled before copies leave, whose seconds are learnt from
         ids_TK, counts_E, counted = self._count(kernels, batch.topk_ids_TK, weights_TK)
         posted = None
         if self.slots is None or self.slots.num_slots < self.spec.num_experts:

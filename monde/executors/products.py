@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hostcompute import ExpertSpec, make_layout
 from hostcompute.layout import LANES
-from monde.device.kernels.panels import MMA, PieceRecord, Tiles
+from monde.device.kernels.panels import MMA, Kind, PieceRecord, Tiles
 from monde.device.kernels.prefill import PrefillKernels
 from monde.executors.activations import activate
 from monde.executors.pieces import PackedAt, piece_layout
@@ -72,6 +72,8 @@ class Products:
         self.panels = (
             kernels if kernels is not None and kernels.has_panels and spec.d_model % 8 == 0 else None
         )
+        if self.panels is not None:
+            self.panels.build_panels(Kind(spec.activation.kind, spec.gated))
 
     # ---- one wave ----
     def multiply(

@@ -100,17 +100,17 @@ DESCRIBED: dict[str, HardwareProfile] = {
             "16 virtual cores of an Emerald Rapids Xeon (AMX)",
             16,
             "NVIDIA H200",
-            "measured by `monde calibrate` on 15 host threads: reading by threads, bus, AMX and grouped products by tokens, "
-            "host beside copies, for experts of 2048x768 in bf16; round trip, launches and graphs there and on an H100. "
-            "Assumed: 0.6 TFLOP/s of the host at one token, where reading hides it",
+            "measured by `monde calibrate` on 15 host threads: reading by threads, bus, AMX by tokens, host beside copies, "
+            "for experts of 2048x768 in bf16; the grouped products of the GPU alone; round trip, launches and graphs there "
+            "and on an H100. Assumed: the rate of fewer than 128 tokens on the GPU, where reading hides it, and 0.6 TFLOP/s of the host at one token, where reading hides it",
             host_gib=126,
             host_gbytes_per_s=123,
             host_read=Curve((1, 2, 4, 8, 15), (12.7e9, 27.1e9, 54.1e9, 93.2e9, 131e9)),
             host_tflops_per_s=Curve((1, 16, 32, 64, 128), (0.6, 1.62, 2.98, 4.49, 5.55)),
             bus_gbytes_per_s=56.8,
             gpu_gib=139.8,
-            gpu_gbytes_per_s=3350,
-            gpu_tflops_per_s=Curve((1, 16, 32, 64, 128), (10, 50, 59, 102, 138)),
+            gpu_gbytes_per_s=3700,
+            gpu_tflops_per_s=Curve((1, 16, 32, 64, 128), (20, 120, 200, 290, 340)),
             host_while_copying=Overlap(1.34, 1.37),
         ),
         _machine(

@@ -19,7 +19,7 @@ constexpr int kMaxDownPanels = 8;
 // Weights that a slice of the widest unit reads, if experts are that small: microseconds of a core's memory bandwidth.
 constexpr size_t kDownUnitBytes = size_t(64) << 10;
 
-// The same for many rows; a unit's sums for all tokens should stay in L2 then.
+// Of units of many rows, whose sums for all tokens are of so many bytes at most: they pass through L2 with the rows.
 constexpr int kMaxWidePanels = 12;
 constexpr size_t kWideSumsBytes = size_t(5) << 18;
 

@@ -81,13 +81,15 @@ TEST(forward_every_activation) {
     }
 }
 
-// Many rows for one expert: wide units, several stretches of activations, gathering on all threads.
+// Many rows for one expert: wide units, and several stretches of activations that each thread gathers for itself, of
+// every element type; tiles of AMX along K in cuts.
 TEST(forward_many_rows) {
   const auto pool = make_pool({0, 0, 0});
   for (DType dtype : kDTypes)
     check_everywhere(
         Problem({2, 64, 290, true, false, dtype, kSilu}, repetitions(300), 2, DType::kBF16, unsigned(dtype)), pool);
   check_everywhere(Problem({2, 512, 3, false, true, DType::kF32, kRelu}, 600, 1, DType::kF32, 9), pool);
+  check_everywhere(Problem({2, 4090, 19, true, true, DType::kBF16, kSilu}, repetitions(240), 1, DType::kBF16, 8), pool);
 }
 
 // More routed rows than one chunk of a forward takes.

@@ -42,10 +42,25 @@ def pool() -> Any:
     return make_pool(4)
 
 
+@pytest.fixture
+def by_mma(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The form that every device has."""
+    monkeypatch.setattr("monde.device.kernels.prefill.form_of", lambda device: MMA)
+
+
 @pytest.mark.usefixtures("small_buffers")
 @pytest.mark.parametrize("x_dtype", ["bf16", "f32", "f16"])
 @pytest.mark.parametrize("dtype", list(DType))
 def test_any_plan_gives_the_same_answer(x_dtype: str, dtype: DType, pool: Any) -> None:
+    any_plan(x_dtype, dtype, pool)
+
+
+@pytest.mark.usefixtures("small_buffers", "by_mma")
+def test_any_plan_gives_the_same_answer_on_every_device(pool: Any) -> None:
+    any_plan("bf16", DType.BF16, pool)
+
+
+def any_plan(x_dtype: str, dtype: DType, pool: Any) -> None:
     rng = np.random.default_rng(11)
     shapes = (
         (64, 96, True, False),
@@ -66,11 +81,17 @@ def test_any_plan_gives_the_same_answer(x_dtype: str, dtype: DType, pool: Any) -
             layers.close()
 
 
-@pytest.mark.parametrize("form", ["of the device", "of every device"])
-def test_real_sizes_of_buffers_and_products(form: str, pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_real_sizes_of_buffers_and_products(pool: Any) -> None:
+    real_sizes(pool)
+
+
+@pytest.mark.usefixtures("by_mma")
+def test_real_sizes_of_buffers_and_products_on_every_device(pool: Any) -> None:
+    real_sizes(pool)
+
+
+def real_sizes(pool: Any) -> None:
     """2.4 MB an expert: several to a buffer, several buffers, experts of more rows than a tile."""
-    if form == "of every device":
-        monkeypatch.setattr("monde.device.kernels.prefill.form_of", lambda device: MMA)
     rng = np.random.default_rng(12)
     spec = ExpertSpec(64, 1024, 384)
     layers = build([spec, spec], [[3, 60, 5, 1], []], GPU, pool=pool)

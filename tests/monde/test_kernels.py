@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import struct
+from pathlib import Path
 
 import pytest
 import torch
 
 from hostcompute import ActivationKind
-from monde.device.kernels import ELEMENT_TYPES, compile_options, decode_source
+from monde.device.kernels import ELEMENT_TYPES, compile_options, decode_source, panels
 from monde.device.kernels.attention import DTYPES, attention_source, num_groups
 from monde.device.kernels.panels import (
     AS_CUPY,
@@ -80,6 +81,34 @@ def test_wgmma_is_for_hopper_alone(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert form_of(torch.device("cuda", 0)) is form
+
+
+def cubin() -> Path:
+    return panels._cubin(panels_source(WGMMA), (f"-arch={WGMMA.arch}", *AS_CUPY, *panels_options(None)))
+
+
+def test_hoppers_kernels_are_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And again where the file is not what was written."""
+    pytest.importorskip("cupy", exc_type=ImportError)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = cubin()
+    written = path.read_bytes()
+    path.write_bytes(written[:-9])
+    assert cubin() == path
+    assert path.read_bytes() == written
+    monkeypatch.setattr(panels, "_compiled", lambda *_: pytest.fail("it is there"))
+    assert cubin() == path
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cupy", exc_type=ImportError)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(panels, "_compiled", lambda *_: b"cubin")
+    with pytest.warns(RuntimeWarning, match="set XDG_CACHE_HOME"):
+        path = cubin()
+    assert path.read_bytes() == b"cubin"
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)

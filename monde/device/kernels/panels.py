@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
+import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -170,10 +173,48 @@ def _cubin(source: str, options: tuple[str, ...]) -> Path:
     """Compiled once, and kept with the user's caches: CuPy chooses the architecture itself, and never a specific one."""
     from cupy.cuda import nvrtc
 
-    key = repr((nvrtc.getVersion(), options, source)).encode()
-    path = env.cache_home() / "monde" / "kernels" / f"{hashlib.sha256(key).hexdigest()[:32]}.cubin"
-    if path.is_file():
-        return path
+    folder, key = _cache_folder(), _digest(repr((nvrtc.getVersion(), options, source)).encode())
+    for path in folder.glob(f"{key}-*.cubin"):
+        if path.stem == f"{key}-{_digest(path.read_bytes())}":
+            return path
+    return _keep(folder, key, _compiled(source, options))
+
+
+def _cache_folder() -> Path:
+    """The user's, or, where it cannot be written to, one for as long as this process lasts."""
+    try:
+        folder = env.cache_home() / "monde" / "kernels"
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home
+        warnings.warn(
+            f"kernels are compiled anew in every process, for seconds: {error}; set XDG_CACHE_HOME to a folder that "
+            "can be written to",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    own = tempfile.TemporaryDirectory(prefix="monde-kernels-")
+    atexit.register(own.cleanup)
+    return Path(own.name)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def _keep(folder: Path, key: str, cubin: bytes) -> Path:
+    """Whole or not at all, whoever writes the same meanwhile; its name tells whether it is what was written."""
+    path = folder / f"{key}-{_digest(cubin)}.cubin"
+    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as part:
+        part.write(cubin)
+    os.replace(part.name, path)
+    return path
+
+
+def _compiled(source: str, options: tuple[str, ...]) -> bytes:
+    from cupy.cuda import nvrtc
+
     program = nvrtc.createProgram(source, "panels.cu", [], [])
     try:
         nvrtc.compileProgram(program, options)
@@ -185,11 +226,7 @@ def _cubin(source: str, options: tuple[str, ...]) -> Path:
         ) from error
     finally:
         nvrtc.destroyProgram(program)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}")  # whoever compiles meanwhile writes the same
-    part.write_bytes(cubin + b"\0")  # CuPy takes the last byte for the end of a string
-    part.replace(path)
-    return path
+    return bytes(cubin) + b"\0"  # CuPy takes the last byte for the end of a string
 
 
 class Panels:
@@ -198,6 +235,11 @@ class Panels:
     def __init__(self, device: torch.device, form: Form) -> None:
         self.form, self._device = form, device
         self._sms = torch.cuda.get_device_properties(device).multi_processor_count
+
+    def build(self, kind: Kind) -> None:
+        """What such experts need: seconds at the first use, before anything is under way."""
+        for of in (kind, None):
+            _function(self._device, self.form, of)
 
     def launch(
         self,

@@ -15,7 +15,7 @@ from torch import Tensor
 from hostcompute import ExpertLayout, ExpertSpec
 from hostcompute.layout import LANES
 from monde.device.kernels import ACTIVATION_CODES, MAX_EXPERTS, activation_source, compile_options
-from monde.device.kernels.panels import MMA, Panels, PieceRecord, Tiles, form_of
+from monde.device.kernels.panels import MMA, Kind, Panels, PieceRecord, Tiles, form_of
 from monde.device.streams import current_stream
 
 _THREADS = 256  # kThreads of elements.cuh
@@ -135,6 +135,11 @@ class PrefillKernels:
         return position_TK, tokens_N
 
     # ---- products from panels ----
+    def build_panels(self, kind: Kind) -> None:
+        """What `panels` needs for such experts; seconds at the first use on a machine. Needs has_panels."""
+        assert self._panels is not None
+        self._panels.build(kind)
+
     def panels(
         self,
         pieces: PieceRecord,
