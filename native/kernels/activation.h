@@ -22,7 +22,7 @@ inline Vec exp_lanes(Vec x) {
   return mul(p, pow2(n));
 }
 
-inline Vec sigmoid(Vec x) { return div(splat(1.f), add(splat(1.f), exp_lanes(mul(x, splat(-1.f))))); }
+inline Vec sigmoid(Vec x) { return reciprocal(add(splat(1.f), exp_lanes(mul(x, splat(-1.f))))); }
 
 inline Vec gelu_tanh(Vec x) {
   // 0.5 x (1 + tanh z) = x sigmoid(2z)

@@ -63,12 +63,17 @@ void gather(const ExpertLayout& layout, const Batch& batch, const ExpertGroup& g
             unsigned char* x_blocks) {
   constexpr int kTileK = kTileBytes / int(sizeof(A));
   const int D = layout.d_model;
+  const bool is_own = batch.x_dtype == (sizeof(A) == 2 ? DType::kBF16 : DType::kF32);
+  const int copied = is_own ? D / kTileK * kTileK : 0;  // whole tile rows, as they are
   for (int row = row_begin; row < row_end; row += kBlockRows) {
     const int rows = min_int(kBlockRows, row_end - row);
     A* block = block_at<A>(x_blocks, row - row_begin, layout.d_pad_k);
     for (int r = 0; r < rows; ++r) {
       const ptrdiff_t x_row = batch.row_token[group.first_row + row + r] * batch.x_row_stride;
-      for (int k = 0; k < layout.d_pad_k; k += 16) {
+      const A* from = reinterpret_cast<const A*>(batch.x) + x_row;
+      for (int k = 0; k < copied; k += kTileK)
+        __builtin_memcpy(block + (ptrdiff_t(k / kTileK) * rows + r) * kTileK, from + k, kTileBytes);
+      for (int k = copied; k < layout.d_pad_k; k += 16) {
         A* to = block + (ptrdiff_t(k / kTileK) * rows + r) * kTileK + k % kTileK;
         store_activation(to, k < D ? load_first(batch.x, x_row + k, batch.x_dtype, D - k) : splat(0.f));
       }

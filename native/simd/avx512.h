@@ -17,6 +17,11 @@ inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
 inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 inline Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+// Within 1 ulp where neither is beyond 2^126: an estimate of 14 bits and a step of Newton's, in half the time of div.
+inline Vec reciprocal(Vec a) {
+  const Vec r = _mm512_rcp14_ps(a);
+  return _mm512_fmadd_ps(_mm512_fnmadd_ps(a, r, _mm512_set1_ps(1.f)), r, r);
+}
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 // MINPS and MAXPS return the second operand when either is NaN, so a NaN in `a` is kept.
 inline Vec min_keep_nan(Vec a, Vec b) { return _mm512_min_ps(b, a); }
@@ -34,12 +39,17 @@ inline Vec load_bf16(const uint16_t* p) {
 }
 inline Vec load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 inline void store_bf16(uint16_t* p, Vec v) {
+#ifdef __AVX512BF16__
+  const __m256bh narrow = _mm512_cvtneps_pbh(v);  // denormals, below 2^-126, become zero
+  __builtin_memcpy(p, &narrow, sizeof narrow);
+#else
   const __m512i bits = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
   const __m512i kept = _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x400000));
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+#endif
 }
 inline void store_f16(uint16_t* p, Vec v) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));

@@ -36,6 +36,10 @@ inline Vec div(Vec a, Vec b) {
   MONDE_LANES a.lane[i] /= b.lane[i];
   return a;
 }
+inline Vec reciprocal(Vec a) {
+  MONDE_LANES a.lane[i] = 1.f / a.lane[i];
+  return a;
+}
 inline Vec fma(Vec a, Vec b, Vec c) {
   MONDE_LANES c.lane[i] += a.lane[i] * b.lane[i];
   return c;
