@@ -8,7 +8,7 @@ one step of the decoder over batch tokens. Experts are ungated, routing is skewe
 have the same pinned host memory and the same number of experts on the GPU: none, or a quarter of each layer's.
 
     bound = dense part (measured) + max(bytes of active experts that are not on the GPU / what host reads and copies
-            move together, bytes of those that are / HBM bandwidth) + a round trip a layer
+            move together, bytes of those that are / HBM bandwidth) + a hand-over a layer
     physics = time of on-demand offloading / bound: the most that any speed-up could be here
 
 T tokens, E experts, K top-k, D model dim, F expert hidden dim, L layers with experts.

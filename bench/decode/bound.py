@@ -1,7 +1,7 @@
 """What no runtime on this machine can beat: the bound of a step, and the targets that figures are held to. Pure.
 
     step >= max(cold bytes / bandwidth of host reads and copies together, resident bytes / HBM bandwidth)
-            + the step without experts + a round trip per layer that has cold pairs
+            + the step without experts + a hand-over to the host per layer that has cold pairs
 
 Letters: L layers, E experts.
 """

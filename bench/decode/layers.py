@@ -2,7 +2,7 @@
 
 Real dimensions (Qwen3-30B-A3B: D=2048, F=768, 128 experts, top-8, bf16), as many layers as the machine has time for.
 Every row: batch, share of resident experts, microseconds a layer, and
-    bound = max(cold bytes / host read bandwidth, resident bytes / HBM bandwidth) + round trip of an empty layer
+    bound = max(cold bytes / host read bandwidth, resident bytes / HBM bandwidth) + a hand-over to the host
 where the host's memory is read by processor and bus at once, and all ceilings are measured in the same run.
 Contenders: all cold experts on the host, bounded by what the processor reads alone; and for everything resident
 gathered weights and bmm, which is transformers' batched_mm, captured in a graph as well. Letters as in monde.core.
@@ -288,7 +288,7 @@ def main() -> None:
     print(
         f"host read {top.host_read_bytes_per_s / 1e9:.0f} GB/s, with the bus "
         f"{top.host_and_bus_read_bytes_per_s / 1e9:.0f} GB/s, HBM read {top.hbm_read_bytes_per_s / 1e9:.0f} GB/s, "
-        f"round trip {top.round_trip_s * 1e6:.1f} us a layer"
+        f"hand-over {top.round_trip_s * 1e6:.1f} us a layer"
     )
     rows = []
     for n in options.residents:

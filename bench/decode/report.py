@@ -63,7 +63,7 @@ def main() -> None:
     for row in rows:
         print(line(row))
     tops = [record["results"]["ceilings"] for record in records]
-    # Earlier artefacts have one round trip, which was that of monde's threads.
+    # What a whole empty layer takes; artefacts that have one number for both have that of their time.
     round_trips = [top.get("own_round_trip_s", top["round_trip_s"]) for top in tops]
     for target in targets(rows, max(round_trips)):
         print(target_line(target))
