@@ -79,22 +79,7 @@ struct AmxMultiply {
     bool resumes;
   };
 
-  // Where K is cut, activations pass by the weights in L1 and must not push them out: they are loaded as a stream.
-  template <bool kStreams>
-  static void load_activations_low(const A* from) {
-    if constexpr (kStreams)
-      _tile_stream_loadd(4, from, 64);
-    else
-      _tile_loadd(4, from, 64);
-  }
-  template <bool kStreams>
-  static void load_activations_high(const A* from) {
-    if constexpr (kStreams)
-      _tile_stream_loadd(5, from, 64);
-    else
-      _tile_loadd(5, from, 64);
-  }
-
+  // kStreams: where K is cut, activations pass by the weights in L1 and must not push them out.
   template <int kPanels, bool kTwoBlocks, bool kStreams>
   static void tiles(const Cut& cut, const A* low, const unsigned char* const* panels, PanelPrefetcher* prefetchers,
                     float* const* sums) {
@@ -115,11 +100,19 @@ struct AmxMultiply {
       for (int p = 0; p < kPanels; ++p) prefetchers[p].step();
       _tile_loadd(6, panels[0] + at, 64);
       if constexpr (kPanels == 2) _tile_loadd(7, panels[1] + at, 64);
-      load_activations_low<kStreams>(low + ptrdiff_t(t) * cut.rows_low * kTileElements);
+      const A* const low_tile = low + ptrdiff_t(t) * cut.rows_low * kTileElements;
+      if constexpr (kStreams)
+        _tile_stream_loadd(4, low_tile, 64);
+      else
+        _tile_loadd(4, low_tile, 64);
       _tile_dpbf16ps(0, 4, 6);
       if constexpr (kPanels == 2) _tile_dpbf16ps(1, 4, 7);
       if constexpr (kTwoBlocks) {
-        load_activations_high<kStreams>(high + ptrdiff_t(t) * cut.rows_high * kTileElements);
+        const A* const high_tile = high + ptrdiff_t(t) * cut.rows_high * kTileElements;
+        if constexpr (kStreams)
+          _tile_stream_loadd(5, high_tile, 64);
+        else
+          _tile_loadd(5, high_tile, 64);
         _tile_dpbf16ps(2, 5, 6);
         if constexpr (kPanels == 2) _tile_dpbf16ps(3, 5, 7);
       }

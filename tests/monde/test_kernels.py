@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from hostcompute import ActivationKind
-from monde.device.kernels import ELEMENT_TYPES, compile_options, decode_source, panels
+from monde.device.kernels import ELEMENT_TYPES, compile_options, cubins, decode_source
 from monde.device.kernels.attention import DTYPES, attention_source, num_groups
 from monde.device.kernels.panels import (
-    AS_CUPY,
     MMA,
     WGMMA,
     Form,
@@ -67,7 +66,7 @@ def test_prefill_kernels_compile(x_dtype: torch.dtype, weight_dtype: torch.dtype
 @pytest.mark.parametrize("form", [MMA, WGMMA], ids=["mma", "wgmma"])
 def test_panels_compile_without_spilling(form: Form, of: Kind | None) -> None:
     """And wgmmas run side by side: where the compiler cannot have that it says so."""
-    options = (f"-arch={form.arch or 'sm_80'}", *AS_CUPY, *panels_options(of), "--ptxas-options=-v")
+    options = (f"-arch={form.arch or 'sm_80'}", *cubins.AS_CUPY, *panels_options(of), "--ptxas-options=-v")
     log = built(panels_source(form), options)
     assert "0 bytes spill stores, 0 bytes spill loads" in log, log
     assert "serialized" not in log, log
@@ -84,7 +83,8 @@ def test_wgmma_is_for_hopper_alone(
 
 
 def cubin() -> Path:
-    return panels._cubin(panels_source(WGMMA), (f"-arch={WGMMA.arch}", *AS_CUPY, *panels_options(None)))
+    assert WGMMA.arch is not None
+    return cubins.cubin(panels_source(WGMMA), WGMMA.arch, panels_options(None))
 
 
 def test_hoppers_kernels_are_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +96,7 @@ def test_hoppers_kernels_are_compiled_once(tmp_path: Path, monkeypatch: pytest.M
     path.write_bytes(written[:-9])
     assert cubin() == path
     assert path.read_bytes() == written
-    monkeypatch.setattr(panels, "_compiled", lambda *_: pytest.fail("it is there"))
+    monkeypatch.setattr(cubins, "_compiled", lambda *_: pytest.fail("it is there"))
     assert cubin() == path
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
@@ -105,7 +105,7 @@ def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pyt
     pytest.importorskip("cupy", exc_type=ImportError)
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr(panels, "_compiled", lambda *_: b"cubin")
+    monkeypatch.setattr(cubins, "_compiled", lambda *_: b"cubin")
     with pytest.warns(RuntimeWarning, match="set XDG_CACHE_HOME"):
         path = cubin()
     assert path.read_bytes() == b"cubin"

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import hashlib
-import os
-import tempfile
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -17,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hostcompute import ActivationKind, ExpertLayout, ExpertSpec, env
+from hostcompute import ActivationKind, ExpertLayout, ExpertSpec
 from monde.device.kernels import ACTIVATION_CODES, activation_source, compile_options
+from monde.device.kernels.cubins import cubin
 from monde.device.kernels.wgmma import wgmmas
 from monde.device.record import Record
 
-AS_CUPY = ("-ftz=true", "-default-device")  # what CuPy compiles with besides; NVRTC 12 takes nothing twice
 _PIECE = Record(  # what panels.cu knows of a wave's pieces
     "PieceLayout",
     """in_offset_bytes in_panel_bytes down_offset_bytes down_panel_bytes num_f_panels num_d_panels
@@ -162,71 +157,11 @@ def _function(device: torch.device, form: Form, of: Kind | None) -> Any:
     if form.arch is None:
         module = cupy.RawModule(code=source, options=options)
     else:
-        module = cupy.RawModule(path=str(_cubin(source, (f"-arch={form.arch}", *AS_CUPY, *options))))
+        module = cupy.RawModule(path=str(cubin(source, form.arch, options)))
     function = module.get_function("panels_down" if of is None else "panels_in")
     with torch.cuda.device(device):  # the attribute is one of a device
         function.max_dynamic_shared_size_bytes = form.shared_bytes
     return function
-
-
-def _cubin(source: str, options: tuple[str, ...]) -> Path:
-    """Compiled once, and kept with the user's caches: CuPy chooses the architecture itself, and never a specific one."""
-    from cupy.cuda import nvrtc
-
-    folder, key = _cache_folder(), _digest(repr((nvrtc.getVersion(), options, source)).encode())
-    for path in folder.glob(f"{key}-*.cubin"):
-        if path.stem == f"{key}-{_digest(path.read_bytes())}":
-            return path
-    return _keep(folder, key, _compiled(source, options))
-
-
-def _cache_folder() -> Path:
-    """The user's, or, where it cannot be written to, one for as long as this process lasts."""
-    try:
-        folder = env.cache_home() / "monde" / "kernels"
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except (OSError, RuntimeError) as error:  # RuntimeError: no home
-        warnings.warn(
-            f"kernels are compiled anew in every process, for seconds: {error}; set XDG_CACHE_HOME to a folder that "
-            "can be written to",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    own = tempfile.TemporaryDirectory(prefix="monde-kernels-")
-    atexit.register(own.cleanup)
-    return Path(own.name)
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:32]
-
-
-def _keep(folder: Path, key: str, cubin: bytes) -> Path:
-    """Whole or not at all, whoever writes the same meanwhile; its name tells whether it is what was written."""
-    path = folder / f"{key}-{_digest(cubin)}.cubin"
-    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as part:
-        part.write(cubin)
-    os.replace(part.name, path)
-    return path
-
-
-def _compiled(source: str, options: tuple[str, ...]) -> bytes:
-    from cupy.cuda import nvrtc
-
-    program = nvrtc.createProgram(source, "panels.cu", [], [])
-    try:
-        nvrtc.compileProgram(program, options)
-        cubin = nvrtc.getCUBIN(program)
-    except nvrtc.NVRTCError as error:
-        raise RuntimeError(
-            f"NVRTC {nvrtc.getVersion()} does not compile panels.cu with {' '.join(options)}; install a newer "
-            f"nvidia-cuda-nvrtc:\n{nvrtc.getProgramLog(program)}"
-        ) from error
-    finally:
-        nvrtc.destroyProgram(program)
-    return bytes(cubin) + b"\0"  # CuPy takes the last byte for the end of a string
 
 
 class Panels:
