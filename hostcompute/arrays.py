@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-_ITEMSIZE_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "f64": 8, "i32": 4, "i64": 8}
+_ITEMSIZE_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "f64": 8, "i32": 4, "i64": 8, "u8": 1}
 _NAMES = {
     "float32": "f32",
     "bfloat16": "bf16",
@@ -20,10 +20,12 @@ _NAMES = {
     "float64": "f64",
     "int32": "i32",
     "int64": "i64",
+    "uint8": "u8",
 }
 FLOATS = ("float32", "bfloat16", "float16")
 IDS = ("int64", "int32")
-_NUMPY = {"f32": "<f4", "bf16": "<u2", "f16": "<f2", "f64": "<f8", "i32": "<i4", "i64": "<i8"}
+BYTES = ("uint8",)
+_NUMPY = {"f32": "<f4", "bf16": "<u2", "f16": "<f2", "f64": "<f8", "i32": "<i4", "i64": "<i8", "u8": "<u1"}
 
 
 class HostArray(NamedTuple):

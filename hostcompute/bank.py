@@ -11,8 +11,9 @@ from numbers import Integral
 from typing import Any, NoReturn
 
 import numpy as np
+from numpy.typing import NDArray
 
-from hostcompute.arrays import FLOATS, IDS, HostArray, as_host_array, empty_like, row_major
+from hostcompute.arrays import BYTES, FLOATS, IDS, HostArray, as_host_array, empty_like, row_major
 from hostcompute.backends.base import Backend, ExpertWeights, Pending
 from hostcompute.backends.select import BackendChoice, choose
 from hostcompute.layout import LANES, PAD_K, make_layout
@@ -172,28 +173,51 @@ class ExpertBank:
         return out
 
     def submit(
-        self, x_TD: Any, topk_ids_TK: Any, topk_weights_TK: Any, out: Any = None, cut: Cut | None = None
+        self,
+        x_TD: Any,
+        topk_ids_TK: Any,
+        topk_weights_TK: Any,
+        out: Any = None,
+        cut: Cut | None = None,
+        experts_E: NDArray[np.bool_] | None = None,
+        adds: bool = False,
     ) -> PendingForward:
-        """Start a forward and return at once; the arrays must not change until `wait`.
+        """Start a forward and return at once; the arrays must not change until `wait`. Several are done in their order.
 
-        cut: only a part of this expert. Errors: ValueError for a cut of another backend than native.
+        cut: only a part of this expert. experts_E: whose pairs count, by default everybody's. adds: to what out holds,
+        float32, which an earlier one may still be writing. Errors: ValueError for any of these of another backend than
+        native, and for wrong ones.
         """
         arrays, out = self._check_batch(x_TD, topk_ids_TK, topk_weights_TK, out)
-        if cut is None:
+        if cut is None and experts_E is None and not adds:
             return PendingForward(self._backend.submit(*arrays), out, arrays)
-        return PendingForward(self._submit_cut(arrays, cut), out, arrays)
+        experts = (
+            None if experts_E is None else as_host_array(experts_E.view(np.uint8), "[submit] experts", BYTES)
+        )
+        pending = self._submit_part(arrays, cut, experts, adds)
+        return PendingForward(pending, out, arrays if experts is None else (*arrays, experts))
 
-    def _submit_cut(self, arrays: tuple[HostArray, ...], cut: Cut) -> Pending:
+    def _submit_part(
+        self, arrays: tuple[HostArray, ...], cut: Cut | None, experts: HostArray | None, adds: bool
+    ) -> Pending:
         if self.choice.name != "native":
             raise ValueError(
-                f"[submit] cut: only the native backend cuts an expert, this is {self.choice.name}"
+                "[submit] cut, experts_E and adds: only the native backend computes parts of a forward, this is "
+                f"{self.choice.name}"
             )
-        if not 0 < cut.first_row < self.spec.d_ffn or cut.first_row % PAD_K:
+        if cut is not None and (not 0 < cut.first_row < self.spec.d_ffn or cut.first_row % PAD_K):
             raise ValueError(
                 f"[submit] cut: expected a multiple of {PAD_K} in 1..{self.spec.d_ffn - 1}, got {cut.first_row}"
             )
+        if experts is not None and (experts.shape != (self.spec.num_experts,) or not experts.is_contiguous):
+            raise ValueError(
+                f"[submit] experts_E: expected ({self.spec.num_experts},) values in a row, got {experts.shape}"
+            )
+        if adds and arrays[3].dtype != "f32":
+            raise ValueError(f"[submit] adds: expected an out of float32, got {arrays[3].dtype}")
         backend: Any = self._backend
-        pending: Pending = backend.submit(*arrays, cut.expert_id, cut.first_row // LANES)
+        at = (-1, 0) if cut is None else (cut.expert_id, cut.first_row // LANES)
+        pending: Pending = backend.submit(*arrays, *at, experts, adds)
         return pending
 
     # ---- life ----

@@ -19,7 +19,7 @@ from monde.device.pinned import PinnedRange
 from monde.executors.exchange import ExchangeMover
 from monde.executors.mover import SlotMover
 from monde.planning.budget import MAX_SPARE_PLACES, LayerSize
-from monde.planning.placement import plan_swaps, swap_limit
+from monde.planning.placement import swap_limit
 from monde.routing.heat import Heat, HeatTracker
 from monde.routing.replay import DynamicSettings
 from monde.routing.trace import TraceRecorder
@@ -45,7 +45,10 @@ POLICIES = {
     # Least recently used: a step weighs 256 times the one before, so that the last use decides. As many swaps as it
     # takes, as soon as those before are done.
     "lru": SwapPolicy(
-        DynamicSettings(half_life_steps=1 / 8, interval_steps=1, max_swaps=1 << 20, hysteresis=0), 1e9
+        DynamicSettings(
+            1 / 8, interval_steps=1, max_swaps=1 << 20, hysteresis=0, sees_chance=False, min_gain=0
+        ),
+        1e9,
     ),
 }
 
@@ -170,7 +173,7 @@ class Residency:
             placements, heat.hits_per_step_L, self._layers, self.settings.interval_steps, share
         )
         limit = min(limit, self.settings.max_swaps, self._most_swaps)
-        swaps = plan_swaps(placements, heat.count_L, limit, self.settings.hysteresis)
+        swaps = self.settings.plan(placements, heat, limit)
         if swaps:
             if self._places:
                 self._exchanging()

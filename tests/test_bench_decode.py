@@ -40,6 +40,8 @@ def test_bound_is_the_slower_side_and_what_comes_on_top() -> None:
         120 / 120 + 2.0 + 1.5
     )
     assert bound_s(Traffic(1, 500, 0), 10, top, 0.0, top.cold_bytes_per_s) == pytest.approx(5.0)
+    # What no cold expert can hide comes on top.
+    assert bound_s(Traffic(12, 50, 0, 40), 10, top, 0.0, top.cold_bytes_per_s) == pytest.approx(1.0 + 0.4)
 
 
 def test_expected_traffic_counts_experts_once() -> None:
@@ -48,6 +50,8 @@ def test_expected_traffic_counts_experts_once() -> None:
     assert traffic.resident_experts == pytest.approx(1.75)
     assert traffic.cold_experts == pytest.approx(0.75)
     assert traffic.layers_with_cold == pytest.approx(0.75)
+    # With probability 1/4 none of both tokens is cold; then they have 4/3 and 2/3 of what residents get, 1 at most.
+    assert traffic.residents_alone == pytest.approx(0.25 * (1 + 1 - (1 - 2 / 3) ** 2))
 
 
 @pytest.mark.parametrize("name", ["uniform", "measured", "strong"])

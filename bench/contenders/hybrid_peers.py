@@ -2,9 +2,10 @@
 
 step = step without experts, in one graph (measured)
        + layers with cold experts * (kernel of the peer, for the share of experts that is cold + its handshake)
+       + layers without: their experts at the GPU's bandwidth
 
 The kernel is measured with every expert cold (bench/peers.py). Experts are popular-static, as KTransformers places
-them; those on the GPU cost nothing here, which flatters the peer.
+them; those on the GPU cost nothing more than their bytes, and none beside cold ones, which flatters the peer.
 """
 
 from __future__ import annotations
@@ -31,11 +32,14 @@ class PeerKernel:
     def handshake_s(self) -> float:
         return HANDSHAKES_S.get(self.name, _OTHER_HANDSHAKE_S)
 
-    def step_s(self, batch: int, traffic: Traffic, floor_s: float, num_layers: int) -> float:
-        """traffic: of the popular-static placement, over all layers."""
+    def step_s(
+        self, batch: int, traffic: Traffic, floor_s: float, num_layers: int, resident_s: float
+    ) -> float:
+        """traffic: of the popular-static placement, over all layers. resident_s: of one expert on the GPU."""
         cold_share = traffic.cold_experts / (traffic.cold_experts + traffic.resident_experts)
         kernels_s = num_layers * cold_share * self.layer_s[batch]
-        return floor_s + kernels_s + traffic.layers_with_cold * self.handshake_s
+        alone_s = traffic.residents_alone * resident_s
+        return floor_s + kernels_s + alone_s + traffic.layers_with_cold * self.handshake_s
 
 
 def measured(peer: Peer, batches: list[int], num_threads: int, seconds_s: float) -> PeerKernel:

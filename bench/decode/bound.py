@@ -2,12 +2,14 @@
 
     step >= max(cold bytes / bandwidth of host reads and copies together, resident bytes / HBM bandwidth)
             + the step without experts + a hand-over to the host per layer that has cold pairs
+            + resident bytes / HBM bandwidth of layers that have none: layers follow each other, nothing hides those
 
 Letters: L layers, E experts.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,26 +40,33 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Distinct experts that a step reads, summed over layers, and the layers that have cold ones."""
+    """Distinct experts that a step reads, summed over layers, and the layers that have cold ones.
+
+    residents_alone: of resident_experts, in layers that have no cold ones; 0 where a contender does not tell.
+    """
 
     cold_experts: float
     resident_experts: float
     layers_with_cold: float
+    residents_alone: float = 0.0
 
     def scaled(self, factor: float) -> Traffic:
-        return Traffic(
-            self.cold_experts * factor, self.resident_experts * factor, self.layers_with_cold * factor
-        )
+        return Traffic(*(getattr(self, field.name) * factor for field in dataclasses.fields(self)))
 
 
 def expected_traffic(p_LE: NDArray[np.float64], resident_LE: NDArray[np.bool_], batch: int) -> Traffic:
     """Of `batch` tokens that choose experts independently with these probabilities."""
     read_LE = 1 - (1 - np.clip(p_LE, 0, 1)) ** batch
     none_cold_L = np.prod(np.where(resident_LE, 1.0, 1 - read_LE), axis=1)
+    # There every token has all of its experts among the residents.
+    resident_p_LE = np.where(resident_LE, p_LE, 0.0)
+    of_residents_L = p_LE.sum(axis=1) / np.maximum(resident_p_LE.sum(axis=1), 1e-12)
+    alone_LE = 1 - (1 - np.clip(resident_p_LE * of_residents_L[:, None], 0, 1)) ** batch
     return Traffic(
         cold_experts=float(read_LE[~resident_LE].sum()),
         resident_experts=float(read_LE[resident_LE].sum()),
         layers_with_cold=float((1 - none_cold_L).sum()),
+        residents_alone=float((none_cold_L * alone_LE.sum(axis=1)).sum()),
     )
 
 
@@ -65,11 +74,11 @@ def bound_s(
     traffic: Traffic, expert_bytes: int, top: Ceilings, floor_s: float, cold_bytes_per_s: float
 ) -> float:
     """cold_bytes_per_s: when the step was timed."""
-    read_s = max(
-        traffic.cold_experts * expert_bytes / cold_bytes_per_s,
-        traffic.resident_experts * expert_bytes / top.hbm_read_bytes_per_s,
-    )
-    return read_s + floor_s + traffic.layers_with_cold * top.round_trip_s
+    resident_s = expert_bytes / top.hbm_read_bytes_per_s
+    alone_s = traffic.residents_alone * resident_s
+    beside_s = (traffic.resident_experts - traffic.residents_alone) * resident_s
+    cold_s = traffic.cold_experts * expert_bytes / cold_bytes_per_s
+    return max(cold_s, beside_s) + alone_s + floor_s + traffic.layers_with_cold * top.round_trip_s
 
 
 @dataclass(frozen=True)

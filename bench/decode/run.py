@@ -309,9 +309,12 @@ class Run:
         p_LE = self.p_LE[name]
         order_LE = np.argsort(np.argsort(-p_LE, axis=1, kind="stable"), axis=1)
         traffic = expected_traffic(p_LE, order_LE < num_slots, case.batch)
-        step_s = kernel.step_s(case.batch, traffic, self.floor.median_s(case), self.shape.num_layers)
+        resident_s = self.shape.expert_bytes / self.ceilings.hbm_read_bytes_per_s
+        floor_s, num_layers = self.floor.median_s(case), self.shape.num_layers
+        step_s = kernel.step_s(case.batch, traffic, floor_s, num_layers, resident_s)
         note = (
-            "computed: floor + the peer's kernel for the cold share + its handshake, none of which overlaps"
+            "computed: floor + the peer's kernel for the cold share + its handshake, none of which overlaps, "
+            "+ experts of layers without cold ones at the GPU's bandwidth"
         )
         figures = {"layer_s": kernel.layer_s[case.batch], "handshake_s": kernel.handshake_s, "note": note}
         return Row(

@@ -103,9 +103,13 @@ class NativeBackend:
         out: HostArray,
         cut_expert: int = -1,
         cut_panel: int = 0,
+        experts: HostArray | None = None,
+        adds: bool = False,
     ) -> NativePending:
+        """experts: a byte each, whether its pairs count."""
         arrays = map(as_tuple, (x, topk_ids, topk_weights, out))
-        return NativePending(_native.submit(self._bank, *arrays, cut_expert, cut_panel))
+        wanted = 0 if experts is None else experts.address
+        return NativePending(_native.submit(self._bank, *arrays, cut_expert, cut_panel, wanted, adds))
 
     @property
     def resident_bytes(self) -> int:

@@ -1,12 +1,14 @@
 """The host's share of a long prompt: activations down, native kernels, the sum up again. Nothing pageable.
 
-start    rows, experts and weights leave for pinned memory, on the lane back
-submit   when they are there, the host's threads start; the caller goes on launching
+start    rows leave for pinned memory, on the lane back, while pairs are counted
+post     so do experts and weights
+submit   when they are there, the host's threads start; the caller goes on launching. A second one goes on from there
 wait     the answer, in pinned memory; an end is set to waiting
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,7 +46,8 @@ class HostShare:
     def __init__(self, lanes: Lanes, deadline_s: float) -> None:
         self.lanes, self.deadline_s = lanes, deadline_s
         self._staging = self._new_staging()
-        self._late: list[tuple[PendingForward, Staging]] = []  # given up, and what they still write to
+        # Given up, and what they still write to.
+        self._late: list[tuple[tuple[PendingForward, ...], Staging]] = []
 
     def _new_staging(self) -> Staging:
         return Staging(pinned=self.lanes.device.type == "cuda")
@@ -58,41 +61,66 @@ class HostShare:
         """int64, in pinned memory, for the device to fill in; read before the next batch is counted."""
         return self._staging.view("counts", (num_experts,), torch.int64)
 
-    def start(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, totals: HostTotals) -> Posted:
-        """On the lane back: the tensors must outlive `there`."""
+    def start(self, x_TD: Tensor) -> Tensor:
+        """The rows to be posted. On the lane back, after all that the main lane has: x_TD must outlive `there`."""
+        self.lanes.back.after(self.lanes.main.mark())
         with self.lanes.back.as_current():
-            here = [self._read(n, t) for n, t in (("x", x_TD), ("ids", ids_TK), ("weights", weights_TK))]
+            return self._read("x", x_TD)
+
+    def post(
+        self, rows_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, known: Mark, totals: HostTotals
+    ) -> Posted:
+        """The rest, on the lane back after `known`: the tensors must outlive `there`."""
+        self.lanes.back.after(known)
+        with self.lanes.back.as_current():
+            here = (rows_TD, self._read("ids", ids_TK), self._read("weights", weights_TK))
         totals.d2h_bytes += sum(tensor.nbytes for tensor in here)
-        return Posted(here[0], here[1], here[2], self.lanes.back.mark())
+        return Posted(*here, self.lanes.back.mark())
 
     def submit(
-        self, bank: ExpertBank, posted: Posted, on_host_E: NDArray[np.bool_], cut: Cut | None
+        self,
+        bank: ExpertBank,
+        posted: Posted,
+        on_host_E: NDArray[np.bool_],
+        cut: Cut | None = None,
+        adds: bool = False,
     ) -> PendingForward:
-        """The host starts on the pairs of these experts. Waits for the batch to arrive, and for nothing else."""
-        posted.there.wait()
-        ids_TK = posted.ids_TK.numpy()
-        ids_TK[...] = np.append(np.where(on_host_E, np.arange(len(on_host_E)), -1), -1)[ids_TK]
-        y_TD = self._staging.view("y", tuple(posted.x_TD.shape), torch.float32)
-        return bank.submit(posted.x_TD, posted.ids_TK, posted.weights_TK, out=y_TD, cut=cut)
+        """The host starts on the pairs of these experts, and adds to what the submit before it computes if it `adds`.
 
-    def wait(self, pending: PendingForward, layer_idx: int, totals: HostTotals) -> Answer:
-        """Errors: RuntimeError naming the MoE layer that the host failed or was late for; the next call works."""
-        self._late = [entry for entry in self._late if not entry[0].done()]
-        if not pending.wait_for(self.deadline_s):
+        Waits for the batch to arrive, and for nothing else.
+        """
+        posted.there.wait()
+        ids_TK = posted.ids_TK
+        y_TD = self._staging.view("y", tuple(posted.x_TD.shape), torch.float32)
+        if bank.choice.name == "native":
+            return bank.submit(posted.x_TD, ids_TK, posted.weights_TK, y_TD, cut, on_host_E, adds)
+        assert cut is None  # nothing is fetched from other banks, so nothing is planned
+        assert not adds
+        chosen = np.append(np.where(on_host_E, np.arange(len(on_host_E)), -1), -1)[ids_TK.numpy()]
+        return bank.submit(posted.x_TD, chosen, posted.weights_TK, y_TD)
+
+    def wait(self, pending: Sequence[PendingForward], layer_idx: int, totals: HostTotals) -> Answer:
+        """Of all submits of a batch, in their order.
+
+        Errors: RuntimeError naming the MoE layer that the host failed or was late for; the next call works.
+        """
+        self._late = [entry for entry in self._late if not all(one.done() for one in entry[0])]
+        if not all(one.wait_for(self.deadline_s) for one in pending):
             # It may write to its arrays for as long as it likes: nobody else gets them.
-            self._late.append((pending, self._staging))
+            self._late.append((tuple(pending), self._staging))
             self._staging = self._new_staging()
             raise RuntimeError(
                 f"monde: MoE layer {layer_idx}: the host did not answer within {self.deadline_s:g} s; call again"
             )
         try:
-            y_TD: Tensor = pending.wait()
+            y_TD: Tensor = [one.wait() for one in pending][-1]
         except Exception as error:
             raise RuntimeError(f"monde: MoE layer {layer_idx}: {error}; call again") from error
-        counts = pending.counts
-        assert counts is not None
-        totals.busy_s += pending.busy_s
-        totals.num_pairs += counts.num_pairs
-        totals.weight_bytes += counts.weight_bytes
+        for one in pending:
+            assert one.counts is not None
+            totals.num_pairs += one.counts.num_pairs
+            totals.weight_bytes += one.counts.weight_bytes
+        busy_s = sum(one.busy_s for one in pending)
+        totals.busy_s += busy_s
         totals.h2d_bytes += y_TD.nbytes
-        return Answer(y_TD, pending.busy_s)
+        return Answer(y_TD, busy_s)

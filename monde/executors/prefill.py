@@ -2,7 +2,8 @@
 
     count     pairs per expert on the device, read back through pinned memory: the one wait for the device
     plan      residents stay, the heaviest others are fetched, the lightest go to the host, one may be cut along F;
-              planning.prefill_schedule makes tasks of it, those of bus and host first
+              planning.prefill_schedule makes tasks of it, those of bus and host first. The host has begun by then,
+              on experts that no plan like the last one would take from it
     do        the tasks, in their order: copies leave on their lane, the host's threads begin, the device's rows are
               laid out in one table, products are launched as experts arrive
     combine   the host is waited for when nothing is left to launch; its sum and the device's rows are combined, and
@@ -25,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hostcompute import Cut, ExpertBank
+from hostcompute import Cut, ExpertBank, PendingForward
 from hostcompute.layout import PAD_K
 from monde.core import RoutedBatch
 from monde.device.kernels.prefill import PrefillKernels
@@ -161,11 +162,12 @@ class PrefillExecutor:
         x_TD, weights_TK = _aligned(batch.x_TD.contiguous()), batch.topk_weights_TK.float().contiguous()
         kernels = hub.kernels(x_TD.dtype, self.spec)
         self.device.products(x_TD.dtype)  # compiled before copies leave, whose seconds are learnt from
+        has_cold = self.slots is None or self.slots.num_slots < self.spec.num_experts
+        rows_TD = hub.host.start(x_TD) if has_cold else None
         ids_TK, counts_E, counted = self._count(kernels, batch.topk_ids_TK, weights_TK)
         posted = None
-        if self.slots is None or self.slots.num_slots < self.spec.num_experts:
-            lanes.back.after(counted)
-            posted = hub.host.start(x_TD, ids_TK, weights_TK, self.totals)
+        if rows_TD is not None:
+            posted = hub.host.post(rows_TD, ids_TK, weights_TK, counted, self.totals)
         times.append(time.perf_counter())
         counted.wait()
         lanes.uploaded()  # by the batch before, and that is done
@@ -173,10 +175,17 @@ class PrefillExecutor:
         # ---- plan ----
         staged, blobs, cost = hub.take_prefetched(self), self.blobs(), hub.cost(self.shape)
         slot_E = self.table.placement.slot_E
-        plan = self.latest = self._plan(counts_E.numpy().copy(), slot_E, num_tokens, staged, blobs, cost)
+        load = self._load(counts_E.numpy().copy(), slot_E, num_tokens, staged, blobs, cost)
+        pending = list[PendingForward]()
+        if load.begun_E is not None:
+            assert posted is not None
+            pending.append(hub.host.submit(self.bank, posted, load.begun_E))
+        split = hub.policy(load, cost) if blobs is not None else all_host(load, cost)
+        plan = self.latest = Planned(load, split, slot_E, [shipment.pieces for shipment in staged])
+        hub.planned(load, split)
         # ---- do ----
         shipments, fetched = dict[int, Shipment](), list[Shipment]()
-        pending, tasks = None, ScheduleBuilder()
+        tasks = ScheduleBuilder()
         in_order = PrefillTasks(
             tasks, plan.load, plan.split, cost, self.size.staging, slot_E, plan.staged
         ).in_order()
@@ -191,7 +200,10 @@ class PrefillExecutor:
                 case OnHost(on_host_E, cut_expert, cut_rows):
                     assert posted is not None
                     cut = None if cut_expert is None else Cut(cut_expert, cut_rows)
-                    pending = hub.host.submit(self.bank, posted, on_host_E, cut)
+                    if on_host_E.any():
+                        pending.append(
+                            hub.host.submit(self.bank, posted, on_host_E, cut, load.begun_E is not None)
+                        )
                 case Place(experts):
                     times.append(time.perf_counter())
                     order = Order.of(experts, plan.load.tokens_E)
@@ -212,22 +224,22 @@ class PrefillExecutor:
         times.append(time.perf_counter())
         # ---- combine ----
         y_TD = None
-        if pending is not None:
+        if pending:
             answer = hub.host.wait(pending, self.layer_idx, self.totals)
             y_TD = answer.y_TD
-            hub.heard(plan.split.host_s - cost.prompt_trip_s(num_tokens), answer.busy_s)
+            hub.heard(split.host_s - split.trip_s, answer.busy_s)
         times.append(time.perf_counter())
-        hub.copied(plan.split.copy_s - plan.load.bus_busy_s, fetched)
+        hub.copied(split.copy_s - load.bus_busy_s, fetched)
         if posted is not None:
             lanes.main.after(posted.there)  # what was read may be freed only after that
         y_TD = self.device.combine(placed, weights_TK, y_TD, y_dtype)
         # The host's sum has the bus for itself: a layer waits for it, and for nothing that is fetched ahead.
-        hub.prefetch(ahead, None if pending is None else lanes.main.mark())
+        hub.prefetch(ahead, lanes.main.mark() if pending else None)
         times.append(time.perf_counter())
         self.phases.add(times)
         return y_TD
 
-    def _plan(
+    def _load(
         self,
         tokens_E: NDArray[np.int64],
         slot_E: NDArray[np.int64],
@@ -235,13 +247,11 @@ class PrefillExecutor:
         staged: Sequence[Shipment],
         blobs: HostBlobs | None,
         cost: CostModel,
-    ) -> Planned:
-        pieces = [shipment.pieces for shipment in staged]
+    ) -> Load:
         ready_E = slot_E >= 0
-        ready_E[[piece.expert_id for shipment in pieces for piece in shipment]] = True
-        load = Load(tokens_E, ready_E, num_tokens, PAD_K, self.hub.bus_busy_s(staged, cost))
-        split = self.hub.policy(load, cost) if blobs is not None else all_host(load, cost)
-        return Planned(load, split, slot_E, pieces)
+        ready_E[[piece.expert_id for shipment in staged for piece in shipment.pieces]] = True
+        begun_E = None if blobs is None else self.hub.certain_for_host(tokens_E, ready_E, num_tokens)
+        return Load(tokens_E, ready_E, num_tokens, PAD_K, self.hub.bus_busy_s(staged, cost), begun_E)
 
     def _account(self, plan: Planned, fetched_bytes: int) -> None:
         tokens_E, where_E = plan.load.tokens_E, plan.split.where_E

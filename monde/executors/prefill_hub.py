@@ -23,13 +23,14 @@ from monde.planning.cost import CostModel, ExpertShape
 from monde.planning.feedback import Feedback
 from monde.planning.prefetch import certain_fetches
 from monde.planning.profile import HardwareProfile
-from monde.planning.split import best_split
+from monde.planning.split import ExpertSplit, Load, Where, best_split
 from monde.planning.split_policies import SplitPolicy
 from monde.planning.staging import Piece
 from monde.weights.host import HostBlobs
 from monde.weights.packing import TORCH_DTYPES
 from monde.weights.table import SlotTable
 
+_HOST = np.int8(Where.HOST)
 DEADLINE_S = 60.0  # a layer of thousands of tokens takes the slowest host we know a second
 
 
@@ -77,6 +78,7 @@ class PrefillHub:
         self.block_rows = BLOCK_ROWS
         self.layers: dict[int, Layer] = {}
         self.feedback = Feedback()
+        self._latest_on_host = (0, 0.0)  # tokens, and the part of a layer's cold experts
         self._has_kernels = device.type == "cuda" and importlib.util.find_spec("cupy") is not None
         self._kernels: dict[tuple[torch.dtype, torch.dtype], PrefillKernels] = {}
         self._ahead: tuple[int, list[Shipment]] = (-1, [])  # for which layer, and what
@@ -163,6 +165,28 @@ class PrefillHub:
         for shipment in self._ahead[1]:
             self.ring.release(shipment)
         self._ahead = (-1, [])
+
+    # ---- what the host begins on ----
+    def planned(self, load: Load, split: ExpertSplit) -> None:
+        num_cold = np.count_nonzero((load.tokens_E > 0) & ~load.resident_E)
+        on_host = np.count_nonzero(split.where_E == _HOST) / num_cold if num_cold else 0.0
+        self._latest_on_host = (load.num_tokens, on_host)
+
+    def certain_for_host(
+        self, tokens_E: NDArray[np.int64], ready_E: NDArray[np.bool_], num_tokens: int
+    ) -> NDArray[np.bool_] | None:
+        """Experts that the host will compute whatever the plan says, as a plan takes a fifth of some layers' time: of
+        the cold ones the lightest, half of what it got of the latest layer with so many tokens. None: nobody yet."""
+        latest_tokens, on_host = self._latest_on_host
+        if self.policy is not best_split or latest_tokens != num_tokens:
+            return None
+        cold = np.flatnonzero((tokens_E > 0) & ~ready_E)
+        lightest = cold[np.argsort(tokens_E[cold], kind="stable")[: int(len(cold) * on_host / 2)]]
+        if len(lightest) == 0:
+            return None
+        begun_E = np.zeros(len(tokens_E), np.bool_)
+        begun_E[lightest] = True
+        return begun_E
 
     # ---- what the plan goes by ----
     def cost(self, shape: ExpertShape) -> CostModel:

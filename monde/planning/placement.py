@@ -92,12 +92,12 @@ class Swap:
 
 
 def plan_swaps(
-    current: Sequence[Placement], value_L: Values, max_swaps: int, hysteresis: float
+    current: Sequence[Placement], value_L: Values, max_swaps: int, hysteresis: float, min_gain: float = 0.0
 ) -> list[Swap]:
     """At most `max_swaps`, the greatest gain first; a layer keeps its number of slots.
 
     In each layer the i-th coldest resident meets the i-th hottest of the others and goes if that one's value is
-    more than (1 + hysteresis) times its own. With hysteresis 0 no other set of as many swaps gains more. After the
+    above (1 + hysteresis) times its own by more than min_gain. With neither no other set of as many swaps gains more. After the
     swaps are made, the same values give no swap among those exchanged: plans are stable.
     """
     num_layers, width = len(current), max((len(p.slot_of_expert_E) for p in current), default=0)
@@ -113,7 +113,7 @@ def plan_swaps(
         np.argsort(-in_LE, axis=1, kind="stable"),
     )
     cold_LE, hot_LE = np.take_along_axis(out_LE, coldest_LE, 1), np.take_along_axis(in_LE, hottest_LE, 1)
-    worth_LE = np.isfinite(cold_LE) & np.isfinite(hot_LE) & (hot_LE > cold_LE * (1 + hysteresis))
+    worth_LE = np.isfinite(cold_LE) & np.isfinite(hot_LE) & (hot_LE > cold_LE * (1 + hysteresis) + min_gain)
     layers, ranks = np.nonzero(worth_LE)
     gains = hot_LE[layers, ranks] - cold_LE[layers, ranks]
     best = np.argsort(-gains, kind="stable")[:max_swaps]

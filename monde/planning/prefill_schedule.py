@@ -45,7 +45,8 @@ class Fetch:
 
 @dataclass(frozen=True, eq=False)
 class OnHost:
-    """on_host_E: whose pairs the host computes; of the cut expert without its first cut_rows rows of F."""
+    """on_host_E: whose pairs the host computes besides those it has begun on, nobody's maybe; of the cut expert without
+    its first cut_rows rows of F."""
 
     on_host_E: NDArray[np.bool_]
     cut_expert: int | None
@@ -156,6 +157,8 @@ class PrefillTasks:
         self._done.extend(self._leads)
         on_host_E = split.where_E == _HOST
         if on_host_E.any():
+            if load.begun_E is not None:
+                on_host_E &= ~load.begun_E
             on_host = OnHost(on_host_E, split.cut_expert, split.cut_rows)
             host = self._add("host", Resource.HOST, split.host_s, first, on_host, split.host_memory_share)
             self._done.append(host)

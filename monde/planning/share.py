@@ -55,16 +55,19 @@ def rows_of(share: float, d_ffn: int, granule: int) -> int:
 class ShareController:
     """Keeps a share balanced from the seconds both sides took; knows nothing of their causes.
 
-    Every step gives an estimate of what the whole of F would take on each side. Disturbances only ever make steps
-    longer, so the lower third of the last few counts, on both sides alike; the share moves only when balance would save more than `hysteresis` of the step, and not before
-    the window has filled again, so that noise does not move it. It stays within [min_share, 1 - min_share], because
-    a side without work cannot be measured.
+    Every step gives an estimate of what the whole of F would take on each side, whatever its share was. Disturbances
+    only ever make steps longer, so the lower third of the last `window` counts, on both sides alike. From the
+    `fewest`-th step on the share moves whenever balance would save more than `hysteresis` of the step. That is little: a
+    GPU with a quarter of F may wait for a fifth of its time before the step could be 5% shorter. It stays within
+    [min_share, 1 - min_share], because a side without work cannot be measured.
     """
 
-    def __init__(self, share: float, *, min_share: float, hysteresis: float = 0.08, window: int = 12) -> None:
+    def __init__(
+        self, share: float, *, min_share: float, hysteresis: float = 0.02, window: int = 24, fewest: int = 12
+    ) -> None:
         if not 0 < min_share < 0.5:
             raise ValueError(f"ShareController: expected min_share in (0, 0.5), got {min_share}")
-        self._min, self._hysteresis = min_share, hysteresis
+        self._min, self._hysteresis, self._fewest = min_share, hysteresis, fewest
         self.share = self._clip(share)
         self._whole_s: deque[tuple[float, float]] = deque(maxlen=window)
 
@@ -76,7 +79,7 @@ class ShareController:
         if not (gpu_s > 0 and host_s > 0):
             raise ValueError(f"ShareController: expected seconds above 0, got GPU {gpu_s} and host {host_s}")
         self._whole_s.append((gpu_s / self.share, host_s / (1 - self.share)))
-        if len(self._whole_s) == self._whole_s.maxlen:
+        if len(self._whole_s) >= self._fewest:
             third = len(self._whole_s) // 3
             whole_gpu_s = sorted(gpu for gpu, _ in self._whole_s)[third]
             whole_host_s = sorted(host for _, host in self._whole_s)[third]
@@ -85,7 +88,6 @@ class ShareController:
             then_s = max(balanced * whole_gpu_s, (1 - balanced) * whole_host_s)
             if then_s < now_s * (1 - self._hysteresis):
                 self.share = balanced
-                self._whole_s.clear()
         return self.share
 
     def _clip(self, share: float) -> float:

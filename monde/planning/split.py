@@ -39,6 +39,7 @@ class Where(IntEnum):
     HOST = 2
 
 
+_NONE = np.zeros(0, np.int64)
 _IDLE, _RESIDENT, _FETCHED, _HOST = (np.int8(where) for where in Where)  # enums are slow in array operations
 
 
@@ -46,7 +47,9 @@ _IDLE, _RESIDENT, _FETCHED, _HOST = (np.int8(where) for where in Where)  # enums
 class Load:
     """One layer in one step. num_tokens rows travel to the host and back if it takes part.
 
-    bus_busy_s: what the bus still copies before it is free for this layer, residents' weights among it. cut_granule: a cut expert's rows of F on the GPU are a multiple of it; None forbids cutting.
+    bus_busy_s: what the bus still copies before it is free for this layer, residents' weights among it. cut_granule: a
+    cut expert's rows of F on the GPU are a multiple of it; None forbids cutting. begun_E: what the host computes in any
+    case, having begun on it before there was a plan; None: nothing.
     """
 
     tokens_E: NDArray[np.int64]
@@ -54,6 +57,7 @@ class Load:
     num_tokens: int
     cut_granule: int | None = None
     bus_busy_s: float = 0.0
+    begun_E: NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
         if self.tokens_E.shape != self.resident_E.shape or self.tokens_E.ndim != 1:
@@ -69,9 +73,9 @@ class Load:
 class ExpertSplit:
     """where_E[e] is a Where. The cut expert counts as HOST there; its first cut_rows of F are fetched.
 
-    copy_s, gemm_s, host_s: each lane alone; lead_s and launch_s: what holds up the bus and the products; python_s: when
-    everything is launched and the host has answered; makespan_s: everything together. host_memory_share: of host_s,
-    what it reads memory in, see Lanes.
+    copy_s, gemm_s, host_s: each lane alone, trip_s of host_s no experts'; lead_s and launch_s: what holds up the bus and
+    the products; python_s: when everything is launched and the host has answered; makespan_s: everything together.
+    host_memory_share: of host_s, what it reads memory in, see Lanes.
     """
 
     where_E: NDArray[np.int8]
@@ -80,6 +84,7 @@ class ExpertSplit:
     copy_s: float
     gemm_s: float
     host_s: float
+    trip_s: float
     lead_s: float
     launch_s: float
     python_s: float
@@ -99,7 +104,11 @@ class Lanes:
         host_E = cost.work_s(cost.host, load.tokens_E)
         gemm_E = cost.work_s(gpu.expert, load.tokens_E)
         active_E = load.tokens_E > 0
-        cold = np.flatnonzero(active_E & ~load.resident_E)
+        is_cold_E = active_E & ~load.resident_E
+        self.begun = np.flatnonzero(is_cold_E & load.begun_E) if load.begun_E is not None else _NONE
+        if len(self.begun):
+            is_cold_E[self.begun] = False
+        cold = np.flatnonzero(is_cold_E)
         # Slowest on the host first: ascending by key, last key first.
         self.order = cold[np.lexsort((-load.tokens_E[cold], -host_E[cold]))]
         self.tokens_n = load.tokens_E[self.order]
@@ -109,15 +118,19 @@ class Lanes:
         resident_s = gemm_E[active_E & load.resident_E]
         self.resident_s = float(resident_s.sum()) + len(resident_s) * gpu.expert.overhead_s
         self.copy_one_s = gpu.h2d.alpha_s + gpu.h2d.s_per_unit * cost.shape.expert_bytes
-        self.trip_s, self.fetch_s = cost.prompt_trip_s(load.num_tokens), gpu.prompt.fetch_s
+        self.begun_s = float(host_E[self.begun].sum()) + len(self.begun) * cost.host.overhead_s
+        # A host that has begun is not held up by the plan.
+        trip_s = cost.round_trip_s if len(self.begun) else cost.prompt_trip_s
+        self.trip_s, self.fetch_s = trip_s(load.num_tokens), gpu.prompt.fetch_s
         self.host_memory_share = self._reading_share()
         self._host_while_copying = gpu.host_while_copying.of_share(self.host_memory_share)
 
     def _reading_share(self) -> float:
         """Of the host's time if it computed all cold experts, what it reads them in: products of many tokens leave the
         memory to the bus. One number a load, whoever is fetched, because the exactness of the split rests on that."""
-        reading_s = len(self.order) * self.cost.shape.expert_bytes / self.cost.host.bytes_per_s
-        host_s = self.trip_s + float(self.host_n.sum())
+        num_experts = len(self.order) + len(self.begun)
+        reading_s = num_experts * self.cost.shape.expert_bytes / self.cost.host.bytes_per_s
+        host_s = self.trip_s + self.begun_s + float(self.host_n.sum())
         return min(1.0, reading_s / host_s) if host_s > 0 else 1.0
 
     def _answered_s(self, copied_s: float, host_s: float) -> float:
@@ -137,8 +150,8 @@ class Lanes:
     def prefixes(self) -> tuple[Seconds, Seconds, Seconds]:
         """copy_s, gemm_s, host_s when the first k are fetched, k = 0 ... n."""
         n = len(self.order)
-        host_s = np.zeros(n + 1)
-        host_s[:-1] = self.trip_s + np.cumsum(self.host_n[::-1])[::-1]
+        host_s = np.full(n + 1, self.trip_s + self.begun_s if len(self.begun) else 0.0)
+        host_s[:-1] = self.trip_s + self.begun_s + np.cumsum(self.host_n[::-1])[::-1]
         gemm_s = np.full(n + 1, self.resident_s)
         gemm_s[1:] += np.cumsum(self.gemm_n)
         return self.load.bus_busy_s + np.arange(n + 1) * np.float64(self.copy_one_s), gemm_s, host_s
@@ -169,7 +182,8 @@ class Lanes:
         host_n = self.host_n[~fetched_n]
         copy_s = self.load.bus_busy_s + self.copy_one_s * (len(fetched_n) - len(host_n))
         gemm_s = self.resident_s + float(self.gemm_n[fetched_n].sum())
-        host_s = float(host_n.sum()) + (self.trip_s if len(host_n) else 0.0)
+        trip_s = self.trip_s if len(host_n) + len(self.begun) else 0.0
+        host_s = float(host_n.sum()) + self.begun_s + trip_s
         if cut_idx is not None:
             added = self.cut(np.asarray(cut_idx), np.asarray(cut_rows / self.cost.shape.d_ffn))
             copy_s, gemm_s, host_s = (
@@ -180,6 +194,7 @@ class Lanes:
         where_E = np.full(len(self.load.tokens_E), _IDLE)
         where_E[self.load.tokens_E > 0] = _RESIDENT
         where_E[self.order] = np.where(fetched_n, _FETCHED, _HOST)
+        where_E[self.begun] = _HOST
         cut_expert = None if cut_idx is None else int(self.order[cut_idx])
         lead_s = self.fetch_s if cut_expert is not None or len(host_n) < len(fetched_n) else 0.0
         launch_s = self.cost.gpu.prompt.layer_s + lead_s
@@ -190,6 +205,7 @@ class Lanes:
             copy_s,
             gemm_s,
             host_s,
+            trip_s,
             lead_s,
             launch_s,
             python_s=max(launch_s, self._answered_s(lead_s + copy_s, host_s)),

@@ -16,9 +16,9 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from monde.core import NOT_MINE
+from monde.core import NOT_MINE, Placement
 from monde.planning.budget import LayerSize
-from monde.planning.placement import apply_swaps, place, place_uniform, plan_swaps
+from monde.planning.placement import Swap, apply_swaps, place, place_uniform, plan_swaps
 from monde.routing.heat import Heat, HeatTracker
 from monde.routing.trace import Trace, hits
 
@@ -32,12 +32,26 @@ class Residency(StrEnum):
 
 @dataclass(frozen=True)
 class DynamicSettings:
-    """How the dynamic policy replans: every interval_steps, at most max_swaps over all layers."""
+    """How the dynamic policy replans: every interval_steps, at most max_swaps over all layers.
+
+    sees_chance: counts are taken for no more than they tell (Heat.likely_count_L), so that experts of equal popularity
+    stay where they are. min_gain: tokens of these counts that a swap must promise. It reads one expert, and the counts
+    remember about as many steps as its promise holds for; of 0 to 4, in routing that drifts and that does not, 2 read
+    least in all.
+    """
 
     half_life_steps: float = 32  # of 8 to 128 the best on a trained model, at a thirtieth of LRU's traffic
     interval_steps: int = 4
     max_swaps: int = 96
-    hysteresis: float = 0.2
+    hysteresis: float = 0.1
+    sees_chance: bool = True
+    min_gain: float = 2.0
+
+    def plan(self, current: Sequence[Placement], heat: Heat, max_swaps: int) -> list[Swap]:
+        """The swaps of one round."""
+        keep_per_step = 0.5 ** (1 / self.half_life_steps)
+        value_L = heat.likely_count_L(keep_per_step) if self.sees_chance else heat.count_L
+        return plan_swaps(current, value_L, max_swaps, self.hysteresis, self.min_gain)
 
 
 @dataclass(frozen=True)
@@ -74,31 +88,26 @@ def replay(
     else:
         placements = place(heat.count_L, layers, budget_bytes)
     settings = settings or DynamicSettings()
-    values = _Values(trace.num_experts_L, policy, settings, heat)
+    planner = _Planner(trace.num_experts_L, policy, settings, heat)
     num_hits = num_pairs = num_swaps = swap_bytes = 0
-    for s, step in enumerate(trace.steps):
+    for step in trace.steps:
         found, asked = hits(placements, step)
         num_hits, num_pairs = num_hits + found, num_pairs + asked
-        values.observe(step)
-        if policy is Residency.LRU:
-            swaps = plan_swaps(placements, values.read(), sum(trace.num_experts_L), 0.0)
-        elif policy is Residency.DYNAMIC and (s + 1) % settings.interval_steps == 0:
-            swaps = plan_swaps(placements, values.read(), settings.max_swaps, settings.hysteresis)
-        else:
-            continue
+        planner.observe(step)
+        swaps = planner.swaps(placements)
         placements = apply_swaps(placements, swaps)
         num_swaps += len(swaps)
         swap_bytes += sum(layers[swap.layer].slot_bytes for swap in swaps)
     return Replay(num_pairs, num_hits, num_swaps, swap_bytes)
 
 
-class _Values:
-    """What experts are worth to a policy after the steps seen."""
+class _Planner:
+    """What a policy makes of the steps seen."""
 
     def __init__(
         self, num_experts_L: tuple[int, ...], policy: Residency, settings: DynamicSettings, heat: Heat | None
     ) -> None:
-        self._policy = policy
+        self._policy, self._settings = policy, settings
         self._tracker = HeatTracker(num_experts_L, settings.half_life_steps)
         if heat is not None:
             self._tracker.load(heat)
@@ -114,5 +123,10 @@ class _Values:
             elif self._policy is Residency.DYNAMIC:
                 self._tracker.update(l, ids_TK, np.ones(ids_TK.shape, np.float32))
 
-    def read(self) -> Sequence[NDArray[np.floating]]:
-        return self._last_used_L if self._policy is Residency.LRU else self._tracker.read().count_L
+    def swaps(self, placements: Sequence[Placement]) -> list[Swap]:
+        """Before the next step."""
+        if self._policy is Residency.LRU:
+            return plan_swaps(placements, self._last_used_L, sum(self._tracker.num_experts_L), 0.0)
+        if self._policy is Residency.DYNAMIC and self._num_steps % self._settings.interval_steps == 0:
+            return self._settings.plan(placements, self._tracker.read(), self._settings.max_swaps)
+        return []

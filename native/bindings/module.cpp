@@ -247,14 +247,16 @@ NB_MODULE(_native, m) {
   m.def(
       "submit",
       [](std::shared_ptr<Bank> bank, const Array& x, const Array& ids, const Array& weights, const Array& out,
-         int cut_expert, int cut_panel) {
+         int cut_expert, int cut_panel, uintptr_t is_wanted_E, bool adds) {
         ForwardArgs args = forward_args(x, ids, weights, out);
         args.cut_expert = cut_expert, args.cut_panel = cut_panel;
+        args.is_wanted_E = reinterpret_cast<const uint8_t*>(is_wanted_E), args.adds = adds;
         nb::gil_scoped_release release;
         return submit_queue().submit(std::move(bank), args);
       },
       nb::arg("bank"), nb::arg("x"), nb::arg("ids"), nb::arg("weights"), nb::arg("out"),
-      nb::arg("cut_expert") = kAllExperts, nb::arg("cut_panel") = 0,
+      nb::arg("cut_expert") = kAllExperts, nb::arg("cut_panel") = 0, nb::arg("is_wanted_E") = 0,
+      nb::arg("adds") = false,
       "Starts a forward; the arrays must stay alive and unchanged until wait().");
 
   // Addresses and row strides of bf16 matrices that the caller has checked; x and out [tokens, ...], weights [N, K].

@@ -217,7 +217,9 @@ inline void write(const ExpertLayout& layout, const Batch& batch, int panel_begi
       const float* from = y + t * y_columns + column - panel_begin * kLanes;
       Vec sum = load(from);
       for (int i = 1; i < num_sums; ++i) sum = add(sum, load(from + i * sum_stride));
-      store_first(batch.out, t * batch.out_row_stride + column, batch.out_dtype, sum, layout.d_model - column);
+      const ptrdiff_t at = t * batch.out_row_stride + column;
+      if (batch.adds) sum = add(sum, load_first(batch.out, at, batch.out_dtype, layout.d_model - column));
+      store_first(batch.out, at, batch.out_dtype, sum, layout.d_model - column);
     }
 }
 

@@ -46,6 +46,7 @@ struct Batch {
   unsigned char* out;  // [num_tokens, d_model]
   ptrdiff_t out_row_stride;
   DType out_dtype;
+  bool adds;  // to what out holds
   int num_tokens;
   const int* row_token;     // token of each routed row, grouped by expert
   const float* row_weight;  // router weight of each routed row
@@ -68,7 +69,7 @@ struct Kernels {
   // - panel_begin) floats.
   void (*down)(const ExpertLayout&, const Batch&, int group_begin, int group_end, int panel_begin, int panel_end,
                float* y);
-  // out[:, columns of panels] = sum of as many such y, in order, `sum_stride` floats apart.
+  // out[:, columns of panels] = (or, if the batch adds, +=) sum of as many such y, in order, `sum_stride` floats apart.
   void (*write)(const ExpertLayout&, const Batch&, int panel_begin, int panel_end, const float* y, int num_sums,
                 ptrdiff_t sum_stride);
 };

@@ -44,6 +44,8 @@ struct ForwardArgs {
   // Of this expert, of all experts if it is kAllExperts, only rows of F from 16 * cut_panel on are computed, and no
   // down bias: somebody else does the rest.
   int cut_expert = kAllExperts, cut_panel = 0;
+  const uint8_t* is_wanted_E = nullptr;  // by expert, whether its pairs count; null: all do
+  bool adds = false;                     // to what is in out, which is fp32 then
 };
 
 struct ForwardCounts {
@@ -73,7 +75,7 @@ class Bank {
   const float* bias(int expert, const std::string& name) const;
 
   // Errors: std::out_of_range naming an expert that was asked for and never loaded, std::invalid_argument for a cut
-  // that is no whole number of tiles.
+  // that is no whole number of tiles, and for sums that go to another type than fp32.
   ForwardCounts forward(const ForwardArgs& args);
 
   const BankShape& shape() const { return shape_; }

@@ -36,6 +36,8 @@ float weight_at(const ForwardArgs& args, int64_t token, int64_t k) {
   return load_element(args.weights, at, args.weights_dtype);
 }
 
+bool is_wanted(const ForwardArgs& args, int64_t id) { return !args.is_wanted_E || args.is_wanted_E[id]; }
+
 // Places in one block of scratch, every one on cache lines of its own.
 class Carver {
  public:
@@ -175,7 +177,7 @@ void Bank::Plan::group_pairs() {
     for (int t = 0; t < num_tokens; ++t)
       for (int64_t k = 0; k < args.num_topk; ++k) {
         const int64_t id = id_at(args, token_begin + t, k);
-        if (id < 0 || id >= E) continue;
+        if (id < 0 || id >= E || !is_wanted(args, id)) continue;
         const float weight = weight_at(args, token_begin + t, k);
         if (weight != 0.f) visit(t, int(id), weight);
       }
@@ -216,6 +218,7 @@ void Bank::Plan::cut_phases() {
            args.out + token_begin * args.out_row_stride * itemsize_bytes(args.out_dtype),
            ptrdiff_t(args.out_row_stride),
            args.out_dtype,
+           args.adds,
            num_tokens,
            row_token,
            row_weight,
@@ -264,7 +267,8 @@ void Bank::check_loaded(const ForwardArgs& args) const {
   for (int64_t t = 0; t < args.num_tokens; ++t)
     for (int64_t k = 0; k < args.num_topk; ++k) {
       const int64_t id = id_at(args, t, k);
-      if (id >= 0 && id < shape_.num_experts && !experts_[id].loaded && weight_at(args, t, k) != 0.f)
+      if (id < 0 || id >= shape_.num_experts || !is_wanted(args, id)) continue;
+      if (!experts_[id].loaded && weight_at(args, t, k) != 0.f)
         throw std::out_of_range(std::to_string(id));
     }
 }
@@ -273,6 +277,7 @@ ForwardCounts Bank::forward(const ForwardArgs& args) {
   check_loaded(args);
   if (args.cut_panel % 2 || args.cut_panel < 0 || args.cut_panel >= layout_.num_f_panels)
     throw std::invalid_argument("cut: expected an even panel within F, got " + std::to_string(args.cut_panel));
+  if (args.adds && args.out_dtype != DType::kF32) throw std::invalid_argument("adds: expected an out in fp32");
   ForwardCounts total;
   if (args.num_tokens == 0) return total;
   const int64_t tokens_per_chunk = std::max<int64_t>(1, kMaxRowsPerChunk / std::max<int64_t>(1, args.num_topk));

@@ -1,4 +1,4 @@
-"""An expert of which the host computes some rows of F only: with the other rows it adds up to the whole one."""
+"""Parts of a forward: some rows of F of an expert, some of the experts. With the others they add up to the whole one."""
 
 from __future__ import annotations
 
@@ -53,6 +53,46 @@ def test_both_parts_make_the_whole(dtype: DType, x_dtype: str, first_row: int) -
             assert not np.array_equal(whole.float32(), outs[0].float32())
 
 
+@pytest.mark.parametrize("num_tokens", [1, 5, 40, 300])
+def test_experts_in_two_goes_make_the_whole(num_tokens: int) -> None:
+    """The second waits for the first and adds to it; whose pairs nobody wants need not be loaded."""
+    rng = np.random.default_rng(num_tokens)
+    spec = ExpertSpec(6, 72, 104, DType.BF16)
+    experts = {e: make_expert(rng, spec, "separate") for e in range(5)}
+    bank, batch = load_all(ExpertBank(spec, "native"), experts), make_batch(rng, spec, num_tokens, 3, "bf16")
+    wanted = Batch(batch.x_TD, np.where(batch.ids_TK == 5, -1, batch.ids_TK), batch.weights_TK)
+    for _ in range(20):
+        first_E = rng.random(6) < 0.5
+        first_E[5] = False
+        rest_E = ~first_E & (np.arange(6) < 5)
+        out = host_array(np.full((num_tokens, 72), np.nan), "f32")
+        both = (
+            bank.submit(*batch.arguments, out=out, experts_E=first_E),
+            bank.submit(*batch.arguments, out=out, experts_E=rest_E, adds=True),
+        )
+        for pending in both:
+            pending.wait()
+        assert_within(
+            out.float32(), expected(spec, experts, wanted, "f32", True), f"{first_E}, T={num_tokens}"
+        )
+        counted = [np.isin(batch.ids_TK, np.flatnonzero(mask_E)).sum() for mask_E in (first_E, rest_E)]
+        assert [pending.counts.num_pairs for pending in both if pending.counts] <= counted
+
+
+def test_wrong_parts_are_refused() -> None:
+    rng = np.random.default_rng(0)
+    spec = ExpertSpec(2, 16, 64)
+    bank = load_all(ExpertBank(spec, "native"), {e: make_expert(rng, spec, "separate") for e in range(2)})
+    batch, out = make_batch(rng, spec, 3, 2), host_array(np.zeros((3, 16)), "f32")
+    with pytest.raises(ValueError, match=r"experts_E: expected \(2,\) values in a row, got \(3,\)"):
+        bank.submit(*batch.arguments, out=out, experts_E=np.ones(3, bool))
+    with pytest.raises(ValueError, match="adds: expected an out of float32, got bf16"):
+        bank.submit(*batch.arguments, out=host_array(np.zeros((3, 16)), "bf16"), adds=True)
+    other = load_all(ExpertBank(spec, "numba"), {e: make_expert(rng, spec, "separate") for e in range(2)})
+    with pytest.raises(ValueError, match="only the native backend computes parts"):
+        other.submit(*batch.arguments, out=out, experts_E=np.ones(2, bool))
+
+
 def test_bad_cuts_are_refused() -> None:
     rng = np.random.default_rng(0)
     spec = ExpertSpec(2, 16, 64)
@@ -62,7 +102,7 @@ def test_bad_cuts_are_refused() -> None:
         with pytest.raises(ValueError, match=r"expected a multiple of 32 in 1\.\.63"):
             bank.submit(*batch.arguments, out=host_array(np.zeros((3, 16)), "f32"), cut=Cut(0, first_row))
     other = load_all(ExpertBank(spec, "reference"), {e: make_expert(rng, spec, "separate") for e in range(2)})
-    with pytest.raises(ValueError, match="only the native backend cuts"):
+    with pytest.raises(ValueError, match="only the native backend computes parts"):
         other.submit(*batch.arguments, out=host_array(np.zeros((3, 16)), "f32"), cut=Cut(0, 32))
 
 

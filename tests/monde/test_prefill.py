@@ -118,6 +118,30 @@ def test_the_plan_is_what_happens_and_is_counted() -> None:
     assert executor.totals.h2d_bytes > 4 * 3 * 64 * 96 * 2
 
 
+def test_the_host_begins_before_there_is_a_plan() -> None:
+    """From the second layer with as many tokens on, with some of what the plan gives it."""
+    rng = np.random.default_rng(2)
+    spec = ExpertSpec(16, 64, 96, DType.BF16)
+    layers = build([spec] * 3, [[0, 5], [], [3]], CPU)
+    for num_tokens in (130, 70):
+        for layer_idx in range(3):
+            check(
+                layers, layer_idx, make_batch(rng, spec, num_tokens, 4, "bf16"), "bf16", f"layer {layer_idx}"
+            )
+            plan = layers.executors[layer_idx].latest
+            assert plan is not None
+            if layer_idx == 0:
+                assert plan.load.begun_E is None
+                continue
+            assert plan.load.begun_E is not None
+            assert plan.load.begun_E.any()
+            assert (plan.split.where_E[plan.load.begun_E] == Where.HOST).all()
+            waits_E = (plan.split.where_E == Where.HOST) & ~plan.load.begun_E
+            assert waits_E.any()
+            assert plan.load.tokens_E[plan.load.begun_E].max() <= plan.load.tokens_E[waits_E].max()
+    layers.close()
+
+
 def test_the_next_layers_experts_are_fetched_ahead() -> None:
     """Layer by layer they are used, where the same layer comes next; elsewhere they are dropped, not mixed up."""
     rng = np.random.default_rng(9)

@@ -53,7 +53,9 @@ def watched(layers: Layers, executor: PrefillExecutor) -> Iterator[list[Done]]:
         watch(
             hub.host,
             "submit",
-            lambda _bank, _posted, mine_E, cut: done.append(("host", mine_E.tolist(), cut)),
+            lambda _bank, _posted, mine_E, cut=None, adds=False: done.append(
+                ("host", mine_E.tolist(), cut, adds)
+            ),
         )
         watch(
             executor.device, "place", lambda _schedule, its, *_: (order.append(its), done.append(("place",)))
@@ -69,14 +71,19 @@ def _plain(pieces: tuple[Piece, ...]) -> list[tuple[int, int, int]]:
 
 def expected(schedule: Schedule, first_buffer: int, executor: PrefillExecutor) -> list[Done]:
     """The same of a schedule. Shipments fill the two buffers in turn."""
-    done, brought = list[Done](), 0
+    assert executor.latest is not None
+    done, brought, begun_E = list[Done](), 0, executor.latest.load.begun_E
+    begun = begun_E is not None
+    if begun_E is not None:
+        done.append(("host", begun_E.tolist(), None, False))
     for task in schedule.tasks:
         match task.payload:
             case Fetch(pieces):
                 done.append(("fetch", _plain(pieces)))
             case OnHost(on_host_E, cut_expert, cut_rows):
                 cut = None if cut_expert is None else Cut(cut_expert, cut_rows)
-                done.append(("host", on_host_E.tolist(), cut))
+                if on_host_E.any():
+                    done.append(("host", on_host_E.tolist(), cut, begun))
             case Place():
                 done.append(("place",))
             case Residents(experts):

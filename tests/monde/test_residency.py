@@ -26,7 +26,7 @@ from tests.monde.eager_capture import with_graphs
 
 pytest.importorskip("hostcompute._native")
 
-RESTLESS = DynamicSettings(interval_steps=1, max_swaps=1000, hysteresis=0.0)
+RESTLESS = DynamicSettings(interval_steps=1, max_swaps=1000, hysteresis=0.0, sees_chance=False, min_gain=0.0)
 
 
 def slots_bytes(original: Any) -> int:

@@ -231,6 +231,12 @@ def test_hysteresis_keeps_near_equals_where_they_are() -> None:
     assert plan_swaps(placement, value_L, 10, 0.1) == [Swap(0, 0, 0, 2)]
 
 
+def test_a_swap_has_to_be_worth_its_copy() -> None:
+    placements = (Placement((0, -1)), Placement((0, -1)))
+    value_L = [np.array([10.0, 12.9]), np.array([10.0, 13.1])]
+    assert [swap.layer for swap in plan_swaps(placements, value_L, 9, 0.1, min_gain=2.0)] == [1]
+
+
 def test_wrong_shapes_and_values_are_refused() -> None:
     with pytest.raises(ValueError, match="one value per expert"):
         place([np.ones(3)], [LayerSize(4, 1, 1)], 10)

@@ -136,7 +136,7 @@ def test_the_most_loaded_leave_first_and_neighbours_together() -> None:
     tokens_E = np.array([5, 900, 1, 800, 700, 600])
     where_E = np.array([Where.FETCHED] * 5 + [Where.HOST], np.int8)
     load, slot_E = Load(tokens_E, np.zeros(6, bool), 900, 64), np.full(6, -1)
-    split = ExpertSplit(where_E, 5, 128, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0)
+    split = ExpertSplit(where_E, 5, 128, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0)
     schedule = prefill_schedule(load, split, COST, Staging(768, 2, 2), slot_E)
     fetched = [
         tuple(p.expert_id for p in t.payload.pieces) for t in schedule.tasks if isinstance(t.payload, Fetch)

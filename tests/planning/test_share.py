@@ -79,11 +79,24 @@ def test_a_profile_four_times_wrong_is_corrected_within_twenty_steps(
     controller = ShareController(best_share(gpu_s * wrong, host_s, Overlap()).share, min_share=0.02)
     ideal_s = best_share(gpu_s, host_s, Overlap()).step_s
     # The ratio of two quantiles of twelve samples with 10% noise has 5.4%; a search over seeds finds 4.5 times that,
-    # and what is within 8% of balance is left alone.
+    # and what is within 2% of balance is left alone.
     for x in run(controller, gpu_s, host_s, 60, seed)[19:]:
-        assert max(x * gpu_s, (1 - x) * host_s) <= (1 + 4.5 * 0.054) * 1.08 * ideal_s
-    moves = len(set(run(controller, gpu_s, host_s, 200, seed + 1)))
-    assert moves <= 12  # noise seldom moves it
+        assert max(x * gpu_s, (1 - x) * host_s) <= (1 + 4.5 * 0.054) * 1.02 * ideal_s
+    later_s = [max(x * gpu_s, (1 - x) * host_s) for x in run(controller, gpu_s, host_s, 200, seed + 1)]
+    assert np.mean(later_s) <= 1.06 * ideal_s  # noise moves it, but not far
+
+
+@pytest.mark.parametrize("share", [0.15, 0.28, 0.5, 0.8])
+@pytest.mark.parametrize("longer", [0.8, 1.25])
+def test_a_side_that_always_waits_gets_more(share: float, longer: float) -> None:
+    """Even where that is a small part of the step: the GPU's fifth of a quarter."""
+    gpu_s, host_s = longer / share, 1 / (1 - share)
+    controller = ShareController(share, min_share=0.02)
+    for _ in range(12):
+        x = controller.share
+        controller.update(x * gpu_s, (1 - x) * host_s)
+    x = controller.share
+    assert max(x * gpu_s, (1 - x) * host_s) <= 1.021 * best_share(gpu_s, host_s, Overlap()).step_s
 
 
 RECORD = Path(__file__).parents[2] / "bench" / "results" / "decode_layers_gpu_machine.json"
@@ -128,7 +141,6 @@ def test_recorded_steps_correct_a_profile_four_times_wrong_within_twenty(
 
     assert step_s(first) > 1.15 * ideal_s
     assert all(step_s(share) < 1.15 * ideal_s for share in shares[19:])
-    assert len(set(shares)) <= 4  # and then it stays, whatever the machine's noise
 
 
 def test_without_noise_it_moves_once_and_stays() -> None:

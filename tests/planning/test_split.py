@@ -57,12 +57,16 @@ def loads(draw: st.DrawFn, max_experts: int = 10) -> Load:
     resident = draw(st.lists(st.booleans(), min_size=n, max_size=n))
     granule = draw(st.sampled_from([None, 8, 12, 32]))
     busy_s = draw(st.sampled_from([0.0, 0.0, 0.01, 1.0]))
-    return Load(np.array(tokens), np.array(resident), max(sum(tokens), 1), granule, busy_s)
+    begun = draw(st.one_of(st.none(), st.lists(st.booleans(), min_size=n, max_size=n)))
+    begun_E = None if begun is None else np.array(begun) & (np.array(tokens) > 0) & ~np.array(resident)
+    return Load(np.array(tokens), np.array(resident), max(sum(tokens), 1), granule, busy_s, begun_E)
 
 
 def brute_force_s(load: Load, cost: CostModel, prefixes_only: bool = False) -> float:
     """The least makespan over all sets of fetched experts and all single cuts, from the costs' definition."""
-    cold = np.flatnonzero((load.tokens_E > 0) & ~load.resident_E)
+    begun_E = np.zeros(len(load.tokens_E), bool) if load.begun_E is None else load.begun_E
+    cold = np.flatnonzero((load.tokens_E > 0) & ~load.resident_E & ~begun_E)
+    begun_s, num_begun = cost.host_s(load.tokens_E[begun_E]).sum(), begun_E.sum()
     tokens_n = load.tokens_E[cold]
     host_n, gemm_n = cost.host_s(tokens_n), cost.resident_s(tokens_n)
     n = len(cold)
@@ -73,7 +77,7 @@ def brute_force_s(load: Load, cost: CostModel, prefixes_only: bool = False) -> f
         for k in range(n + 1):
             masks_Mn[k, slowest_first[:k]] = True
     resident_s = cost.resident_s(load.tokens_E[load.resident_E]).sum()
-    trip_s = cost.prompt_trip_s(load.num_tokens)
+    trip_s = (cost.round_trip_s if num_begun else cost.prompt_trip_s)(load.num_tokens)
     rows = range(load.cut_granule, SHAPE.d_ffn, load.cut_granule) if load.cut_granule else range(0)
     best_s = np.inf
     for cut, cut_rows in [(None, 0), *((c, r) for c in range(n) for r in rows)]:
@@ -83,13 +87,16 @@ def brute_force_s(load: Load, cost: CostModel, prefixes_only: bool = False) -> f
         share = cut_rows / SHAPE.d_ffn
         copy_M = load.bus_busy_s + fetched_Mn.sum(1) * cost.copy_s()
         gemm_M = resident_s + fetched_Mn @ gemm_n
-        host_M = (~fetched_Mn) @ host_n + np.where(fetched_Mn.all(1), 0.0, trip_s)
+        host_M = (
+            (~fetched_Mn) @ host_n + np.where(fetched_Mn.all(1) & (num_begun == 0), 0.0, trip_s) + begun_s
+        )
         if cut is not None:
             copy_M = copy_M + cost.copy_s(share)
             gemm_M = gemm_M + cost.resident_s(tokens_n[cut], share)
             host_M = host_M - host_n[cut] + cost.host_s(tokens_n[cut], 1 - share)
-        reading_s = len(host_n) * cost.shape.expert_bytes / cost.host.bytes_per_s
-        overlap = cost.gpu.host_while_copying.of_share(min(1.0, reading_s / (trip_s + host_n.sum())))
+        reading_s = (len(host_n) + num_begun) * cost.shape.expert_bytes / cost.host.bytes_per_s
+        host_s = trip_s + begun_s + host_n.sum()
+        overlap = cost.gpu.host_while_copying.of_share(min(1.0, reading_s / host_s))
         prompt = cost.gpu.prompt
         lead_M = prompt.fetch_s * (fetched_Mn.any(1) | (cut is not None))
         launch_M, copy_M = prompt.layer_s + lead_M, lead_M + copy_M
@@ -164,6 +171,7 @@ def test_no_policy_beats_the_best(load: Load, cost: CostModel, policy: str) -> N
 
 @given(loads(), costs())
 def test_two_ended_queue_is_the_loop_it_stands_for(load: Load, cost: CostModel) -> None:
+    load = dataclasses.replace(load, begun_E=None)  # before there is a plan, only ours begins
     cold = [e for e in range(len(load.tokens_E)) if load.tokens_E[e] > 0 and not load.resident_E[e]]
     cold.sort(key=lambda e: (-cost.host_s(load.tokens_E[e]), -load.tokens_E[e]))
     gpu_free_s = float(cost.resident_s(load.tokens_E[load.resident_E]).sum())

@@ -114,6 +114,17 @@ def test_swaps_are_bounded(trace: Trace) -> None:
     assert 0 < got.num_swaps <= 2 * 768 // 64
 
 
+def test_chance_alone_moves_nobody() -> None:
+    """Of experts that are equally popular the counts differ twofold at any time."""
+    rng = np.random.default_rng(0)
+    layers = [LayerSize(64, 10, 10)] * 4
+    steps = tuple(tuple(rng.permutation(64)[None, :8].astype(np.int16) for _ in layers) for _ in range(300))
+    equal = Trace("", (64,) * 4, steps)
+    trusting = DynamicSettings(sees_chance=False, min_gain=0)
+    assert replay(equal, Residency.DYNAMIC, layers, 640).num_swaps == 0
+    assert replay(equal, Residency.DYNAMIC, layers, 640, settings=trusting).num_swaps > 500
+
+
 def test_static_needs_heat_of_this_model(trace: Trace) -> None:
     with pytest.raises(ValueError, match="needs a heat file"):
         replay(trace, Residency.STATIC, LAYERS, 100)

@@ -151,8 +151,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   }
 
   // Pairs: the table decides, here and nowhere else.
+  __shared__ int num_cold, num_later, num_resident;  // of the first block. cold: for the host to compute now
   if (blockIdx.x == 0) {
-    __shared__ int num_cold, num_later, num_resident;  // cold: for the host to compute now
     if (threadIdx.x == 0) {
       num_cold = num_later = num_resident = 0;
       state[STATE_ROUTED_NS] = nanoseconds();
@@ -205,14 +205,15 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     if (threadIdx.x == 0) {
       bool is_last = gridDim.x == 1;
+      u64 cold = num_cold, later = num_later;
       if (!is_last) {
         __threadfence_system();
         is_last = atomicAdd(state + STATE_TICKET, 1ull) == gridDim.x - 1;
         if (is_last) state[STATE_TICKET] = 0;
+        cold = *reinterpret_cast<volatile u64*>(state + STATE_COLD);
+        later = *reinterpret_cast<volatile u64*>(state + STATE_LATER);
       }
       if (is_last) {
-        const u64 cold = *reinterpret_cast<volatile u64*>(state + STATE_COLD);
-        const u64 later = *reinterpret_cast<volatile u64*>(state + STATE_LATER);
         state[STATE_RING] = number;
         store_release(in_box<u64>(layer, layer->mailbox_rung, number),
                       number | u64(layer->layer_idx) << RING_LAYER_SHIFT | u64(num_tokens) << RING_TOKENS_SHIFT |
@@ -226,9 +227,28 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
 // ---- gate_up and down ----
 
+// Of an expert's down panels as much as this block's share, from memory into L2: memory idles while the blocks of gate_up
+// end and those of down begin. Not where L2 might lose it again: of at least 50 MB that GPUs with the instruction have,
+// gate_up's own weights pass through some.
+constexpr i64 kFetchedBytes = 32 << 20;
+__device__ void fetch_down(const Layer* layer, const u8* blob, int num_groups) {
+#if __CUDA_ARCH__ >= 900
+  const i64 down_bytes = layer->num_d_panels * layer->down_panel_bytes;
+  if (threadIdx.x || num_groups * down_bytes > kFetchedBytes) return;
+  const i64 share_bytes = down_bytes / gridDim.x / 16 * 16;
+  if (share_bytes == 0) return;
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;"
+               :
+               : "l"(blob + layer->down_offset_bytes + blockIdx.x * share_bytes), "r"(u32(share_bytes))
+               : "memory");
+#endif
+}
+
 struct Group {
   const u8* blob;
+  bool is_resident;
   int slot, num_panels, first, count;  // slot of biases, which experts on the host have not here; panels of F
+  int num_groups;                      // of all
 };
 
 // False where there is no group g. Everything is read at once: one wait for memory before the weights, not two.
@@ -238,14 +258,15 @@ __device__ bool group_at(const Layer* layer, int g, Group& group) {
   const int place = reinterpret_cast<const int*>(layer->group_slot_G)[g], expert = place - int(layer->num_slots);
   if (g >= num_groups) return false;
   if (expert < 0) {
-    group = {reinterpret_cast<const u8*>(layer->blobs_SB) + place * layer->blob_bytes, place, int(layer->num_f_panels),
-             first, count};
+    const u8* const blob = reinterpret_cast<const u8*>(layer->blobs_SB) + place * layer->blob_bytes;
+    group = {blob, true, place, int(layer->num_f_panels), first, count, num_groups};
     return true;
   }
   const int* place_of_expert_E = reinterpret_cast<const int*>(layer->place_of_expert_E);
   const i64 host_place = place_of_expert_E ? place_of_expert_E[expert] : expert;
-  group = {reinterpret_cast<const u8*>(layer->host_blobs) + host_place * layer->host_blob_bytes, 0,
-           int(reinterpret_cast<const u64*>(layer->state)[STATE_SHARED_PANELS]), first, count};
+  const u64* const state = reinterpret_cast<const u64*>(layer->state);
+  const u8* const blob = reinterpret_cast<const u8*>(layer->host_blobs) + host_place * layer->host_blob_bytes;
+  group = {blob, false, 0, int(state[STATE_SHARED_PANELS]), first, count, num_groups};
   return true;
 }
 
@@ -273,6 +294,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) gate_up(const __grid_cons
                           i64(pairs[begin + threadIdx.x] / num_topk) * layer->d_pad_k;
     __syncthreads();
     product<X>(first, second, int(layer->d_pad_k) / kTile, rows, num_rows, sums);
+    if (begin == 0 && group.is_resident) fetch_down(layer, group.blob, group.num_groups);
     __syncthreads();
     for (int i = threadIdx.x; i < num_rows * 16; i += kThreads) {
       const int row = i / 16, lane = i % 16;
@@ -344,11 +366,10 @@ __device__ bool host_answered(const Layer* layer, u64 number, bool whole) {
   const u64 deadline_ns = state[STATE_DEADLINE_NS], start = nanoseconds();
   for (;;) {
     const u64 answered = load_acquire(reinterpret_cast<const u64*>(layer->mailbox_answered));
-    const bool in_time = nanoseconds() - start <= deadline_ns;
     const int ahead = int(u32(answered) - u32(number));
     const bool done = ahead > 0 || (ahead == 0 && !(whole && answered >> RING_OWING_SHIFT & 1));
-    if (!done && in_time) continue;
-    if (in_time && (answered >> RING_FAILED_SHIFT & 1) == 0) return true;
+    if (done && (answered >> RING_FAILED_SHIFT & 1) == 0) return true;
+    if (!done && nanoseconds() - start <= deadline_ns) continue;
     fail(layer);
     return false;
   }
@@ -373,19 +394,24 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   if (waits && threadIdx.x == 0 && blockIdx.x == 0 && blockIdx.y == 0)
     *reinterpret_cast<volatile u64*>(layer->mailbox_gpu_ns) = state[STATE_GPU_NS] +=
         nanoseconds() - state[STATE_ROUTED_NS];
-  if (threadIdx.x == 0) ok = (!waits && !earlier) || host_answered(layer, waits ? number : earlier, !waits);
-  __syncthreads();
+  // What is here is summed before the host is waited for: that would only come on top.
   const int t = blockIdx.y, D = int(layer->d_model), d = blockIdx.x * kThreads + threadIdx.x;
-  if (d >= D) return;
   const int* slots_R = reinterpret_cast<const int*>(layer->slots_R);
-  const float* v_RD = reinterpret_cast<const float*>(layer->v_RD);
   const int* is_later_R = reinterpret_cast<const int*>(layer->is_later_R);
   const i64 v_stride = layer->num_d_panels * 16, at = i64(t) * D + d;
+  const float* v_RD = reinterpret_cast<const float*>(layer->v_RD) + d;
   const float nan = __int_as_float(0x7fc00000);
   float sum = 0.f, left = 0.f;
-  for (int r = t * num_topk; r < (t + 1) * num_topk; ++r)
-    if (slots_R[r] >= 0)
-      (left_TD && is_later_R[r] ? left : sum) += router_weight(weights_TK, weights_type, r) * v_RD[r * v_stride + d];
+  if (d < D) {
+#pragma unroll 8
+    for (int r = t * num_topk; r < (t + 1) * num_topk; ++r) {
+      const float v = slots_R[r] >= 0 ? router_weight(weights_TK, weights_type, r) * v_RD[r * v_stride] : 0.f;
+      (left_TD && is_later_R[r] ? left : sum) += v;
+    }
+  }
+  if (threadIdx.x == 0) ok = (!waits && !earlier) || host_answered(layer, waits ? number : earlier, !waits);
+  __syncthreads();
+  if (d >= D) return;
   if (waits) sum += host_out(layer, number)[at];
   if (earlier_TD) sum += earlier_TD[at];
   if (owed && earlier) sum += host_out(layer, earlier)[i64(gridDim.y) * D + at];
