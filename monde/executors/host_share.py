@@ -87,9 +87,10 @@ class HostShare:
     ) -> PendingForward:
         """The host starts on the pairs of these experts, and adds to what the submit before it computes if it `adds`.
 
-        Waits for the batch to arrive, and for nothing else.
+        Waits for the batch to arrive, as the one before has, and for nothing else.
         """
-        posted.there.wait()
+        if not adds:
+            posted.there.wait()
         ids_TK = posted.ids_TK
         y_TD = self._staging.view("y", tuple(posted.x_TD.shape), torch.float32)
         if bank.choice.name == "native":
