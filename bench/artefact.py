@@ -7,9 +7,13 @@ import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +32,13 @@ ISA_FLAGS = (
 )
 
 
-def write(name: str, configuration: dict[str, Any], results: Any, out: Path | None = None) -> Path:
-    """Write one artefact, by default to bench/results/<name>-<cpu>-<time>.json, and return where."""
+def write(
+    name: str, configuration: dict[str, Any], results: Any, out: Path | None = None, failure: str = ""
+) -> Path:
+    """Write one artefact, by default to bench/results/<name>-<cpu>-<time>.json, and return where.
+
+    failure: why the run ended before all was measured.
+    """
     cpu = machine()
     if out is None:
         model = "".join(c if c.isalnum() else "-" for c in cpu["model"]).strip("-")
@@ -43,10 +52,34 @@ def write(name: str, configuration: dict[str, Any], results: Any, out: Path | No
         "commit": commit(),
         "machine": cpu,
         "versions": versions(),
+        **({"failure": failure} if failure else {}),
         "results": results,
     }
     out.write_text(json.dumps(record, indent=1) + "\n")
     return out
+
+
+@contextmanager
+def kept(
+    name: str,
+    configuration: Callable[[], dict[str, Any]],
+    results: Callable[[], Any],
+    out: Path | None = None,
+) -> Iterator[None]:
+    """`write` what is there when the block ends, whatever ends it, a time limit's SIGTERM among it.
+
+    Where it ended early the artefact says why, and the run fails all the same.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    failure = ""
+    try:
+        yield
+    except (KeyboardInterrupt, Exception) as error:
+        traceback.print_exc()
+        failure = repr(error)
+    print(f"\nartefact: {write(name, configuration(), results(), out, failure)}", flush=True)
+    if failure:
+        raise SystemExit(f"the run ended early: {failure}")
 
 
 def without_folders(value: Any) -> Any:

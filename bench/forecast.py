@@ -194,7 +194,7 @@ def prefill_layers(name: str, which: Sequence[str]) -> Iterator[Case]:
     host = told["host_expert"]
     curve = Curve(tuple(host["flops_per_s"]["x"]), tuple(host["flops_per_s"]["y"]))
     profile = replace(profile, host_expert=ExpertRate(host["overhead_s"], host["bytes_per_s"], curve))
-    residents = {"none": 0, "half": NUM_EXPERTS // 2, "all": NUM_EXPERTS}
+    residents = {"none": 0, "quarter": NUM_EXPERTS // 4, "half": NUM_EXPERTS // 2, "all": NUM_EXPERTS}
     for row in record["results"]["rows"]:
         if row["contender"] == "monde" and row["residents"] in which:
             num_resident = residents[row["residents"]]
@@ -217,7 +217,7 @@ def all_cases() -> list[Case]:
         *whole_steps("decode_context_4096_h200"),
         *prefill_layers("prefill_layers_gpu_machine", ("none", "half")),
         *prefill_layers("prefill_half_all_h200", ("half",)),  # all: by other kernels than now
-        *prefill_layers("prefill_none_half_h200", ("none", "half")),
+        *prefill_layers("prefill_h200", ("none", "quarter", "half")),
     ]
 
 

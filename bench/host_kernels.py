@@ -15,7 +15,7 @@ import argparse
 import dataclasses
 import gc
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,26 +87,23 @@ def main() -> None:
         peers=asked_peers(arguments),
     )
     rows: list[Row] = []
-    if "decode" in arguments.only or "prefill" in arguments.only:
-        for spec in SHAPES:
-            rows += run_shape(spec, arguments.only, options)
-            gc.collect()
-    if "peers" in arguments.only:
-        rows += run_peers(options)
     configuration = dataclasses.asdict(options)
-    where = artefact.write(
-        "host_kernels", configuration, [dataclasses.asdict(row) for row in rows], arguments.out
-    )
-    print(f"\nartefact: {where}")
+    results = lambda: [dataclasses.asdict(row) for row in rows]  # noqa: E731
+    with artefact.kept("host_kernels", lambda: configuration, results, arguments.out):
+        if "decode" in arguments.only or "prefill" in arguments.only:
+            for spec in SHAPES:
+                rows += run_shape(spec, arguments.only, options)
+                gc.collect()
+        if "peers" in arguments.only:
+            rows += run_peers(options)
 
 
-def run_shape(spec: ExpertSpec, parts: Sequence[str], options: Options) -> list[Row]:
+def run_shape(spec: ExpertSpec, parts: Sequence[str], options: Options) -> Iterator[Row]:
     """Decode and prefill on one layer, the active experts rotating through all of it."""
     layer = host_layers.make_layer(spec, seed=0)
     banks = our_banks([layer], options)
     reader = Reader(banks[options.isas[0]], options.num_threads)
     num_active = min(8, spec.num_experts // 4)
-    rows: list[Row] = []
     tokens = {
         "decode": (1, 2, 4),
         "prefill": (16, 128, 512) if options.quick else (16, 32, 64, 128, 256, 512),
@@ -118,26 +115,25 @@ def run_shape(spec: ExpertSpec, parts: Sequence[str], options: Options) -> list[
             measures = our_measures(banks, x_TD, routings)
             measures["torch"] = repeated(host_layers.torch_step([layer], x_TD, routings, options.num_threads))
             case = f"{spec.d_model}x{spec.d_ffn}, {num_active} experts, {num_tokens} tokens each"
-            rows += run_case(part, case, measures, reader, work_of(spec, routings), options)
+            yield from run_case(part, case, measures, reader, work_of(spec, routings), options)
     for of in banks.values():
         of[0].close()
-    return rows
 
 
-def run_peers(options: Options) -> list[Row]:
+def run_peers(options: Options) -> Iterator[Row]:
     """The layer shape that every peer was measured with."""
     layers = [host_layers.make_layer(PEER_SPEC, seed) for seed in range(2)]
     banks = our_banks(layers, options)
     reader = Reader(banks[options.isas[0]], options.num_threads)
-    rows: list[Row] = []
     for batch in (1, 16, 128) if options.quick else (1, 4, 16, 128):
         routings = host_layers.random_routings(PEER_SPEC, PEER_TOP_K, batch, num_routings=64)
         x_TD = torch.randn(batch, PEER_SPEC.d_model).bfloat16()
         measures = our_measures(banks, x_TD, routings)
         measures["torch"] = repeated(host_layers.torch_step(layers, x_TD, routings, options.num_threads))
         measures |= {peer.name: peer.measure(batch, options.num_threads) for peer in options.peers}
-        rows += run_case("peers", f"batch {batch}", measures, reader, work_of(PEER_SPEC, routings), options)
-    return rows
+        yield from run_case(
+            "peers", f"batch {batch}", measures, reader, work_of(PEER_SPEC, routings), options
+        )
 
 
 def our_banks(

@@ -19,9 +19,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -308,37 +307,34 @@ def measure(
     top: Ceilings,
     device: torch.device,
     memory: ceilings.HostMemory | None,
-) -> list[Row]:
+) -> Iterator[Row]:
     passes = [Pass(model, workload, num_layers, device) for workload in workloads]
     dense_s = {p.workload: statistics.median(p.samples_s(Nothing(), num_passes)) for p in passes}
-    rows: list[Row] = []
 
-    def rows_of(experts: Experts, num_resident: int) -> None:
+    def rows_of(experts: Experts, num_resident: int) -> Iterator[Row]:
         for one in passes:
             before = top if memory is None else ceilings.with_reads(top, memory.reads())
             samples = one.samples_s(experts, num_passes)
             after = top if memory is None else ceilings.with_reads(top, memory.reads())
             cold_bytes_per_s = statistics.mean((before.cold_bytes_per_s, after.cold_bytes_per_s))
-            rows.append(
-                _row(one, experts.name, num_resident, samples, dense_s[one.workload], top, cold_bytes_per_s)
-            )
-            print(line(rows[-1]), flush=True)
+            row = _row(one, experts.name, num_resident, samples, dense_s[one.workload], top, cold_bytes_per_s)
+            print(line(row), flush=True)
+            yield row
 
     quarter = model.num_experts // 4
     host = host_layers(model, num_layers, device)
     for num_resident, num_slots in ((0, MIN_SLOTS), (quarter, quarter)):
-        rows_of(OnDemand(host, num_slots, device), num_resident)
+        yield from rows_of(OnDemand(host, num_slots, device), num_resident)
         free_memory()
     del host
     free_memory()
     num_tokens = max(workload.num_tokens for workload in workloads)
     for num_resident in (0, quarter):
         experts = Monde(model, num_layers, num_resident, num_tokens, device)
-        rows_of(experts, num_resident)
+        yield from rows_of(experts, num_resident)
         experts.close()
         del experts
         free_memory()
-    return rows
 
 
 def _row(
@@ -436,16 +432,22 @@ def main(arguments: list[str] | None = None) -> None:
     rows: list[Row] = []
     tops: dict[str, Any] = {}
     print("| model | part | batch | experts by | resident | ms | dense | bound | of it |\n|" + "---|" * 9)
-    for name, num_layers in zip(names, counts, strict=True):
-        model = TOY if args.toy else known[name]
-        shape = Shape(
-            name, num_layers, num_layers, model.num_experts, model.num_topk, model.d_model, model.d_ffn
-        )
-        memory = ceilings.HostMemory.of_a_layer(device) if device.type == "cuda" else None
-        top = ceilings.measure(shape, memory)
-        tops[name] = dataclasses.asdict(top)
-        rows += measure(model, num_layers, workloads, args.passes, top, device, memory)
-        del memory
+    configuration = {k: v for k, v in vars(args).items() if k != "out"}
+    configuration["gpu"] = torch.cuda.get_device_name() if device.type == "cuda" else None
+    with artefact.kept("monde_hardware", lambda: configuration, lambda: _results(tops, rows), args.out):
+        for name, num_layers in zip(names, counts, strict=True):
+            model = TOY if args.toy else known[name]
+            shape = Shape(
+                name, num_layers, num_layers, model.num_experts, model.num_topk, model.d_model, model.d_ffn
+            )
+            memory = ceilings.HostMemory.of_a_layer(device) if device.type == "cuda" else None
+            top = ceilings.measure(shape, memory)
+            tops[name] = dataclasses.asdict(top)
+            rows += measure(model, num_layers, workloads, args.passes, top, device, memory)
+            del memory
+
+
+def _results(tops: dict[str, Any], rows: list[Row]) -> dict[str, Any]:
     found = verdicts(rows)
     for verdict in found:
         told = "met   " if verdict["met"] else "MISSED"
@@ -453,10 +455,7 @@ def main(arguments: list[str] | None = None) -> None:
             f"{told} {verdict['case']}: {verdict['speed_up']:.2f}x of {verdict['wanted']}x wanted, at most "
             f"{verdict['physics']:.2f}x here; {verdict['of_bound']:.0%} of the bound"
         )
-    configuration = {k: v for k, v in vars(args).items() if k != "out"}
-    configuration["gpu"] = torch.cuda.get_device_name() if device.type == "cuda" else None
-    results = {"ceilings": tops, "rows": [dataclasses.asdict(row) for row in rows], "verdicts": found}
-    print(f"artefact: {artefact.write('monde_hardware', configuration, results, args.out)}", file=sys.stderr)
+    return {"ceilings": tops, "rows": [dataclasses.asdict(row) for row in rows], "verdicts": found}
 
 
 if __name__ == "__main__":

@@ -137,9 +137,9 @@ def test_what_ends_a_run_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.Monk
     options = "--toy --device cpu --steps 2 --batches 1 --skews uniform --no-generate --contenders lru,monde"
     with pytest.raises(SystemExit, match=r"ended early.*on fire"):
         main([*options.split(), "--out", str(out)])
-    results = json.loads(out.read_text())["results"]
-    assert {row["group"] for row in results["rows"]} == {"floor", "lru"}
-    assert "on fire" in results["failure"]
+    record = json.loads(out.read_text())
+    assert {row["group"] for row in record["results"]["rows"]} == {"floor", "lru"}
+    assert "on fire" in record["failure"]
 
 
 def test_after_the_time_limit_nothing_starts(tmp_path: Path) -> None:

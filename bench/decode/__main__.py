@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import signal
-import traceback
 import warnings
+from typing import Any
 
 import torch
 
@@ -28,42 +27,36 @@ from bench.decode.skew import busiest_quarter
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit ends like Ctrl-C
     logging.getLogger("transformers").setLevel(logging.ERROR)
     rows: list[Row] = []
-    failure = ""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
         run = Run(options)
-        print(report.head())
-        try:
+        configuration = dataclasses.asdict(options) | {
+            "out": None,
+            "device": str(options.device),
+            "shape": dataclasses.asdict(run.shape),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "peers": [peer.name for peer in options.peers],
+        }
+        with artefact.kept("decode", lambda: configuration, lambda: _results(run, rows, caught), options.out):
+            print(report.head())
             for row in run.rows():
                 rows.append(row)
                 print(report.line(row), flush=True)
-        except (KeyboardInterrupt, Exception) as error:  # what was measured is kept, and the run still fails
-            traceback.print_exc()
-            failure = repr(error)
+
+
+def _results(run: Run, rows: list[Row], caught: list[warnings.WarningMessage]) -> dict[str, Any]:
     found = targets(rows, run.ceilings.own_round_trip_s)
     for target in found:
         print(report.target_line(target))
-    configuration = dataclasses.asdict(options) | {
-        "out": None,
-        "device": str(options.device),
-        "shape": dataclasses.asdict(run.shape),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "peers": [peer.name for peer in options.peers],
-    }
-    results = {
+    return {
         "ceilings": dataclasses.asdict(run.ceilings),
         "busiest_quarter": {name: busiest_quarter(p_LE) for name, p_LE in run.p_LE.items()},
-        "failure": failure,
         "rows": [dataclasses.asdict(row) for row in rows],
         "targets": [dataclasses.asdict(target) | {"met": target.met} for target in found],
         "warnings": sorted({str(one.message) for one in caught if issubclass(one.category, RuntimeWarning)}),
     }
-    print(f"artefact: {artefact.write('decode', configuration, results, options.out)}")
-    if failure:
-        raise SystemExit(f"the run ended early: {failure}")
 
 
 if __name__ == "__main__":
