@@ -256,8 +256,7 @@ NB_MODULE(_native, m) {
       },
       nb::arg("bank"), nb::arg("x"), nb::arg("ids"), nb::arg("weights"), nb::arg("out"),
       nb::arg("cut_expert") = kAllExperts, nb::arg("cut_panel") = 0, nb::arg("is_wanted_E") = 0,
-      nb::arg("adds") = false,
-      "Starts a forward; the arrays must stay alive and unchanged until wait().");
+      nb::arg("adds") = false, "Starts a forward; the arrays must stay alive and unchanged until wait().");
 
   // Addresses and row strides of bf16 matrices that the caller has checked; x and out [tokens, ...], weights [N, K].
   m.def("dense",

@@ -268,8 +268,7 @@ void Bank::check_loaded(const ForwardArgs& args) const {
     for (int64_t k = 0; k < args.num_topk; ++k) {
       const int64_t id = id_at(args, t, k);
       if (id < 0 || id >= shape_.num_experts || !is_wanted(args, id)) continue;
-      if (!experts_[id].loaded && weight_at(args, t, k) != 0.f)
-        throw std::out_of_range(std::to_string(id));
+      if (!experts_[id].loaded && weight_at(args, t, k) != 0.f) throw std::out_of_range(std::to_string(id));
     }
 }
 
