@@ -70,14 +70,17 @@ def kept(
 
     Where it ended early the artefact says why, and the run fails all the same.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     failure = ""
     try:
         yield
-    except (KeyboardInterrupt, Exception) as error:
+    except BaseException as error:
         traceback.print_exc()
         failure = repr(error)
-    print(f"\nartefact: {write(name, configuration(), results(), out, failure)}", flush=True)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is there is written, whoever is in a hurry
+    where = write(name, configuration(), results(), out, failure)
+    signal.signal(signal.SIGTERM, before)
+    print(f"\nartefact: {where}", flush=True)
     if failure:
         raise SystemExit(f"the run ended early: {failure}")
 

@@ -20,11 +20,9 @@ _NAMES = {
     "float64": "f64",
     "int32": "i32",
     "int64": "i64",
-    "uint8": "u8",
 }
 FLOATS = ("float32", "bfloat16", "float16")
 IDS = ("int64", "int32")
-BYTES = ("uint8",)
 _NUMPY = {"f32": "<f4", "bf16": "<u2", "f16": "<f2", "f64": "<f8", "i32": "<i4", "i64": "<i8", "u8": "<u1"}
 
 

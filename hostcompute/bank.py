@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from hostcompute.arrays import BYTES, FLOATS, IDS, HostArray, as_host_array, empty_like, row_major
+from hostcompute.arrays import FLOATS, IDS, HostArray, as_host_array, empty_like, row_major
 from hostcompute.backends.base import Backend, ExpertWeights, Pending
 from hostcompute.backends.select import BackendChoice, choose
 from hostcompute.layout import LANES, PAD_K, make_layout
@@ -184,18 +184,26 @@ class ExpertBank:
     ) -> PendingForward:
         """Start a forward and return at once; the arrays must not change until `wait`. Several are done in their order.
 
-        cut: only a part of this expert. experts_E: whose pairs count, by default everybody's. adds: to what out holds,
-        float32, which an earlier one may still be writing. Errors: ValueError for any of these of another backend than
-        native, and for wrong ones.
+        cut: only a part of this expert. experts_E: whose pairs count, bool, by default everybody's. adds: to what out
+        holds, float32, which an earlier one may still be writing. Errors: ValueError for any of these of another backend
+        than native, and for wrong ones.
         """
+        if adds and out is None:
+            raise ValueError("[submit] adds: expected an out to add to; give the array of the submit before")
         arrays, out = self._check_batch(x_TD, topk_ids_TK, topk_weights_TK, out)
         if cut is None and experts_E is None and not adds:
             return PendingForward(self._backend.submit(*arrays), out, arrays)
-        experts = (
-            None if experts_E is None else as_host_array(experts_E.view(np.uint8), "[submit] experts", BYTES)
-        )
+        experts = None if experts_E is None else self._chosen(experts_E)
         pending = self._submit_part(arrays, cut, experts, adds)
         return PendingForward(pending, out, arrays if experts is None else (*arrays, experts))
+
+    def _chosen(self, experts_E: NDArray[np.bool_]) -> HostArray:
+        got = np.asarray(experts_E)
+        if got.dtype != np.bool_ or got.shape != (self.spec.num_experts,) or not got.flags.c_contiguous:
+            raise ValueError(
+                f"[submit] experts_E: expected ({self.spec.num_experts},) bools in a row, got {got.shape} of {got.dtype}"
+            )
+        return HostArray(got.ctypes.data, got.shape, (1,), "u8", got)
 
     def _submit_part(
         self, arrays: tuple[HostArray, ...], cut: Cut | None, experts: HostArray | None, adds: bool
@@ -208,10 +216,6 @@ class ExpertBank:
         if cut is not None and (not 0 < cut.first_row < self.spec.d_ffn or cut.first_row % PAD_K):
             raise ValueError(
                 f"[submit] cut: expected a multiple of {PAD_K} in 1..{self.spec.d_ffn - 1}, got {cut.first_row}"
-            )
-        if experts is not None and (experts.shape != (self.spec.num_experts,) or not experts.is_contiguous):
-            raise ValueError(
-                f"[submit] experts_E: expected ({self.spec.num_experts},) values in a row, got {experts.shape}"
             )
         if adds and arrays[3].dtype != "f32":
             raise ValueError(f"[submit] adds: expected an out of float32, got {arrays[3].dtype}")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from bench import monde_hardware
+from bench import artefact, monde_hardware
 from bench.contenders.host_experts import HostExperts
 from bench.contenders.lru import LruExperts
 from bench.contenders.popular import Costs, PopularExperts
@@ -163,3 +165,22 @@ def test_the_papers_experiment_on_a_toy(tmp_path: Path, capsys: pytest.CaptureFi
     assert all(row["bound_s"] > row["dense_s"] > 0 for row in rows)
     assert len(results["verdicts"]) == 8
     assert "wanted" in capsys.readouterr().out
+
+
+def test_a_time_limit_keeps_what_there_is(tmp_path: Path) -> None:
+    rows: list[int] = []
+    before, out = signal.getsignal(signal.SIGTERM), tmp_path / "rows.json"
+
+    def run() -> None:
+        with artefact.kept("rows", lambda: {"wanted": 9}, lambda: rows, out):
+            for i in range(9):
+                rows.append(i)
+                if i == 3:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit, match="ended early: KeyboardInterrupt"):
+        run()
+    record = json.loads(out.read_text())
+    assert record["results"] == [0, 1, 2, 3]
+    assert "KeyboardInterrupt" in record["failure"]
+    assert signal.getsignal(signal.SIGTERM) is before

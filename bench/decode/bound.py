@@ -62,11 +62,13 @@ def expected_traffic(p_LE: NDArray[np.float64], resident_LE: NDArray[np.bool_], 
     resident_p_LE = np.where(resident_LE, p_LE, 0.0)
     of_residents_L = p_LE.sum(axis=1) / np.maximum(resident_p_LE.sum(axis=1), 1e-12)
     alone_LE = 1 - (1 - np.clip(resident_p_LE * of_residents_L[:, None], 0, 1)) ** batch
+    # Probabilities of independent experts know nothing of K: no more are read than residents are expected to be.
+    alone_L = np.minimum(none_cold_L * alone_LE.sum(axis=1), np.where(resident_LE, read_LE, 0.0).sum(axis=1))
     return Traffic(
         cold_experts=float(read_LE[~resident_LE].sum()),
         resident_experts=float(read_LE[resident_LE].sum()),
         layers_with_cold=float((1 - none_cold_L).sum()),
-        residents_alone=float((none_cold_L * alone_LE.sum(axis=1)).sum()),
+        residents_alone=float(alone_L.sum()),
     )
 
 

@@ -8,7 +8,6 @@ wait     the answer, in pinned memory; an end is set to waiting
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,7 +45,8 @@ class HostShare:
     def __init__(self, lanes: Lanes, deadline_s: float) -> None:
         self.lanes, self.deadline_s = lanes, deadline_s
         self._staging = self._new_staging()
-        # Given up, and what they still write to.
+        self._under_way: list[PendingForward] = []  # of the batch at hand
+        # Given up, and what they still read and write.
         self._late: list[tuple[tuple[PendingForward, ...], Staging]] = []
 
     def _new_staging(self) -> Staging:
@@ -83,14 +83,19 @@ class HostShare:
         posted: Posted,
         on_host_E: NDArray[np.bool_],
         cut: Cut | None = None,
-        adds: bool = False,
-    ) -> PendingForward:
-        """The host starts on the pairs of these experts, and adds to what the submit before it computes if it `adds`.
+    ) -> None:
+        """The host starts on the pairs of these experts, and adds to what the batch's submit before computes, if any.
 
-        Waits for the batch to arrive, as the one before has, and for nothing else.
+        Waits for the batch to arrive, and for nothing else.
         """
+        adds = bool(self._under_way)
         if not adds:
             posted.there.wait()
+        self._under_way.append(self._submit(bank, posted, on_host_E, cut, adds))
+
+    def _submit(
+        self, bank: ExpertBank, posted: Posted, on_host_E: NDArray[np.bool_], cut: Cut | None, adds: bool
+    ) -> PendingForward:
         ids_TK = posted.ids_TK
         y_TD = self._staging.view("y", tuple(posted.x_TD.shape), torch.float32)
         if bank.choice.name == "native":
@@ -100,16 +105,23 @@ class HostShare:
         chosen = np.append(np.where(on_host_E, np.arange(len(on_host_E)), -1), -1)[ids_TK.numpy()]
         return bank.submit(posted.x_TD, chosen, posted.weights_TK, y_TD)
 
-    def wait(self, pending: Sequence[PendingForward], layer_idx: int, totals: HostTotals) -> Answer:
-        """Of all submits of a batch, in their order.
+    def give_up(self) -> None:
+        """What is under way may use its arrays for as long as it likes: nobody else gets them."""
+        self._late = [entry for entry in self._late if not all(one.done() for one in entry[0])]
+        if self._under_way:
+            self._late.append((tuple(self._under_way), self._staging))
+            self._staging, self._under_way = self._new_staging(), []
+
+    def wait(self, layer_idx: int, totals: HostTotals) -> Answer | None:
+        """Of all submits of the batch; None where there was none.
 
         Errors: RuntimeError naming the MoE layer that the host failed or was late for; the next call works.
         """
-        self._late = [entry for entry in self._late if not all(one.done() for one in entry[0])]
+        pending = self._under_way
+        if not pending:
+            return None
         if not all(one.wait_for(self.deadline_s) for one in pending):
-            # It may write to its arrays for as long as it likes: nobody else gets them.
-            self._late.append((tuple(pending), self._staging))
-            self._staging = self._new_staging()
+            self.give_up()
             raise RuntimeError(
                 f"monde: MoE layer {layer_idx}: the host did not answer within {self.deadline_s:g} s; call again"
             )
@@ -117,6 +129,7 @@ class HostShare:
             y_TD: Tensor = [one.wait() for one in pending][-1]
         except Exception as error:
             raise RuntimeError(f"monde: MoE layer {layer_idx}: {error}; call again") from error
+        self._under_way = []
         for one in pending:
             assert one.counts is not None
             totals.num_pairs += one.counts.num_pairs

@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hostcompute import Cut, ExpertBank, PendingForward
+from hostcompute import Cut, ExpertBank
 from hostcompute.layout import PAD_K
 from monde.core import RoutedBatch
 from monde.device.kernels.prefill import PrefillKernels
@@ -176,13 +176,18 @@ class PrefillExecutor:
         staged, blobs, cost = hub.take_prefetched(self), self.blobs(), hub.cost(self.shape)
         slot_E = self.table.placement.slot_E
         load = self._load(counts_E.numpy().copy(), slot_E, num_tokens, staged, blobs, cost)
-        pending = list[PendingForward]()
-        if load.begun_E is not None:
+        waits_E = load.begun_E  # for somebody to tell the host
+        if waits_E is not None:
             assert posted is not None
-            pending.append(hub.host.submit(self.bank, posted, load.begun_E))
+            if (
+                posted.there.done()
+            ):  # else the bus should have its first fetch before anybody waits for the rows
+                hub.host.submit(self.bank, posted, waits_E)
+                waits_E = None
         split = hub.policy(load, cost) if blobs is not None else all_host(load, cost)
         plan = self.latest = Planned(load, split, slot_E, [shipment.pieces for shipment in staged])
-        hub.planned(load, split)
+        if blobs is not None:
+            hub.planned(self.layer_idx, load, split)
         # ---- do ----
         shipments, fetched = dict[int, Shipment](), list[Shipment]()
         tasks = ScheduleBuilder()
@@ -200,10 +205,10 @@ class PrefillExecutor:
                 case OnHost(on_host_E, cut_expert, cut_rows):
                     assert posted is not None
                     cut = None if cut_expert is None else Cut(cut_expert, cut_rows)
+                    if waits_E is not None:
+                        on_host_E = on_host_E | waits_E
                     if on_host_E.any():
-                        pending.append(
-                            hub.host.submit(self.bank, posted, on_host_E, cut, load.begun_E is not None)
-                        )
+                        hub.host.submit(self.bank, posted, on_host_E, cut)
                 case Place(experts):
                     times.append(time.perf_counter())
                     order = Order.of(experts, plan.load.tokens_E)
@@ -223,18 +228,16 @@ class PrefillExecutor:
         ahead = hub.look_ahead(self if more else hub.next_layer(self), num_tokens, num_topk)
         times.append(time.perf_counter())
         # ---- combine ----
-        y_TD = None
-        if pending:
-            answer = hub.host.wait(pending, self.layer_idx, self.totals)
-            y_TD = answer.y_TD
+        answer = hub.host.wait(self.layer_idx, self.totals)
+        if answer is not None:
             hub.heard(split.host_s - split.trip_s, answer.busy_s)
         times.append(time.perf_counter())
         hub.copied(split.copy_s - load.bus_busy_s, fetched)
         if posted is not None:
             lanes.main.after(posted.there)  # what was read may be freed only after that
-        y_TD = self.device.combine(placed, weights_TK, y_TD, y_dtype)
+        y_TD = self.device.combine(placed, weights_TK, None if answer is None else answer.y_TD, y_dtype)
         # The host's sum has the bus for itself: a layer waits for it, and for nothing that is fetched ahead.
-        hub.prefetch(ahead, lanes.main.mark() if pending else None)
+        hub.prefetch(ahead, lanes.main.mark() if answer else None)
         times.append(time.perf_counter())
         self.phases.add(times)
         return y_TD
@@ -250,7 +253,11 @@ class PrefillExecutor:
     ) -> Load:
         ready_E = slot_E >= 0
         ready_E[[piece.expert_id for shipment in staged for piece in shipment.pieces]] = True
-        begun_E = None if blobs is None else self.hub.certain_for_host(tokens_E, ready_E, num_tokens)
+        begun_E = (
+            None
+            if blobs is None
+            else self.hub.certain_for_host(self.layer_idx, tokens_E, ready_E, num_tokens)
+        )
         return Load(tokens_E, ready_E, num_tokens, PAD_K, self.hub.bus_busy_s(staged, cost), begun_E)
 
     def _account(self, plan: Planned, fetched_bytes: int) -> None:

@@ -31,6 +31,7 @@ from monde.weights.packing import TORCH_DTYPES
 from monde.weights.table import SlotTable
 
 _HOST = np.int8(Where.HOST)
+_ANY = -1  # the latest layer, whichever it was
 DEADLINE_S = 60.0  # a layer of thousands of tokens takes the slowest host we know a second
 
 
@@ -78,7 +79,7 @@ class PrefillHub:
         self.block_rows = BLOCK_ROWS
         self.layers: dict[int, Layer] = {}
         self.feedback = Feedback()
-        self._latest_on_host = (0, 0.0)  # tokens, and the part of a layer's cold experts
+        self._on_host: dict[int, tuple[int, float]] = {}  # by layer: tokens, and the part of its cold experts
         self._has_kernels = device.type == "cuda" and importlib.util.find_spec("cupy") is not None
         self._kernels: dict[tuple[torch.dtype, torch.dtype], PrefillKernels] = {}
         self._ahead: tuple[int, list[Shipment]] = (-1, [])  # for which layer, and what
@@ -109,8 +110,9 @@ class PrefillHub:
         self._tail = self.lanes.main.mark()
 
     def recover(self) -> None:
-        """After an exception: what was launched is waited for, then buffers are free and nothing is read."""
+        """After an exception: what was launched is waited for, then buffers are free; the host keeps what it reads."""
         self.lanes.close()
+        self.host.give_up()
         self._ahead = (-1, [])
         self.ring.release_all()
 
@@ -167,19 +169,23 @@ class PrefillHub:
         self._ahead = (-1, [])
 
     # ---- what the host begins on ----
-    def planned(self, load: Load, split: ExpertSplit) -> None:
+    def planned(self, layer_idx: int, load: Load, split: ExpertSplit) -> None:
+        """What `certain_for_host` goes by: a plan that was free to fetch."""
         num_cold = np.count_nonzero((load.tokens_E > 0) & ~load.resident_E)
-        on_host = np.count_nonzero(split.where_E == _HOST) / num_cold if num_cold else 0.0
-        self._latest_on_host = (load.num_tokens, on_host)
+        if num_cold:
+            on_host = np.count_nonzero(split.where_E == _HOST) / num_cold
+            self._on_host[layer_idx] = self._on_host[_ANY] = (load.num_tokens, on_host)
 
     def certain_for_host(
-        self, tokens_E: NDArray[np.int64], ready_E: NDArray[np.bool_], num_tokens: int
+        self, layer_idx: int, tokens_E: NDArray[np.int64], ready_E: NDArray[np.bool_], num_tokens: int
     ) -> NDArray[np.bool_] | None:
-        """Experts that the host will compute whatever the plan says, as a plan takes a fifth of some layers' time: of
-        the cold ones the lightest, half of what it got of the latest layer with so many tokens. None: nobody yet."""
-        latest_tokens, on_host = self._latest_on_host
-        if self.policy is not best_split or latest_tokens != num_tokens:
+        """Experts that the host begins on, as a plan takes a fifth of some layers' time: of the cold ones the lightest,
+        half of the part that it got of this layer's latest batch of so many tokens, else of the latest layer's. The
+        plan takes them as given. None: nobody yet."""
+        if self.policy is not best_split:
             return None
+        told = (self._on_host.get(idx, (0, 0.0)) for idx in (layer_idx, _ANY))
+        on_host = next((part for latest_tokens, part in told if latest_tokens == num_tokens), 0.0)
         cold = np.flatnonzero((tokens_E > 0) & ~ready_E)
         lightest = cold[np.argsort(tokens_E[cold], kind="stable")[: int(len(cold) * on_host / 2)]]
         if len(lightest) == 0:

@@ -3,6 +3,7 @@
 Three lanes run at once: the bus copies, the GPU multiplies, the host multiplies.
     copy = busy + sum over fetched of copy(share)   gemm = residents + fetched           host = trip + the others
     time = max(overlapped(host, lead + copy), overlapped(gemm, lead + copy), launch + gemm)     (`cost.overlapped_s`)
+    Experts that the host has begun on are a constant of its lane, and its trip is without what planning holds up.
     lead: what holds the bus up besides, where anything is fetched; launch: Python's before the products, lead included
 Residents are on the GPU already. All experts of a layer have the same bytes, so for a given number fetched the bus
 does not care which; the host is helped most by losing its slowest. Hence an optimum fetches a prefix of the cold

@@ -99,24 +99,21 @@ class Heat:
         steps = self.weight_steps or 1.0
         return tuple(count_E / np.float32(steps) for count_E in self.count_L)
 
-    def likely_count_L(self, keep_per_step: float) -> tuple[NDArray[np.float32], ...]:
+    @property
+    def likely_count_L(self) -> tuple[NDArray[np.float32], ...]:
         """Counts as they are to be expected from now on: drawn to their layer's mean by the part that chance has in them.
 
         Of experts that are all equally popular the hottest look twice as hot as the rest. Pairs that arrive by chance
-        spread a decayed count by its rate times the sum of the squared weights of steps, sum of keep^2i; whatever is
-        more, over all layers, is popularity (the estimate of James and Stein). The order stays as it is.
+        spread a count by its mean at most, which they do right after a prompt, by half of it after many short steps; of
+        what counts vary by, only the rest is popularity (the estimate of James and Stein, over all layers). The order of
+        experts stays as it is.
         """
-        oldest = max(0.0, 1 - self.weight_steps * (1 - keep_per_step))  # weight of the step before the first
-        squares = (1 - oldest**2) / (1 - keep_per_step**2)
-        by_chance = squares / max(self.weight_steps, 1e-9)  # variance over mean
-        spread = sum(
-            float(np.square(count_E - count_E.mean()).sum()) for count_E in self.count_L if count_E.size
-        )
-        chance = by_chance * sum(float(count_E.sum()) for count_E in self.count_L)
+        layers = [count_E for count_E in self.count_L if count_E.size]
+        spread = sum(float(np.square(count_E - count_E.mean()).sum()) for count_E in layers)
+        chance = sum(float(count_E.sum()) for count_E in layers)
         popular = np.float32(max(0.0, 1 - chance / spread) if spread > 0 else 0.0)
-        return tuple(
-            m + popular * (count_E - m) for count_E in self.count_L for m in [count_E.mean(dtype=np.float32)]
-        )
+        means = (count_E.sum(dtype=np.float32) / np.float32(max(1, count_E.size)) for count_E in self.count_L)
+        return tuple(m + popular * (count_E - m) for count_E, m in zip(self.count_L, means, strict=True))
 
     def check(self, model: str, num_experts_L: Sequence[int]) -> None:
         """Errors: ValueError when the record is not of a model with these layers."""

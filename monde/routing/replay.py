@@ -40,7 +40,7 @@ class DynamicSettings:
     least in all.
     """
 
-    half_life_steps: float = 32  # of 8 to 128 the best on a trained model, at a thirtieth of LRU's traffic
+    half_life_steps: float = 32  # of 8 to 128 the best on a trained model, at a fraction of LRU's traffic
     interval_steps: int = 4
     max_swaps: int = 96
     hysteresis: float = 0.1
@@ -49,8 +49,7 @@ class DynamicSettings:
 
     def plan(self, current: Sequence[Placement], heat: Heat, max_swaps: int) -> list[Swap]:
         """The swaps of one round."""
-        keep_per_step = 0.5 ** (1 / self.half_life_steps)
-        value_L = heat.likely_count_L(keep_per_step) if self.sees_chance else heat.count_L
+        value_L = heat.likely_count_L if self.sees_chance else heat.count_L
         return plan_swaps(current, value_L, max_swaps, self.hysteresis, self.min_gain)
 
 

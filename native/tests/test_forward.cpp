@@ -129,6 +129,40 @@ TEST(forward_routing_layouts) {
   }
 }
 
+// Some experts, then the others on top: of ragged D, with several chunks, and with sums in slices.
+TEST(forward_in_two_goes) {
+  const auto pool = make_pool({0, 0, 1});
+  const Problem problems[] = {
+      Problem({5, 19, 33, true, true, DType::kBF16, kSilu}, 9, 3, DType::kBF16, 1),
+      Problem({5, 3, 5, true, true, DType::kF32, kSilu}, repetitions(17000), 2, DType::kF32, 2),
+      Problem({9, 336, 300, true, false, DType::kBF16, kSilu}, 3, 4, DType::kBF16, 3),
+  };
+  for (const Problem& problem : problems)
+    for (const Isa* isa : isas()) {
+      Bank bank(problem.shape, *isa, pool);
+      problem.load_into(bank);
+      const Expected wanted = expected(problem, uses_bf16_dots(*isa, problem.shape.dtype, problem.x_TD.dtype));
+      const int E = problem.shape.num_experts;
+      for (int mask = 0; mask < 4; ++mask) {
+        std::vector<uint8_t> first_E, rest_E;  // nobody, every other one, the others, everybody
+        for (int e = 0; e < E; ++e) {
+          first_E.push_back(uint8_t(mask >> e % 2 & 1));
+          rest_E.push_back(!first_E.back());
+        }
+        Array out = problem.make_out(DType::kF32);
+        ForwardArgs args = problem.args(out);
+        args.is_wanted_E = first_E.data();
+        const ForwardCounts first = bank.forward(args);
+        args.is_wanted_E = rest_E.data(), args.adds = true;
+        const ForwardCounts rest = bank.forward(args);
+        check_within(problem, wanted, out, describe(problem, *isa, DType::kF32) + " in two goes");
+        args.is_wanted_E = nullptr, args.adds = false;
+        const int64_t num_pairs = bank.forward(args).num_pairs;
+        CHECK(first.num_pairs + rest.num_pairs == num_pairs, std::to_string(num_pairs));
+      }
+    }
+}
+
 TEST(forward_counts_wanted_pairs) {
   const Problem problem({4, 20, 24, true, false, DType::kF16, kSilu}, 13, 3, DType::kF32, 2);
   Bank bank(problem.shape, *isas()[0], make_pool({0}));

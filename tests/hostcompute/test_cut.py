@@ -84,8 +84,11 @@ def test_wrong_parts_are_refused() -> None:
     spec = ExpertSpec(2, 16, 64)
     bank = load_all(ExpertBank(spec, "native"), {e: make_expert(rng, spec, "separate") for e in range(2)})
     batch, out = make_batch(rng, spec, 3, 2), host_array(np.zeros((3, 16)), "f32")
-    with pytest.raises(ValueError, match=r"experts_E: expected \(2,\) values in a row, got \(3,\)"):
-        bank.submit(*batch.arguments, out=out, experts_E=np.ones(3, bool))
+    for wrong in (np.ones(3, bool), np.ones(2, np.uint8), np.ones(4, bool)[::2], np.ones((1, 2), bool)):
+        with pytest.raises(ValueError, match=r"experts_E: expected \(2,\) bools in a row, got \("):
+            bank.submit(*batch.arguments, out=out, experts_E=wrong)
+    with pytest.raises(ValueError, match="adds: expected an out to add to"):
+        bank.submit(*batch.arguments, adds=True)
     with pytest.raises(ValueError, match="adds: expected an out of float32, got bf16"):
         bank.submit(*batch.arguments, out=host_array(np.zeros((3, 16)), "bf16"), adds=True)
     other = load_all(ExpertBank(spec, "numba"), {e: make_expert(rng, spec, "separate") for e in range(2)})

@@ -203,33 +203,65 @@ class Stuck:
         return False
 
 
-def test_a_late_host_is_an_error_with_the_layer_and_the_next_call_works() -> None:
+@pytest.mark.parametrize("policy", ["cut", "best"])  # best: the host has begun before the plan
+def test_a_late_host_is_an_error_with_the_layer_and_the_next_call_works(policy: str) -> None:
     rng = np.random.default_rng(12)
-    spec = ExpertSpec(6, 64, 96)
-    layers = build([spec, spec], [[0], [1]], CPU, POLICIES["cut"], deadline_s=0.1)
+    spec = ExpertSpec(12, 64, 96)
+    layers = build([spec, spec], [[0], [1]], CPU, POLICIES[policy], deadline_s=0.1)
     batch = make_batch(rng, spec, 100, 3, "bf16")
     executor = layers.executors[1]
+    for layer_idx in (0, 1):
+        check(layers, layer_idx, batch, "bf16", "before")
     submit = executor.bank.submit
     executor.bank.submit = lambda *args, **kwargs: Stuck()  # type: ignore[method-assign,assignment,return-value]
     with pytest.raises(RuntimeError, match=r"MoE layer 1: the host did not answer within 0\.1 s; call again"):
         executor.forward(routed(batch, CPU))
     executor.bank.submit = submit  # type: ignore[method-assign]
+    assert executor.latest is not None
+    assert (executor.latest.load.begun_E is not None) == (policy == "best")
     for layer_idx in (0, 1):
         check(layers, layer_idx, batch, "bf16", "after the failure")
     layers.close()
 
 
-def test_a_missing_expert_names_the_layer_and_the_next_call_works() -> None:
+@pytest.mark.parametrize("policy", ["host", "best"])
+def test_a_missing_expert_names_the_layer_and_the_next_call_works(policy: str) -> None:
     rng = np.random.default_rng(13)
-    spec = ExpertSpec(6, 64, 96)
-    layers = build([spec, spec], [[0], [1]], CPU, POLICIES["host"])
+    spec = ExpertSpec(12, 64, 96)
+    layers = build([spec, spec], [[0], [1]], CPU, POLICIES[policy])
     batch = make_batch(rng, spec, 100, 3, "bf16")
-    executor, expert = layers.executors[1], layers.experts[1][4]
-    executor.bank.release(4)
-    with pytest.raises(RuntimeError, match=r"MoE layer 1: .*expert 4 was never loaded"):
+    executor = layers.executors[1]
+    check(layers, 1, batch, "bf16", "before")
+    assert executor.latest is not None
+    lightest = int(np.flatnonzero(executor.latest.split.where_E == Where.HOST)[0])
+    executor.bank.release(lightest)
+    with pytest.raises(RuntimeError, match=rf"MoE layer 1: .*expert {lightest} was never loaded"):
         executor.forward(routed(batch, CPU))
-    executor.bank.load(4, **expert)
+    executor.bank.load(lightest, **layers.experts[1][lightest])
     check(layers, 1, batch, "bf16", "after the failure")
+    layers.close()
+
+
+def test_what_fails_while_the_host_computes_leaves_it_its_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two submits of one batch: the next batch is written elsewhere."""
+    rng = np.random.default_rng(16)
+    spec = ExpertSpec(12, 64, 96)
+    layers = build([spec, spec], [[0], [1]], CPU)
+    batches = [make_batch(rng, spec, 100, 3, "bf16") for _ in range(2)]
+    check(layers, 0, batches[0], "bf16", "before")
+    staging = layers.hub.host._staging
+    with monkeypatch.context() as patch:
+
+        def full(*_: Any) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        patch.setattr(layers.executors[1].device, "place", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            layers.executors[1].forward(routed(batches[0], CPU))
+        assert layers.hub.host._staging is not staging
+        assert layers.hub.host._late[0][1] is staging
+    for layer_idx in (0, 1):
+        check(layers, layer_idx, batches[1], "bf16", "after the failure")
     layers.close()
 
 

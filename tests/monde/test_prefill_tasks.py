@@ -53,9 +53,7 @@ def watched(layers: Layers, executor: PrefillExecutor) -> Iterator[list[Done]]:
         watch(
             hub.host,
             "submit",
-            lambda _bank, _posted, mine_E, cut=None, adds=False: done.append(
-                ("host", mine_E.tolist(), cut, adds)
-            ),
+            lambda _bank, _posted, mine_E, cut=None: done.append(("host", mine_E.tolist(), cut)),
         )
         watch(
             executor.device, "place", lambda _schedule, its, *_: (order.append(its), done.append(("place",)))
@@ -73,9 +71,8 @@ def expected(schedule: Schedule, first_buffer: int, executor: PrefillExecutor) -
     """The same of a schedule. Shipments fill the two buffers in turn."""
     assert executor.latest is not None
     done, brought, begun_E = list[Done](), 0, executor.latest.load.begun_E
-    begun = begun_E is not None
     if begun_E is not None:
-        done.append(("host", begun_E.tolist(), None, False))
+        done.append(("host", begun_E.tolist(), None))
     for task in schedule.tasks:
         match task.payload:
             case Fetch(pieces):
@@ -83,7 +80,7 @@ def expected(schedule: Schedule, first_buffer: int, executor: PrefillExecutor) -
             case OnHost(on_host_E, cut_expert, cut_rows):
                 cut = None if cut_expert is None else Cut(cut_expert, cut_rows)
                 if on_host_E.any():
-                    done.append(("host", on_host_E.tolist(), cut, begun))
+                    done.append(("host", on_host_E.tolist(), cut))
             case Place():
                 done.append(("place",))
             case Residents(experts):
