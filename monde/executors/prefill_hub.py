@@ -74,6 +74,9 @@ class PrefillHub:
         self.lanes, self.size, self.profile, self.policy = lanes_of(device), size, profile, policy
         self.learns = device.type == "cuda" if learns is None else learns
         self.fetches_ahead = True
+        # The host, before there is a plan. What it begins on follows earlier plans, and so does the order of its sums:
+        # where the CPU stands in for the GPU equal calls stay equal.
+        self.begins = self.learns
         self.reads_counts = False  # of layers, too, whose experts all have slots
         self.host = HostShare(self.lanes, deadline_s)
         self.block_rows = BLOCK_ROWS
@@ -182,7 +185,7 @@ class PrefillHub:
         """Experts that the host begins on, as a plan takes a fifth of some layers' time: of the cold ones the lightest,
         half of the part that it got of this layer's latest batch of so many tokens, else of the latest layer's. The
         plan takes them as given. None: nobody yet."""
-        if self.policy is not best_split:
+        if self.policy is not best_split or not self.begins:
             return None
         told = (self._on_host.get(idx, (0, 0.0)) for idx in (layer_idx, _ANY))
         on_host = next((part for latest_tokens, part in told if latest_tokens == num_tokens), 0.0)

@@ -123,6 +123,7 @@ def test_the_host_begins_before_there_is_a_plan() -> None:
     rng = np.random.default_rng(2)
     spec = ExpertSpec(16, 64, 96, DType.BF16)
     layers = build([spec] * 3, [[0, 5], [], [3]], CPU)
+    layers.hub.begins = True
     for num_tokens in (130, 70):
         for layer_idx in range(3):
             check(
@@ -208,6 +209,7 @@ def test_a_late_host_is_an_error_with_the_layer_and_the_next_call_works(policy: 
     rng = np.random.default_rng(12)
     spec = ExpertSpec(12, 64, 96)
     layers = build([spec, spec], [[0], [1]], CPU, POLICIES[policy], deadline_s=0.1)
+    layers.hub.begins = True
     batch = make_batch(rng, spec, 100, 3, "bf16")
     executor = layers.executors[1]
     for layer_idx in (0, 1):
@@ -229,6 +231,7 @@ def test_a_missing_expert_names_the_layer_and_the_next_call_works(policy: str) -
     rng = np.random.default_rng(13)
     spec = ExpertSpec(12, 64, 96)
     layers = build([spec, spec], [[0], [1]], CPU, POLICIES[policy])
+    layers.hub.begins = True
     batch = make_batch(rng, spec, 100, 3, "bf16")
     executor = layers.executors[1]
     check(layers, 1, batch, "bf16", "before")
@@ -247,6 +250,7 @@ def test_what_fails_while_the_host_computes_leaves_it_its_arrays(monkeypatch: py
     rng = np.random.default_rng(16)
     spec = ExpertSpec(12, 64, 96)
     layers = build([spec, spec], [[0], [1]], CPU)
+    layers.hub.begins = True
     batches = [make_batch(rng, spec, 100, 3, "bf16") for _ in range(2)]
     check(layers, 0, batches[0], "bf16", "before")
     staging = layers.hub.host._staging

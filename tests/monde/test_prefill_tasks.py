@@ -104,6 +104,7 @@ def test_what_is_done_is_what_is_simulated(policy: str, d_ffn: int) -> None:
     spec = ExpertSpec(8, 64, d_ffn)
     residents = [rng.permutation(8)[: rng.integers(0, 6)].tolist() for _ in range(3)]
     layers = build([spec] * 3, residents, CPU, POLICIES[policy], seed=d_ffn)
+    layers.hub.begins = True
     num_ahead = 0
     for round_idx in range(15):
         executor = layers.executors[round_idx % 3]
