@@ -62,7 +62,7 @@ def write(
 @contextmanager
 def kept(
     name: str,
-    configuration: Callable[[], dict[str, Any]],
+    configuration: dict[str, Any],
     results: Callable[[], Any],
     out: Path | None = None,
 ) -> Iterator[None]:
@@ -78,7 +78,7 @@ def kept(
         traceback.print_exc()
         failure = repr(error)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is there is written, whoever is in a hurry
-    where = write(name, configuration(), results(), out, failure)
+    where = write(name, configuration, results(), out, failure)
     signal.signal(signal.SIGTERM, before)
     print(f"\nartefact: {where}", flush=True)
     if failure:

@@ -88,8 +88,9 @@ def main() -> None:
     )
     rows: list[Row] = []
     configuration = dataclasses.asdict(options)
-    results = lambda: [dataclasses.asdict(row) for row in rows]  # noqa: E731
-    with artefact.kept("host_kernels", lambda: configuration, results, arguments.out):
+    with artefact.kept(
+        "host_kernels", configuration, lambda: [dataclasses.asdict(row) for row in rows], arguments.out
+    ):
         if "decode" in arguments.only or "prefill" in arguments.only:
             for spec in SHAPES:
                 rows += run_shape(spec, arguments.only, options)

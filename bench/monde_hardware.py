@@ -434,7 +434,7 @@ def main(arguments: list[str] | None = None) -> None:
     print("| model | part | batch | experts by | resident | ms | dense | bound | of it |\n|" + "---|" * 9)
     configuration = {k: v for k, v in vars(args).items() if k != "out"}
     configuration["gpu"] = torch.cuda.get_device_name() if device.type == "cuda" else None
-    with artefact.kept("monde_hardware", lambda: configuration, lambda: _results(tops, rows), args.out):
+    with artefact.kept("monde_hardware", configuration, lambda: _results(tops, rows), args.out):
         for name, num_layers in zip(names, counts, strict=True):
             model = TOY if args.toy else known[name]
             shape = Shape(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-_ITEMSIZE_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "f64": 8, "i32": 4, "i64": 8, "u8": 1}
+_ITEMSIZE_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "f64": 8, "i32": 4, "i64": 8}
 _NAMES = {
     "float32": "f32",
     "bfloat16": "bf16",
@@ -23,7 +23,7 @@ _NAMES = {
 }
 FLOATS = ("float32", "bfloat16", "float16")
 IDS = ("int64", "int32")
-_NUMPY = {"f32": "<f4", "bf16": "<u2", "f16": "<f2", "f64": "<f8", "i32": "<i4", "i64": "<i8", "u8": "<u1"}
+_NUMPY = {"f32": "<f4", "bf16": "<u2", "f16": "<f2", "f64": "<f8", "i32": "<i4", "i64": "<i8"}
 
 
 class HostArray(NamedTuple):

@@ -193,20 +193,11 @@ class ExpertBank:
         arrays, out = self._check_batch(x_TD, topk_ids_TK, topk_weights_TK, out)
         if cut is None and experts_E is None and not adds:
             return PendingForward(self._backend.submit(*arrays), out, arrays)
-        experts = None if experts_E is None else self._chosen(experts_E)
-        pending = self._submit_part(arrays, cut, experts, adds)
-        return PendingForward(pending, out, arrays if experts is None else (*arrays, experts))
-
-    def _chosen(self, experts_E: NDArray[np.bool_]) -> HostArray:
-        got = np.asarray(experts_E)
-        if got.dtype != np.bool_ or got.shape != (self.spec.num_experts,) or not got.flags.c_contiguous:
-            raise ValueError(
-                f"[submit] experts_E: expected ({self.spec.num_experts},) bools in a row, got {got.shape} of {got.dtype}"
-            )
-        return HostArray(got.ctypes.data, got.shape, (1,), "u8", got)
+        chosen_E = None if experts_E is None else np.asarray(experts_E)
+        return PendingForward(self._submit_part(arrays, cut, chosen_E, adds), out, (*arrays, chosen_E))
 
     def _submit_part(
-        self, arrays: tuple[HostArray, ...], cut: Cut | None, experts: HostArray | None, adds: bool
+        self, arrays: tuple[HostArray, ...], cut: Cut | None, chosen_E: NDArray[Any] | None, adds: bool
     ) -> Pending:
         if self.choice.name != "native":
             raise ValueError(
@@ -217,11 +208,18 @@ class ExpertBank:
             raise ValueError(
                 f"[submit] cut: expected a multiple of {PAD_K} in 1..{self.spec.d_ffn - 1}, got {cut.first_row}"
             )
+        E = self.spec.num_experts
+        if chosen_E is not None and not (
+            chosen_E.dtype == np.bool_ and chosen_E.shape == (E,) and chosen_E.flags.c_contiguous
+        ):
+            raise ValueError(
+                f"[submit] experts_E: expected ({E},) bools in a row, got {chosen_E.shape} of {chosen_E.dtype}"
+            )
         if adds and arrays[3].dtype != "f32":
             raise ValueError(f"[submit] adds: expected an out of float32, got {arrays[3].dtype}")
         backend: Any = self._backend
         at = (-1, 0) if cut is None else (cut.expert_id, cut.first_row // LANES)
-        pending: Pending = backend.submit(*arrays, *at, experts, adds)
+        pending: Pending = backend.submit(*arrays, *at, chosen_E, adds)
         return pending
 
     # ---- life ----
@@ -352,7 +350,7 @@ class PendingForward:
     `out`; what it raised is lost with it.
     """
 
-    def __init__(self, pending: Pending, out: Any, keep_alive: tuple[HostArray, ...]) -> None:
+    def __init__(self, pending: Pending, out: Any, keep_alive: tuple[object, ...]) -> None:
         self._pending, self._out, self._keep_alive = pending, out, keep_alive
         self._pid = os.getpid()
         self.counts: RoutedCounts | None = None

@@ -46,7 +46,12 @@ POLICIES = {
     # takes, as soon as those before are done.
     "lru": SwapPolicy(
         DynamicSettings(
-            1 / 8, interval_steps=1, max_swaps=1 << 20, hysteresis=0, sees_chance=False, min_gain=0
+            half_life_steps=1 / 8,
+            interval_steps=1,
+            max_swaps=1 << 20,
+            hysteresis=0,
+            sees_chance=False,
+            min_gain=0,
         ),
         1e9,
     ),

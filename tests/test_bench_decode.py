@@ -172,7 +172,7 @@ def test_a_time_limit_keeps_what_there_is(tmp_path: Path) -> None:
     before, out = signal.getsignal(signal.SIGTERM), tmp_path / "rows.json"
 
     def run() -> None:
-        with artefact.kept("rows", lambda: {"wanted": 9}, lambda: rows, out):
+        with artefact.kept("rows", {"wanted": 9}, lambda: rows, out):
             for i in range(9):
                 rows.append(i)
                 if i == 3:

@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "peers": [peer.name for peer in options.peers],
         }
-        with artefact.kept("decode", lambda: configuration, lambda: _results(run, rows, caught), options.out):
+        with artefact.kept("decode", configuration, lambda: _results(run, rows, caught), options.out):
             print(report.head())
             for row in run.rows():
                 rows.append(row)

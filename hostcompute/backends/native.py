@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hostcompute import _native, env
 from hostcompute.arrays import HostArray
@@ -103,12 +104,11 @@ class NativeBackend:
         out: HostArray,
         cut_expert: int = -1,
         cut_panel: int = 0,
-        experts: HostArray | None = None,
+        experts_E: NDArray[np.bool_] | None = None,
         adds: bool = False,
     ) -> NativePending:
-        """experts: a byte each, whether its pairs count."""
         arrays = map(as_tuple, (x, topk_ids, topk_weights, out))
-        wanted = 0 if experts is None else experts.address
+        wanted = 0 if experts_E is None else experts_E.ctypes.data
         return NativePending(_native.submit(self._bank, *arrays, cut_expert, cut_panel, wanted, adds))
 
     @property

@@ -191,9 +191,7 @@ class PrefillExecutor:
         # ---- do ----
         shipments, fetched = dict[int, Shipment](), list[Shipment]()
         tasks = ScheduleBuilder()
-        in_order = PrefillTasks(
-            tasks, plan.load, plan.split, cost, self.size.staging, slot_E, plan.staged
-        ).in_order()
+        in_order = PrefillTasks(tasks, load, split, cost, self.size.staging, slot_E, plan.staged).in_order()
         for position, task in in_order:
             match task.payload:
                 case Arriving(idx):
@@ -211,7 +209,7 @@ class PrefillExecutor:
                         hub.host.submit(self.bank, posted, on_host_E, cut)
                 case Place(experts):
                     times.append(time.perf_counter())
-                    order = Order.of(experts, plan.load.tokens_E)
+                    order = Order.of(experts, load.tokens_E)
                     placed = self.device.place(tasks.tasks, order, slot_E, x_TD, ids_TK, y_dtype)
                 case Residents():
                     self.device.multiply_residents(placed, position)
