@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import struct
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from hostcompute import ActivationKind
 from monde.device.kernels import ELEMENT_TYPES, compile_options, cubins, decode_source
 from monde.device.kernels.attention import DTYPES, attention_source, num_groups
+from monde.device.kernels.launch import bytes_of
 from monde.device.kernels.panels import (
     MMA,
     WGMMA,
@@ -124,6 +129,43 @@ def test_attention_compiles(dims: tuple[int, int, int], dtype: torch.dtype) -> N
     key_dim, value_dim, heads_per_kv = dims
     groups = num_groups(heads_per_kv, key_dim, value_dim)
     compiled(attention_source(key_dim, value_dim, groups), dtype, dtype)
+
+
+IN_STEPS = [decode_source, step_source, lambda: attention_source(128, 128, 1)]
+
+
+@pytest.mark.parametrize("source", IN_STEPS)
+def test_kernels_of_steps_compile_where_they_begin_early(source: Callable[[], str]) -> None:
+    pytest.importorskip("hostcompute._native")
+    built(source(), ("-arch=sm_90", *compile_options(torch.bfloat16, torch.bfloat16)))
+
+
+@pytest.mark.parametrize("source", IN_STEPS)
+def test_every_block_awaits_what_was_launched_before(source: Callable[[], str]) -> None:
+    """Before it may return, meets its block's others, or writes anything."""
+    pytest.importorskip("hostcompute._native")
+    bodies = source().split('extern "C" __global__')[1:]
+    assert bodies
+    for body in bodies:
+        before, awaits, _ = body.partition("await_earlier_launches();")
+        assert awaits, body[:200]
+        assert not re.search(r"\breturn\b|__syncthreads|atomic", before), before
+
+
+@pytest.mark.parametrize(
+    ("argument", "size"),
+    [
+        (1 << 40, 8),
+        (np.int32(7), 4),
+        (np.float32(0.5), 4),
+        (LAYER.of(dict.fromkeys((*FIELDS, *CONSTANTS), 1)), None),
+    ],
+)
+def test_arguments_are_passed_at_their_width(argument: Any, size: int | None) -> None:
+    expected = 8 * (len(FIELDS) + len(CONSTANTS)) if size is None else size
+    assert len(bytes_of(argument)) == expected
+    if size is not None:
+        assert np.frombuffer(bytes_of(argument), getattr(argument, "dtype", np.int64)) == argument
 
 
 def test_the_record_holds_what_it_is_given_where_the_struct_has_it() -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from hostcompute import ActivationKind
+from monde.device.kernels.launch import Kernel
 from monde.device.layer_record import LAYER
 
-SOURCES = ("elements.cuh", "product.cuh", "activation.cuh", "decode.cu")  # joined in this order
+# Joined in this order.
+SOURCES = ("elements.cuh", "overlap.cuh", "product.cuh", "activation.cuh", "decode.cu")
 MAX_EXPERTS = 1024  # of one layer; sizes an array in shared memory
 SHARE_ONE = 1 << 16  # the state's share of F in these parts
 ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -40,13 +41,13 @@ ACTIVATION_CODES = {kind: code for code, kind in enumerate(ActivationKind)}
 
 @dataclass(frozen=True)
 class DecodeKernels:
-    """The kernels of decode.cu; each is called as kernel(grid, block, arguments) on CuPy's current stream."""
+    """The kernels of decode.cu."""
 
-    route: Any
-    gate_up: Any
-    down: Any
-    combine: Any
-    collect: Any
+    route: Kernel
+    gate_up: Kernel
+    down: Kernel
+    combine: Kernel
+    collect: Kernel
 
 
 def decode_source() -> str:
@@ -80,6 +81,4 @@ def decode_kernels(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> DecodeKer
     import cupy
 
     module = cupy.RawModule(code=decode_source(), options=compile_options(x_dtype, weight_dtype))
-    return DecodeKernels(
-        *(module.get_function(name) for name in (field.name for field in fields(DecodeKernels)))
-    )
+    return DecodeKernels(*(Kernel(module.get_function(field.name)) for field in fields(DecodeKernels)))

@@ -11,7 +11,7 @@
 // 16 bytes of a key or value at a time. Heads past those that share a key-value head are zero.
 //
 // Letters: B sequences, H query heads, S keys, C dims of a key, V dims of a value. `Attention`, KEY_DIM, VALUE_DIM,
-// GROUPS of eight heads and MAX_SPLITS come from attention.py, which also puts elements.cuh in front.
+// GROUPS of eight heads and MAX_SPLITS come from attention.py, which also puts elements.cuh and overlap.cuh in front.
 
 constexpr int kAttendWarps = 4, kAttendThreads = 32 * kAttendWarps;
 constexpr int kWarpKeys = 32, kBlockKeys = kWarpKeys * kAttendWarps;  // a lane tells of one key who sees it
@@ -42,6 +42,7 @@ __device__ u32 transposed(u32 v) {
 // Softmax, unless there is one split.
 extern "C" __global__ void __launch_bounds__(kAttendThreads, GROUPS * KEY_DIM <= 128 ? 4 : 1)
     attend(const __grid_constant__ Attention record) {
+  await_earlier_launches();
   const Attention* const a = &record;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
   const int num_shared = int(a->heads_per_kv), num_keys = int(a->num_keys), b = blockIdx.z;
@@ -192,6 +193,7 @@ extern "C" __global__ void __launch_bounds__(kAttendThreads, GROUPS * KEY_DIM <=
 
 // Grid: (H, B).
 extern "C" __global__ void __launch_bounds__(VALUE_DIM) join(const __grid_constant__ Attention record, int num_splits) {
+  await_earlier_launches();
   __shared__ Softmax parts[MAX_SPLITS];
   const i64 row = i64(blockIdx.y) * record.num_heads + blockIdx.x;
   for (int i = threadIdx.x; i < num_splits; i += VALUE_DIM)

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from monde.device.kernels import compile_options
+from monde.device.kernels.launch import Kernel
 from monde.device.kernels.tensors import alike, in_vectors
 from monde.device.record import Record
 from monde.device.streams import current_stream
 
-SOURCES = ("elements.cuh", "attention.cu")  # joined in this order
+SOURCES = ("elements.cuh", "overlap.cuh", "attention.cu")  # joined in this order
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_DIM = 256
 BLOCK_KEYS = 128  # kBlockKeys of attention.cu
@@ -45,7 +45,7 @@ def attention_source(key_dim: int, value_dim: int, groups: int) -> str:
 @cache
 def _functions(
     device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int, groups: int
-) -> tuple[Any, Any]:
+) -> tuple[Kernel, Kernel]:
     """attend and join. Errors: ImportError without CuPy."""
     import cupy
 
@@ -54,7 +54,7 @@ def _functions(
     attend, join = (module.get_function(name) for name in ("attend", "join"))
     with torch.cuda.device(device):  # the attribute is one of a device
         attend.max_dynamic_shared_size_bytes = _shared_bytes(value_dim, groups)
-    return attend, join
+    return Kernel(attend), Kernel(join)
 
 
 def _shared_bytes(value_dim: int, groups: int) -> int:

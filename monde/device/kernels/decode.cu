@@ -15,7 +15,7 @@
 // Letters: T tokens, K experts per token, R = T * K routed pairs, S slots, D model dim, F expert hidden dim, G groups
 // of pairs that share an expert. Weights lie in panels of 16 output rows (native/layout.h), the same bytes as in host
 // memory. Compiled at first use, once for each pair of element types. `Layer` and the RING_, STATE_ and KIND_ constants
-// come from kernels/__init__.py, which also puts elements.cuh, product.cuh and activation.cuh in front.
+// come from kernels/__init__.py, which also puts elements.cuh, overlap.cuh, product.cuh and activation.cuh in front.
 
 // ---- memory shared with the host ----
 
@@ -123,6 +123,7 @@ __device__ bool counts_later(const void* weights_TK, int weights_type, int r, in
 extern "C" __global__ void __launch_bounds__(kThreads)
     route(const __grid_constant__ Layer record, const XElement* x_TD, const i64* ids_TK, const void* weights_TK,
           int weights_type, int num_tokens, int num_topk, int num_left) {
+  await_earlier_launches();
   const Layer* const layer = &record;
   const int num_pairs = num_tokens * num_topk, D = int(layer->d_model), d_pad_k = int(layer->d_pad_k);
   u64* state = reinterpret_cast<u64*>(layer->state);
@@ -272,6 +273,7 @@ __device__ bool group_at(const Layer* layer, int g, Group& group) {
 
 // Grid: (num_f_panels, or half of them where there is no gate; groups at most).
 extern "C" __global__ void __launch_bounds__(kThreads) gate_up(const __grid_constant__ Layer record, int num_topk) {
+  await_earlier_launches();
   const Layer* const layer = &record;
   __shared__ Sums sums;
   __shared__ const XElement* rows[kRows];
@@ -317,6 +319,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) gate_up(const __grid_cons
 
 // Grid: (half of num_d_panels, groups at most).
 extern "C" __global__ void __launch_bounds__(kThreads) down(const __grid_constant__ Layer record) {
+  await_earlier_launches();
   const Layer* const layer = &record;
   __shared__ Sums sums;
   __shared__ const HElement* rows[kRows];
@@ -386,6 +389,7 @@ __device__ const volatile float* host_out(const Layer* layer, u64 number) {
 extern "C" __global__ void __launch_bounds__(kThreads)
     combine(const __grid_constant__ Layer record, const void* weights_TK, int weights_type, XElement* y_TD,
             int num_topk, const float* earlier_TD, int owed, float* left_TD) {
+  await_earlier_launches();
   const Layer* const layer = &record;
   __shared__ bool ok;
   u64* state = reinterpret_cast<u64*>(layer->state);
@@ -421,6 +425,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
 // Adds the host's part to what the latest layer left, for whoever takes it not right after that layer. Grid: as combine.
 extern "C" __global__ void __launch_bounds__(kThreads) collect(const __grid_constant__ Layer record, float* left_TD) {
+  await_earlier_launches();
   const Layer* const layer = &record;
   __shared__ bool ok;
   const u64 number = reinterpret_cast<const u64*>(layer->state)[STATE_LEFT_RING];

@@ -98,3 +98,6 @@ __device__ uint4 load_once(const void* p) {
                : "l"(p));
   return v;
 }
+
+// Into L2: what is read soon and not waited for here.
+__device__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" : : "l"(p)); }

@@ -11,7 +11,7 @@
 //
 // Letters: B sequences, T tokens, H query heads, N key-value heads, C dims of a head, E experts, K experts a token; for
 // products D inputs and F outputs.
-// `Rotation` and `Addition` come from step.py, which also puts elements.cuh in front. Of fp32 rounding follows torch,
+// `Rotation` and `Addition` come from step.py, which also puts elements.cuh and overlap.cuh in front. Of fp32 rounding follows torch,
 // which multiplies and adds apart.
 
 constexpr int kVector = 16 / sizeof(XElement);
@@ -31,6 +31,7 @@ __device__ float sum_of_lanes(float v) {
 // y = x cos + (second half negated, first half) sin, every product rounded. A thread has kVector dims of the first half
 // and those that they turn with. cos_TC and sin_TC have a row for every sequence, or one for all.
 extern "C" __global__ void __launch_bounds__(kThreads) rotate(const __grid_constant__ Rotation r) {
+  await_earlier_launches();
   const int per_head = int(r.dim) / 2 / kVector, heads = int(r.num_heads + r.num_kv_heads);
   const i64 i = i64(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= r.num_rows * r.num_tokens * heads * per_head) return;
@@ -68,6 +69,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) rotate(const __grid_const
 // The last block to get here moves the length on, when all have read it. A full cache ends the program, as torch's own
 // check of indices does.
 extern "C" __global__ void __launch_bounds__(kThreads) append(const __grid_constant__ Addition a) {
+  await_earlier_launches();
   const i64 position = *reinterpret_cast<const volatile i64*>(a.length);
   if (position < 0 || position >= a.num_positions) __trap();
   const int per_key = int(a.key_dim) / kVector, per_value = int(a.value_dim) / kVector, per_head = per_key + per_value;
@@ -93,6 +95,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) append(const __grid_const
 extern "C" __global__ void __launch_bounds__(kThreads)
     choose(const XElement* logits_TE, void* scores_TK, int score_type, i64* ids_TK, int num_tokens, int num_experts,
            int num_topk, int normalises) {
+  await_earlier_launches();
   extern __shared__ float shared[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, t = blockIdx.x * (blockDim.x / 32) + warp;
   if (t >= num_tokens) return;
@@ -145,8 +148,10 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     normalise(const XElement* x, const XElement* weight_D, XElement* y, i64 num_rows, int D, float eps) {
   __shared__ float sums[kThreads / 32];
   const i64 row = i64(blockIdx.x) * blockDim.y + threadIdx.y;
-  if (row >= num_rows) return;  // whole warps, and of blocks with a row each none
   const int num_pieces = D / kVector;
+  for (int i = threadIdx.x; i < num_pieces; i += blockDim.x) prefetch(reinterpret_cast<const Piece*>(weight_D) + i);
+  await_earlier_launches();
+  if (row >= num_rows) return;  // whole warps, and of blocks with a row each none
   const Piece* from = reinterpret_cast<const Piece*>(x + row * D);
   float sum = 0.f;
   for (int i = threadIdx.x; i < num_pieces; i += blockDim.x) {
@@ -173,8 +178,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
 constexpr int kProjectThreads = 128, kAhead = 8;  // pieces of a row that are under way at once
 
-// y_F = weight_FD x_D + bias_F, summed in fp32; bias_F may be null. A warp has an output. Weights are asked for before x
-// is there, which lies in shared memory, D floats.
+// y_F = weight_FD x_D + bias_F, summed in fp32; bias_F may be null. A warp has an output. Weights, which nothing on the
+// stream writes, are asked for before x is there; it lies in shared memory, D floats.
 extern "C" __global__ void __launch_bounds__(kProjectThreads)
     project(const XElement* x_D, const XElement* weight_FD, const XElement* bias_F, XElement* y_F, int F, int D) {
   extern __shared__ float shared[];
@@ -188,6 +193,7 @@ extern "C" __global__ void __launch_bounds__(kProjectThreads)
       ahead[j] = first + 32 * j < num_pieces ? load_once(weight + first + 32 * j) : uint4{0, 0, 0, 0};
   };
   ask(lane);
+  await_earlier_launches();
   for (int i = threadIdx.x; i < D / kVector; i += kProjectThreads) {
     const Piece piece = reinterpret_cast<const Piece*>(x_D)[i];
 #pragma unroll

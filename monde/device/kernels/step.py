@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from monde.device.kernels import ELEMENT_TYPES, MAX_EXPERTS, compile_options
+from monde.device.kernels.launch import Kernel
 from monde.device.kernels.tensors import alike, has_kernels, in_vectors, strides
 from monde.device.record import Record
 from monde.device.streams import current_stream
 
-SOURCES = ("elements.cuh", "step.cu")  # joined in this order
+SOURCES = ("elements.cuh", "overlap.cuh", "step.cu")  # joined in this order
 _KERNELS = ("rotate", "append", "choose", "normalise", "project")
 MAX_TOPK = 32  # a lane of a warp keeps one
 _THREADS = 256  # kThreads of elements.cuh
@@ -48,12 +48,12 @@ def step_source() -> str:
 
 
 @cache
-def _functions(dtype: torch.dtype) -> dict[str, Any]:
+def _functions(dtype: torch.dtype) -> dict[str, Kernel]:
     """Errors: ImportError without CuPy."""
     import cupy
 
     module = cupy.RawModule(code=step_source(), options=compile_options(dtype, dtype))
-    return {name: module.get_function(name) for name in _KERNELS}
+    return {name: Kernel(module.get_function(name)) for name in _KERNELS}
 
 
 # ---- rotate ----
