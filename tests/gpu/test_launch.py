@@ -104,18 +104,18 @@ def test_a_chain_answers_as_launched_one_by_one(between: str) -> None:
         torch.testing.assert_close(y, expected, rtol=0, atol=0)
 
 
-def test_memory_that_is_used_again_is_not_overwritten_early() -> None:
-    """A long kernel reads what the next but one overwrites; the one between writes elsewhere and ends at once."""
+def test_what_was_written_three_launches_before_is_there() -> None:
+    """By a long kernel, where a short one that reads none of it lies between, and the reader waits for the latest alone."""
     B, H, T, C = 4, 32, 256, 128
     source = torch.zeros(B, H, T, C, device="cuda", dtype=torch.bfloat16)
     few = torch.ones(1, 1, 1, C, device="cuda", dtype=torch.bfloat16)
-    cos, sin = torch.ones(1, T, C, device="cuda").bfloat16(), torch.zeros(1, T, C, device="cuda").bfloat16()
+    cos, sin = (make(1, T, C, device="cuda", dtype=torch.bfloat16) for make in (torch.ones, torch.zeros))
 
     def step() -> Tensor:
-        read, _ = rotate(source, source, cos, sin)  # cos 1, sin 0: a copy
+        copy, _ = rotate(source, source, cos, sin)
         normalise(few, few.view(-1), 1e-6)
-        normalise_into = rotate(source, source, sin, sin)[0]  # zeros, in memory of its own
-        return read + normalise_into
+        zeros, _ = rotate(source, source, sin, sin)
+        return copy + zeros
 
     graph, y = captured(step)
     graph.instantiate()

@@ -11,8 +11,8 @@
 //
 // Letters: B sequences, T tokens, H query heads, N key-value heads, C dims of a head, E experts, K experts a token; for
 // products D inputs and F outputs.
-// `Rotation` and `Addition` come from step.py, which also puts elements.cuh and overlap.cuh in front. Of fp32 rounding follows torch,
-// which multiplies and adds apart.
+// `Rotation` and `Addition` come from step.py, which also puts elements.cuh and overlap.cuh in front. Of fp32 rounding
+// follows torch, which multiplies and adds apart.
 
 constexpr int kVector = 16 / sizeof(XElement);
 

@@ -232,7 +232,10 @@ def can_project(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> bool:
 
 
 def project(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
-    """x weight^T + bias of one token, [..., D] -> [..., F], summed in fp32; see can_project."""
+    """x weight^T + bias of one token, [..., D] -> [..., F], summed in fp32; see can_project.
+
+    What is launched on the stream must not write weight_FD: in a captured step it is read before that has ended.
+    """
     F, D = weight_FD.shape
     y = x.new_empty(*x.shape[:-1], F)
     bias = 0 if bias_F is None else bias_F.data_ptr()
